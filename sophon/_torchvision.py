@@ -1,0 +1,37 @@
+"""Let torchvision import beside a torch that its compiled part was not built for.
+
+torchvision's ordinary wheel is a CUDA build. Next to a CPU-only torch its ``_C`` library cannot load, and
+``import torchvision`` (so also timm and torchmetrics) raises "operator torchvision::nms does not exist". Models,
+transforms and data sets need no operator of that library, so declaring the two that torchvision refers to while it is
+imported is enough. Where the library loads, nothing is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+
+import torch
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declared: list[torch.library.Library] = []  # a Library unregisters its schemas when it is collected
+
+
+def ensure_torchvision_imports() -> None:
+    """Declare torchvision's operators when its compiled library is there but cannot be loaded."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or _declared:
+        return
+    for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(str(library))
+            return
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _SCHEMAS:
+        if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
+            declared.define(schema)
+    _declared.append(declared)

@@ -1,0 +1,103 @@
+"""The command line: the only module that imports Hydra, and the one that turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sophon import __version__
+from sophon.config import Config, from_omegaconf
+from sophon.errors import GuardError, UserError
+from sophon.verbs import VERBS
+
+USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted domain, and audit how well that holds
+
+  sophon pretrain experiment=NAME ...                 make the unprotected reference
+  sophon protect  experiment=NAME [run_dir=DIR] ...   protect it; the same command goes on where it stopped
+  sophon export   checkpoint=DIR out=DIR ...          copy a verified checkpoint, or an unfinished run's last good state
+  sophon audit    experiment=NAME [checkpoint=DIR] [reference=DIR] [attack=NAME] [run_dir=DIR] ...
+                                                      attack it, its reference and a fresh model
+  sophon report   run_dir=DIR                         write an audit's reports again
+
+Folders default to runs/<name>/seed<seed>/<verb>. Every key of the configuration can be overridden, as in
+`sophon protect experiment=quickstart method.rounds=50 seed=1`; `sophon VERB --help` lists the groups and the whole
+configuration, `--cfg job` prints what a command would run, `--multirun` sweeps.
+
+Exit codes: 0 done; 2 the input is wrong; 3 no checkpoint satisfies the guard; 130 interrupted (a protect or an audit
+goes on with the same command).
+"""
+
+
+def conf_dir() -> Path:
+    """Return the folder of the shipped configuration: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+def _run(config: DictConfig) -> None:
+    typed = from_omegaconf(config)
+    if typed.threads:
+        torch.set_num_threads(typed.threads)
+    VERBS[typed.verb](typed)
+
+
+def main() -> None:
+    """Run ``sophon VERB overrides...`` and exit with the code that `USAGE` states."""
+    sys.exit(_main(sys.argv[1:]))
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        return _fail(f"'{verb}' is not a verb; allowed: {', '.join(VERBS)}", 2)
+    sys.argv = [sys.argv[0], *arguments[1:], f"verb={verb}"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own and exits with 1
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _run()
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        return _fail(_one_line(error), 2)
+    except GuardError as error:
+        return _fail(str(error), 3)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sophon: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    """Join what Hydra and OmegaConf spread over several lines, leaving out their internals."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Typed configuration: what every key means, which values it takes, and the one place where a DictConfig becomes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sophon.errors import UserError, choose
+from sophon.strategies import FineTuneStrategy, SamplerConfig
+
+if TYPE_CHECKING:
+    StrategyConfig = FineTuneStrategy
+else:
+    # OmegaConf makes a frozen dataclass read-only, so that no configuration file could fill it in. This is the same
+    # dataclass unfrozen; `from_omegaconf` hands on FineTuneStrategy itself.
+    _types = get_type_hints(FineTuneStrategy)
+    StrategyConfig = make_dataclass(
+        "StrategyConfig", [(part.name, _types[part.name], part.default) for part in fields(FineTuneStrategy)]
+    )
+
+
+@dataclass
+class DomainConfig:
+    """A data set, or a part of one.
+
+    Attributes:
+        name: what reports call it.
+        source: a key of `sophon.domains.SOURCES`: ``bundled``, ``torchvision`` or ``imagefolder``.
+        dataset: which of the source's data sets; empty for ``imagefolder``.
+        root: folder that torchvision's files, or the ``train/`` and ``test/`` of an image folder, lie in.
+        download: fetch the data if it is not there. Nothing is ever fetched otherwise.
+        classes: names of the classes to keep, in this order; null keeps all.
+        per_class: at most this many training images of each class (drawn with ``split_seed``); null for all.
+        test_per_class: the same for test images.
+        split_seed: seeds the limits and the splits; not the run's seed, so that runs share their splits.
+        val_fraction: part of an original domain's training images kept for ``val``.
+        fractions: parts of a restricted domain's training images: ``adapt`` and ``query`` (the defender's), ``attack`` and
+            ``select`` (the attacker's). They sum to at most 1.
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    dataset: str = ""
+    root: str = "data"
+    download: bool = False
+    classes: list[str] | None = None
+    per_class: int | None = None
+    test_per_class: int | None = None
+    split_seed: int = 0
+    val_fraction: float = 0.1
+    fractions: dict[str, float] = field(
+        default_factory=lambda: {"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}
+    )
+
+
+@dataclass
+class DomainsConfig:
+    """The two domains of a run."""
+
+    original: DomainConfig = field(default_factory=DomainConfig)
+    restricted: DomainConfig = field(default_factory=DomainConfig)
+
+
+@dataclass
+class ModelConfig:
+    """A classifier.
+
+    Attributes:
+        library: ``timm`` or ``torchvision``.
+        architecture: the library's name of it; a timm hub name such as ``caformer_m36.sail_in22k_ft_in1k`` also works.
+        model_args: keyword arguments of its constructor.
+        image_size: images are resized to this many pixels on each side.
+        channels: channels that the model takes; 1 or 3; grey images are repeated, colour ones reduced to luminance.
+        mean: normalisation per channel on a 0..1 scale; one number serves all channels.
+        std: the same.
+        pretrained: start from the library's pretrained weights (downloads them).
+        weights: start from these weights: a sophon or timm checkpoint folder, or a .safetensors state dict.
+    """
+
+    library: str = "timm"
+    architecture: str = MISSING
+    model_args: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 32
+    channels: int = 3
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    std: list[float] = field(default_factory=lambda: [0.5])
+    pretrained: bool = False
+    weights: str | None = None
+
+
+@dataclass
+class MethodConfig:
+    """How the model is protected: rounds of FTS alternating with NTR.
+
+    Attributes:
+        name: what manifests and reports call the method.
+        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`.
+        engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.simulate.ENGINES`).
+        rounds: how many alternations.
+        fts_steps: FTS steps a round (l_FTS of the paper).
+        ntr_steps: NTR steps a round (l_NTR).
+        fts_lr: Adam's rate of FTS (alpha).
+        ntr_lr: Adam's rate of NTR (beta).
+        attackers: attackers simulated for each FTS step (N).
+        gamma: weights of the inner steps' query losses, a key of `sophon.protect.simulate.GAMMAS`; they sum to 1.
+        query_every: a query after every so many inner steps (and after the last).
+        query_batch_size: images of a query.
+        ntr_batch_size: images of an NTR step.
+        ntr_augmentation: a key of `sophon.domains.AUGMENTATIONS`.
+        distillation: weight of distilling the reference's outputs into NTR, 0 for none.
+        temperature: of the distillation.
+        fts_max_norm: the FTS gradient's norm is clipped to this; null for no clipping.
+        probe_steps: steps by which the defender's probed head is refreshed before each attacker that starts from it.
+        probe_lr: Adam's rate of those steps.
+    """
+
+    name: str = MISSING
+    suppression_loss: str = "klu"
+    engine: str = "first_order"
+    rounds: int = 100
+    fts_steps: int = 1
+    ntr_steps: int = 10
+    fts_lr: float = 3e-4
+    ntr_lr: float = 5e-4
+    attackers: int = 1
+    gamma: str = "uniform"
+    query_every: int = 1
+    query_batch_size: int = 128
+    ntr_batch_size: int = 128
+    ntr_augmentation: str = "standard"
+    distillation: float = 0.0
+    temperature: float = 2.0
+    fts_max_norm: float | None = None
+    probe_steps: int = 5
+    probe_lr: float = 0.005
+
+
+@dataclass
+class GuardConfig:
+    """The constraint that keeps the original domain's work.
+
+    Attributes:
+        every: rounds between two looks at the ``val`` split; the last round is always followed by one.
+        tolerance: largest loss of the task's primary metric on ``val`` against the reference: in points for accuracy.
+        repair_steps: NTR steps tried on a breach before the trainer rolls back.
+        growth: NTR steps of a round are multiplied by this after a roll-back.
+        max_ntr_steps: but never grow beyond this.
+    """
+
+    every: int = 10
+    tolerance: float = 1.0
+    repair_steps: int = 50
+    growth: float = 1.5
+    max_ntr_steps: int = 100
+
+
+@dataclass
+class AttackConfig:
+    """What the audit runs.
+
+    Attributes:
+        seeds: attempts of each strategy against each role, >= 1.
+        eval_points: points of each curve on the ``select`` split, the start and the end included, >= 2.
+        strategies: the attacks by name.
+        grid: further attacks: every combination of these lists of `FineTuneStrategy` fields.
+    """
+
+    seeds: int = 1
+    eval_points: int = 6
+    strategies: dict[str, StrategyConfig] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class TrackingConfig:
+    """Where a run reports to.
+
+    Attributes:
+        wandb: ``disabled``, ``offline`` or ``online`` (needs a key and the network).
+        project: wandb's project.
+        entity: wandb's entity; null for the default one.
+        progress: show progress bars (plain lines where the output is not a terminal).
+    """
+
+    wandb: str = "offline"
+    project: str = "sophon"
+    entity: str | None = None
+    progress: bool = True
+
+
+@dataclass
+class Config:
+    """A whole run; one schema for every verb.
+
+    Attributes:
+        verb: what to do; the command line sets it.
+        name: the experiment's name; the default folders lie under ``runs/<name>/seed<seed>``.
+        task: the model kind, a key of `sophon.tasks.TASKS`.
+        seed: every random choice of a run derives from it (splits from ``split_seed``).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        amp: autocast to bfloat16 on a CUDA device.
+        threads: CPU threads of torch; 0 leaves torch's choice.
+        run_dir: where the run writes.
+        reference: the unprotected checkpoint: what protect starts from and the audit compares with.
+        checkpoint: the checkpoint to export or audit.
+        out: where export writes.
+        pretrain: how ``pretrain`` trains the reference on the original domain.
+    """
+
+    verb: str = MISSING
+    name: str = MISSING
+    task: str = "classification"
+    seed: int = 0
+    device: str = "auto"
+    amp: bool = True
+    threads: int = 0
+    run_dir: str | None = None
+    reference: str | None = None
+    checkpoint: str | None = None
+    out: str | None = None
+    domain: DomainsConfig = field(default_factory=DomainsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: StrategyConfig = field(default_factory=StrategyConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def from_omegaconf(config: DictConfig) -> Config:
+    """Turn a composed configuration into the typed one, and check what types cannot say.
+
+    Raises:
+        UserError: a key is missing, or a value is outside its range.
+    """
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), config))
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    if not isinstance(typed, Config):
+        raise UserError("the configuration is not a whole sophon configuration")
+    typed.pretrain = FineTuneStrategy(**vars(typed.pretrain))
+    typed.attack.strategies = {
+        name: FineTuneStrategy(**vars(strategy)) for name, strategy in typed.attack.strategies.items()
+    }
+    validate(typed)
+    return typed
+
+
+def validate(config: Config) -> None:
+    """Raise a `UserError` that names the key if a value is outside its range."""
+    config.pretrain.validate("pretrain")
+    method, guard, attack = config.method, config.guard, config.attack
+    at_least_one = {
+        "method": (method, "rounds", "fts_steps", "attackers", "query_every", "query_batch_size", "ntr_batch_size"),
+        "guard": (guard, "every"),
+        "attack": (attack, "seeds"),
+    }
+    for group, (owner, *names) in at_least_one.items():
+        for name in names:
+            _within(f"{group}.{name}", getattr(owner, name), 1)
+    for name in ("ntr_steps", "probe_steps", "distillation"):
+        _within(f"method.{name}", getattr(method, name), 0)
+    for name in ("fts_lr", "ntr_lr", "probe_lr", "temperature"):
+        _within(f"method.{name}", getattr(method, name), 0, exclusive=True)
+    if method.fts_max_norm is not None:
+        _within("method.fts_max_norm", method.fts_max_norm, 0, exclusive=True)
+    for name in ("tolerance", "repair_steps", "max_ntr_steps"):
+        _within(f"guard.{name}", getattr(guard, name), 0)
+    _within("guard.growth", guard.growth, 1)
+    _within("attack.eval_points", attack.eval_points, 2)
+    _within("threads", config.threads, 0)
+    choose("method.engine", method.engine, ("first_order", "second_order"))
+    choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
+    for key in ("name",):
+        value = str(getattr(config, key))
+        if not value or "/" in value or value.startswith("."):
+            raise UserError(f"{key}: '{value}' is not allowed; it names a folder")
+
+
+def _within(key: str, value: float, lowest: float, *, exclusive: bool = False) -> None:
+    if not math.isfinite(value) or value < lowest or (exclusive and value == lowest):
+        raise UserError(f"{key}: {value} is not allowed; it must be {'>' if exclusive else '>='} {lowest}")
+
+
+def plain(config: Config, *keys: str) -> dict[str, Any]:
+    """Return the configuration, or only the parts named by ``keys``, as plain JSON data."""
+    everything = asdict(config)
+    return {key: everything[key] for key in keys or everything}

@@ -1,0 +1,149 @@
+"""Splits: disjoint, stratified, seeded by the data's own configuration, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from sophon.config import DomainConfig
+from sophon.domains.sources import class_generator, load_source
+from sophon.domains.types import Domain, ImageSet
+from sophon.errors import UserError
+
+RESTRICTED_SPLITS = ("adapt", "query", "attack", "select")
+
+
+def load_original(config: DomainConfig, *, image_size: int, channels: int, where: str = "domain.original") -> Domain:
+    """Load an original domain.
+
+    Its training images are split, class by class, into ``train`` and ``val``; the data set's test images are ``test``.
+    A training image whose pixels equal those of an earlier one, or of a test image, is left out.
+
+    Args:
+        config: the data set; ``val_fraction`` of the training images go to ``val``.
+        image_size: see `load_source`.
+        channels: see `load_source`.
+        where: the configuration key of ``config``, for messages.
+
+    Returns:
+        The domain, on the CPU, with the splits ``train``, ``val`` and ``test``.
+
+    Raises:
+        UserError: as `load_source`; or ``val_fraction`` is not in (0, 1), or leaves a split without some class.
+    """
+    if not 0 < config.val_fraction < 1:
+        raise UserError(f"{where}.val_fraction: {config.val_fraction} is not allowed; it must be > 0 and < 1")
+    fractions = {"train": 1 - config.val_fraction, "val": config.val_fraction}
+    return _load(config, fractions, image_size, channels, where)
+
+
+def load_restricted(
+    config: DomainConfig, *, image_size: int, channels: int, where: str = "domain.restricted"
+) -> Domain:
+    """Load a restricted domain.
+
+    Its training images are split, class by class, into ``adapt`` and ``query`` (the defender's), ``attack`` and
+    ``select`` (the attacker's); the data set's test images are ``test``. Duplicates are left out as by `load_original`.
+
+    Args:
+        config: the data set; ``fractions`` are the parts of the training images that each split gets.
+        image_size: see `load_source`.
+        channels: see `load_source`.
+        where: the configuration key of ``config``, for messages.
+
+    Returns:
+        The domain, on the CPU, with the splits ``adapt``, ``query``, ``attack``, ``select`` and ``test``.
+
+    Raises:
+        UserError: as `load_source`; or ``fractions`` has other keys, a part <= 0 or a sum > 1, or leaves a split
+            without some class.
+    """
+    fractions = config.fractions
+    if set(fractions) != set(RESTRICTED_SPLITS):
+        raise UserError(
+            f"{where}.fractions: {sorted(fractions)} is not allowed; give exactly {list(RESTRICTED_SPLITS)}"
+        )
+    for name, fraction in fractions.items():
+        if not fraction > 0:
+            raise UserError(f"{where}.fractions.{name}: {fraction} is not allowed; it must be > 0")
+    if not sum(fractions.values()) <= 1 + 1e-9:
+        raise UserError(f"{where}.fractions: their sum is {sum(fractions.values()):g}; it must be <= 1")
+    return _load(config, {name: fractions[name] for name in RESTRICTED_SPLITS}, image_size, channels, where)
+
+
+def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -> ImageSet:
+    """Draw the images that an attacker with a small budget owns.
+
+    Classes get equal numbers, up to one; where a class runs out, the others fill the budget. With the same generator
+    state, a larger budget holds every image of a smaller one.
+
+    Args:
+        images: what to draw from, on any device.
+        budget: how many images, at least one a class; None for all of them, in their order.
+        generator: on the CPU; the only source of randomness.
+
+    Returns:
+        ``budget`` images in a random order, on the device of ``images``.
+
+    Raises:
+        UserError: ``budget`` is smaller than the number of classes or larger than the number of images.
+    """
+    if budget is None:
+        return images
+    if not len(images.classes) <= budget <= len(images):
+        raise UserError(
+            f"data_budget: {budget} is not allowed; it must be {len(images.classes)} (one image a class) "
+            f"to {len(images)} (all there are), or null for all"
+        )
+    order = torch.randperm(len(images), generator=generator)
+    labels = images.labels.cpu()[order]
+    rank = torch.empty_like(labels)  # how many images of its class come before this one
+    for label in range(len(images.classes)):
+        members = labels == label
+        rank[members] = torch.arange(int(members.sum()))
+    return images.take(order[rank.argsort(stable=True)[:budget]])
+
+
+def _load(config: DomainConfig, fractions: Mapping[str, float], image_size: int, channels: int, where: str) -> Domain:
+    train, test = load_source(config, image_size=image_size, channels=channels, where=where)
+    train = _without_duplicates(train, test)
+    key = f"{where}.val_fraction" if "val" in fractions else f"{where}.fractions"
+    indices = _stratified(train, fractions, config.split_seed, key)
+    splits = {name: train.take(chosen) for name, chosen in indices.items()} | {"test": test}
+    return Domain(config.name, train.classes, splits, {name: images.sha256() for name, images in splits.items()})
+
+
+def _without_duplicates(train: ImageSet, test: ImageSet) -> ImageSet:
+    seen, kept = set(_fingerprints(test)), []
+    for index, fingerprint in enumerate(_fingerprints(train)):
+        if fingerprint not in seen:
+            seen.add(fingerprint)
+            kept.append(index)
+    return train.take(torch.tensor(kept, dtype=torch.int64))
+
+
+def _fingerprints(images: ImageSet) -> Iterator[bytes]:
+    return (hashlib.sha256(image.numpy().tobytes()).digest() for image in images.images)
+
+
+def _stratified(train: ImageSet, fractions: Mapping[str, float], seed: int, key: str) -> dict[str, Tensor]:
+    """Split indices of ``train`` so that every class is cut in the same proportions, to within one image."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in fractions}
+    for label, class_name in enumerate(train.classes):
+        members = (train.labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=class_generator(seed, "split", class_name))]
+        start, total = 0, 0.0
+        for name, fraction in fractions.items():
+            total += fraction
+            stop = min(round(total * len(members)), len(members))
+            if stop == start:
+                raise UserError(
+                    f"{key}: {fraction:g} of the {len(members)} different training images of class '{class_name}' "
+                    f"leaves none for split '{name}'; give it a larger part or keep more images"
+                )
+            parts[name].append(members[start:stop])
+            start = stop
+    return {name: torch.cat(chosen).sort().values for name, chosen in parts.items()}

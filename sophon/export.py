@@ -1,0 +1,166 @@
+"""The protected checkpoint: a folder that timm or torchvision loads without us, and that says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from sophon import __version__
+from sophon.errors import UserError
+from sophon.models import ModelSpec, build, load_weights
+from sophon.runs import atomic_directory, read_json, sha256_file, write_json, write_tensors, write_text
+
+FORMAT_VERSION = 1
+_WEIGHTS, _CONFIG, _MANIFEST, _CARD = "model.safetensors", "config.json", "sophon.json", "README.md"
+_PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy")
+# What timm knows of the architecture's published weights; said of ours it would be false.
+_OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read back and verified.
+
+    Attributes:
+        model: the classifier with its weights, on the CPU, in evaluation mode.
+        spec: its architecture and input.
+        manifest: what ``sophon.json`` holds.
+        path: the checkpoint's folder.
+        sha256: of the weights file.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    manifest: dict[str, Any]
+    path: Path
+    sha256: str
+
+
+def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder: whole, or not at all.
+
+    Args:
+        out: the folder; an older checkpoint in its place is replaced.
+        model: the classifier, on any device.
+        spec: its spec.
+        manifest: the run's part of ``sophon.json``, plain JSON data: ``verb``, ``config``, ``method``,
+            ``sampler_support``, ``domains``, ``seed``, ``parent_sha256``, ``intactness`` and optionally ``history``.
+
+    Raises:
+        UserError: ``out`` holds something else, a weight is not finite, or the file system refuses.
+    """
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / _MANIFEST).exists():
+        raise UserError(f"out: '{out}' is not empty and holds no sophon checkpoint; give another folder")
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"cannot export to {out}: weight '{name}' holds NaN or infinite numbers")
+    with atomic_directory(out) as folder:
+        write_tensors(folder / _WEIGHTS, state)
+        _write_config(folder / _CONFIG, model, spec)
+        complete = {
+            "format_version": FORMAT_VERSION,
+            **manifest,
+            "model": dataclasses.asdict(spec),
+            "versions": package_versions(),
+            "weights_sha256": sha256_file(folder / _WEIGHTS),
+        }
+        write_json(folder / _MANIFEST, complete)
+        write_text(folder / _CARD, _model_card(spec, complete))
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, sophon and the packages that a result depends on."""
+    return {
+        "sophon": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in _PACKAGES},
+    }
+
+
+def _write_config(path: Path, model: nn.Module, spec: ModelSpec) -> None:
+    """Write ``config.json``: timm's Hub format, or for torchvision the arguments of its ``get_model``."""
+    preprocessing = {
+        "input_size": [spec.channels, spec.image_size, spec.image_size],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+    }
+    if spec.library == "timm":
+        save_config_for_hf(model, path, model_config={"label_names": list(spec.classes)}, data_config=preprocessing)
+        config = read_json(path)
+        for key in _OF_PUBLISHED_WEIGHTS:
+            config["pretrained_cfg"].pop(key, None)
+    else:
+        config = {
+            "library": spec.library,
+            "architecture": spec.architecture,
+            "num_classes": len(spec.classes),
+            "label_names": list(spec.classes),
+            "model_args": dict(spec.model_args),
+            "pretrained_cfg": {key: preprocessing[key] for key in ("mean", "std", "input_size")},
+        }
+    write_json(path, config)
+
+
+def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
+    """Read a checkpoint and verify it. Draws nothing from torch's global generator.
+
+    Args:
+        path: the checkpoint's folder, or a run directory with ``checkpoint/`` in it.
+        key: the configuration key that messages name.
+
+    Raises:
+        UserError: something is missing, corrupt, of another format version, or the weights are not those that were
+            exported.
+    """
+    path = Path(path)
+    if not (path / _MANIFEST).exists() and (path / "checkpoint").is_dir():
+        path = path / "checkpoint"
+    if not path.is_dir():
+        raise UserError(f"{key}: '{path}' is not a folder; give a checkpoint that sophon exported")
+    for name in (_MANIFEST, _CONFIG, _WEIGHTS):
+        if not (path / name).is_file():
+            raise UserError(f"{key}: '{path}' holds no {name}; give a checkpoint that sophon exported")
+    manifest = read_json(path / _MANIFEST)
+    spec = _spec(path, manifest, key)
+    sha256 = sha256_file(path / _WEIGHTS)
+    if sha256 != manifest.get("weights_sha256"):
+        raise UserError(f"{key}: '{path / _WEIGHTS}' is refused; its sha256 is not the one in {_MANIFEST}")
+    with torch.random.fork_rng(devices=[]):
+        model = build(spec)
+    load_weights(model, path / _WEIGHTS, key=key)
+    return Checkpoint(model.eval(), spec, manifest, path, sha256)
+
+
+def _spec(path: Path, manifest: Any, key: str) -> ModelSpec:
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
+        raise UserError(f"{key}: '{path}' is of format version {found}; this sophon reads version {FORMAT_VERSION}")
+    try:
+        fields = dict(manifest["model"])
+        sequences = {name: tuple(fields[name]) for name in ("classes", "mean", "std")}
+        return ModelSpec(**{**fields, **sequences})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{key}: '{path / _MANIFEST}' does not describe a model; export it again") from error
+
+
+def _model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sophon"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = lambda value: " ".join(str(value).replace("|", "\\|").split())
+    template = environment.get_template("model_card.md.j2")
+    return template.render(spec=spec, manifest=manifest, domains=manifest.get("domains") or {}) + "\n"

@@ -1,0 +1,74 @@
+"""Ordinary fine-tuning with plain torch.optim: what `pretrain` does and what every attacker of the audit does.
+
+It shares no code with the simulation in `sophon.protect`, so that a bug there cannot certify itself here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sophon.domains import ImageSet, batches
+from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
+from sophon.tasks import Task
+
+
+def fine_tune(
+    model: nn.Module,
+    strategy: FineTuneStrategy,
+    task: Task,
+    images: ImageSet,
+    generator: torch.Generator,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> bool:
+    """Fine-tune ``model`` in place on ``images`` for ``strategy.steps`` steps.
+
+    Args:
+        model: on the images' device.
+        strategy: what to do; its head start and data budget have been seen to by the caller.
+        task: gives the loss and says what the scope trains.
+        images: the training images.
+        generator: on the CPU; draws the batches and the augmentation.
+        after_step: called with the number of steps done and the loss, after each step.
+
+    Returns:
+        True; False when the loss stopped being finite, at which point fine-tuning ends.
+    """
+    parameters = task.train_mode(model, strategy.scope)
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = build_optimizer(strategy, parameters.values())
+    stream = batches(images, strategy.batch_size, generator, strategy.augmentation)
+    for step in range(strategy.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(strategy, step)
+        loss = task.attacker_loss(model, next(stream))
+        if not math.isfinite(loss.item()):
+            return False
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        after_step(step + 1, loss.item())
+    return True
+
+
+def flops_per_step(model: nn.Module, strategy: FineTuneStrategy, task: Task, images: ImageSet) -> int:
+    """Count the floating-point operations of one forward and backward pass at the strategy's batch size.
+
+    Optimizer arithmetic is left out: it is small beside them and the same for every role. The model is left as it was,
+    apart from its modes.
+    """
+    few = images.take(torch.arange(strategy.batch_size) % len(images))
+    parameters = task.train_mode(model, strategy.scope)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with FlopCounterMode(display=False) as counter:
+        batch = next(batches(few, strategy.batch_size, torch.Generator().manual_seed(0)))
+        torch.autograd.grad(task.attacker_loss(model, batch), list(parameters.values()), allow_unused=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return int(counter.get_total_flops())

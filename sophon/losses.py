@@ -1,0 +1,95 @@
+"""Losses of the defender, each a pure function of logits; all are minimised by whoever calls them.
+
+Notation: z are the logits, p = softmax(z), C the number of classes, y the label. Sources: SOPHON (Deng et al., 2024,
+arXiv 2404.12699) for `inverse_cross_entropy` and `kl_from_uniform`; its public code for `negated_logits_cross_entropy`;
+MLAC (Henderson et al., 2023, arXiv 2211.14946) for `clamped_negative_cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """ICE: mean over images of ``-log(1 - p_y)``, in [0, inf).
+
+    Its gradient with respect to z_y is p_y / B: it dies out as the model gets worse, so it stays bounded. Computed as
+    ``logsumexp(z) - logsumexp(z without y)``, finite for every finite z.
+
+    Args:
+        logits: float [B, C], C >= 2.
+        labels: int64 [B].
+    """
+    without_label = logits.scatter(1, labels[:, None], -math.inf)
+    return (torch.logsumexp(logits, 1) - torch.logsumexp(without_label, 1)).mean()
+
+
+def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    """KLU: mean over images of KL(uniform || p) = ``-(1/C) sum_j log(C p_j)``, in [0, inf).
+
+    Its gradient with respect to z_j is (p_j - 1/C) / B. Needs no labels.
+
+    Args:
+        logits: float [B, C].
+        labels: ignored.
+    """
+    return -F.log_softmax(logits, 1).mean() - math.log(logits.shape[1])
+
+
+def negative_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Baseline: ``-CE``, in (-inf, 0]. Its gradient grows with the error, so its minimisation diverges.
+
+    Args:
+        logits: float [B, C].
+        labels: int64 [B].
+    """
+    return -F.cross_entropy(logits, labels)
+
+
+def clamped_negative_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Baseline MLAC: mean over images of ``-min(CE, log C)``, in [-log C, 0].
+
+    The negated loss of the adversary, with no reward for doing worse than a uniform guess.
+
+    Args:
+        logits: float [B, C].
+        labels: int64 [B].
+    """
+    return -F.cross_entropy(logits, labels, reduction="none").clamp(max=math.log(logits.shape[1])).mean()
+
+
+def negated_logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Baseline: ``CE(-z, y)``, in [0, inf): what SOPHON's public code computes under the name of ICE.
+
+    Args:
+        logits: float [B, C].
+        labels: int64 [B].
+    """
+    return F.cross_entropy(-logits, labels)
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Mean over images of ``T^2 KL(softmax(teacher / T) || softmax(z / T))``, in [0, inf) (Hinton et al., 2015).
+
+    Args:
+        logits: float [B, C].
+        teacher_logits: float [B, C], taken as constant.
+        temperature: T > 0.
+    """
+    student = F.log_softmax(logits / temperature, 1)
+    teacher = F.log_softmax(teacher_logits.detach() / temperature, 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+SUPPRESSION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ice": inverse_cross_entropy,
+    "klu": kl_from_uniform,
+    "negative_ce": negative_cross_entropy,
+    "mlac": clamped_negative_cross_entropy,
+    "ce_on_negated_logits": negated_logits_cross_entropy,
+}

@@ -1,0 +1,32 @@
+"""`ModelSpec`: everything needed to rebuild a model around its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An architecture with the input that it expects; with its weights, a whole model.
+
+    Attributes:
+        library: ``timm`` or ``torchvision``.
+        architecture: the library's name of it.
+        model_args: keyword arguments of the library's constructor, plain JSON data.
+        classes: names of the classes that the head tells apart, in order.
+        channels: channels of the input.
+        image_size: height and width of the input in pixels.
+        mean: per channel, on a 0..1 scale; subtracted from the input.
+        std: per channel, on a 0..1 scale; the input is divided by it.
+    """
+
+    library: str
+    architecture: str
+    classes: tuple[str, ...]
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    model_args: Mapping[str, Any] = field(default_factory=dict)

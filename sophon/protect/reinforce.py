@@ -1,0 +1,69 @@
+"""NTR, normal training reinforcement: ordinary training on the original domain between two bouts of suppression."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from sophon.config import MethodConfig
+from sophon.domains import ImageSet, batches
+from sophon.errors import UserError
+from sophon.runs import derive_seed
+from sophon.tasks import Task
+
+
+class Reinforcer:
+    """Takes NTR steps on the released model.
+
+    Args:
+        model: the released model, trained in place, BatchNorm statistics included.
+        reference: the unprotected model, distilled from where the task does so.
+        task: gives the original domain's loss.
+        images: the original domain's training images.
+        config: batch size, rate (beta), augmentation.
+        seed: the run's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        task: Task,
+        images: ImageSet,
+        config: MethodConfig,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.reference = reference
+        self.task = task
+        self.images = images
+        self.config = config
+        self.seed = seed
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.ntr_lr)
+
+    def run(self, steps: int, *key: object) -> float:
+        """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "ntr", *key))
+        stream = batches(self.images, self.config.ntr_batch_size, generator, self.config.ntr_augmentation)
+        parameters = self.task.train_mode(self.model, "all")
+        total = 0.0
+        for _ in range(steps):
+            loss = self.task.original_loss(self.model, next(stream), self.reference)
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"method.ntr_lr: the loss on the original domain became {loss.item()} at ntr_lr="
+                    f"{self.config.ntr_lr}, fts_lr={self.config.fts_lr}; lower them (the last good state is kept)"
+                )
+            for parameter, gradient in zip(
+                parameters.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True
+            ):
+                parameter.grad = gradient
+            self.optimizer.step()
+            total += loss.item()
+        return total / max(1, steps)

@@ -1,0 +1,175 @@
+"""The inner loop: one simulated attacker fine-tunes, and is queried as it goes.
+
+With theta^0 the released weights and theta^k an attacker's weights after k steps, the query objective is
+``L = sum_k gamma_k * suppression(theta^k; query batch k)`` (SOPHON's FTS, arXiv 2404.12699). Two engines compute its
+gradient with respect to theta^0 behind one signature:
+
+* `first_order` takes the inner gradients as constants. Then d theta^k / d theta^0 = I for every optimizer, so the
+  gradient of L is the sum of the query gradients along the trajectory. It is added up as the attacker runs; memory does
+  not grow with K.
+* `second_order` differentiates through the optimizer's steps, exactly, with `higher`.
+
+Both run on the module that they are given and leave it changed: hand them a scratch copy. Both leave the query out of
+the attacker's BatchNorm statistics, since an attacker never sees the defender's query images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sophon.domains import Batch
+from sophon.protect import differentiable
+from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
+from sophon.tasks import Task
+
+
+class Simulation(NamedTuple):
+    """What one simulated attacker teaches.
+
+    Attributes:
+        gradients: d L / d theta^0 by parameter name, for every parameter of the attacker, its head included.
+        query_losses: the suppression loss at each query.
+        attacker_losses: the attacker's own loss at each of its steps.
+    """
+
+    gradients: dict[str, Tensor]
+    query_losses: list[float]
+    attacker_losses: list[float]
+
+
+Engine = Callable[
+    [nn.Module, FineTuneStrategy, Task, Iterator[Batch], Iterator[Batch], Sequence[float]],
+    Simulation,
+]
+
+# gamma_k for k = 1 .. K, before they are scaled to sum to 1
+GAMMAS: dict[str, Callable[[int, int], float]] = {
+    "uniform": lambda k, steps: 1.0,
+    "linear": lambda k, steps: float(k),
+    "last": lambda k, steps: float(k == steps),
+}
+
+
+def query_weights(gamma: str, steps: int, every: int) -> list[float]:
+    """Return gamma_1 .. gamma_K, summing to 1, zero where there is no query (see `MethodConfig.query_every`)."""
+    queried = [k % every == 0 or k == steps for k in range(1, steps + 1)]
+    weights = [GAMMAS[gamma](k, steps) * here for k, here in enumerate(queried, start=1)]
+    return [weight / sum(weights) for weight in weights]
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Let normalisation layers normalise as in training without recording into their running statistics."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def first_order(
+    attacker: nn.Module,
+    strategy: FineTuneStrategy,
+    task: Task,
+    adapt: Iterator[Batch],
+    query: Iterator[Batch],
+    gammas: Sequence[float],
+) -> Simulation:
+    """Run the attacker in place; add up ``gamma_k`` times the query gradients at theta^1 .. theta^K.
+
+    Args:
+        attacker: scratch copy of the released model with the attacker's head; it ends as the fine-tuned model.
+        strategy: how it fine-tunes.
+        task: gives both losses.
+        adapt: the attacker's batches; one is taken for each step.
+        query: the defender's batches; one is taken for each gamma that is not zero.
+        gammas: K weights, one for each step.
+    """
+    trainable = task.train_mode(attacker, strategy.scope)
+    attacker.requires_grad_(True)
+    parameters = dict(attacker.named_parameters())
+    optimizer = build_optimizer(strategy, trainable.values())
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    query_losses, attacker_losses = [], []
+    for step, gamma in enumerate(gammas):
+        _set_learning_rate(optimizer, strategy, step)
+        loss = task.attacker_loss(attacker, next(adapt))
+        gradients = torch.autograd.grad(loss, list(trainable.values()))
+        for parameter, gradient in zip(trainable.values(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        attacker_losses.append(loss.detach())
+        if gamma:
+            with frozen_statistics(attacker):
+                suppression = task.suppression_loss(attacker, next(query))
+            found = torch.autograd.grad(suppression, list(parameters.values()), allow_unused=True)
+            for summed, part in zip(total.values(), found, strict=True):
+                if part is not None:
+                    summed.add_(part, alpha=gamma)
+            query_losses.append(suppression.detach())
+    optimizer.zero_grad(set_to_none=True)
+    return Simulation(total, _floats(query_losses), _floats(attacker_losses))
+
+
+def second_order(
+    attacker: nn.Module,
+    strategy: FineTuneStrategy,
+    task: Task,
+    adapt: Iterator[Batch],
+    query: Iterator[Batch],
+    gammas: Sequence[float],
+) -> Simulation:
+    """Compute the exact gradient of the same objective through the attacker's steps; arguments as for `first_order`.
+
+    Memory grows with K times the activations of a step. Flash attention has no second derivative, so attention runs as
+    plain matrix products.
+    """
+    trainable = task.train_mode(attacker, strategy.scope)
+    attacker.requires_grad_(True)
+    parameters = dict(attacker.named_parameters())
+    optimizer = build_optimizer(strategy, trainable.values())
+    query_losses, attacker_losses = [], []
+    device = next(attacker.parameters()).device
+    objective = torch.zeros((), dtype=next(iter(parameters.values())).dtype, device=device)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        differentiable.innerloop(attacker, optimizer) as (model, steps),
+    ):
+        for step, gamma in enumerate(gammas):
+            loss = task.attacker_loss(model, next(adapt))
+            steps.step(loss, override={"lr": [learning_rate(strategy, step)]})
+            attacker_losses.append(loss.detach())
+            if gamma:
+                with frozen_statistics(model):
+                    suppression = task.suppression_loss(model, next(query))
+                objective = objective + gamma * suppression
+                query_losses.append(suppression.detach())
+        found = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
+    total = {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+    }
+    return Simulation(total, _floats(query_losses), _floats(attacker_losses))
+
+
+ENGINES: dict[str, Engine] = {"first_order": first_order, "second_order": second_order}
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrategy, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(strategy, step)
+
+
+def _floats(values: list[Tensor]) -> list[float]:
+    # Read once, at the end: reading each loss as it comes would make a GPU wait for every step.
+    return torch.stack(values).tolist() if values else []

@@ -1,0 +1,240 @@
+"""`FineTuneStrategy`, the one vocabulary of an attacker, and the distributions that training samples it from.
+
+The protection samples strategies and simulates them; the audit takes strategies from its configuration and runs them.
+Because both speak of the same dataclass, whether an attack was seen during protection is a question with an answer:
+`fields_outside` compares a strategy, field by field, with the support that the checkpoint's manifest stores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophon.errors import UserError, choose
+
+Parameters = Iterable[Tensor]
+
+
+@dataclass(frozen=True)
+class FineTuneStrategy:
+    """How somebody fine-tunes: everything that an attacker may choose. Immutable and hashable.
+
+    Attributes:
+        optimizer: a key of `OPTIMIZERS`.
+        lr: peak learning rate, > 0.
+        weight_decay: >= 0; decoupled for AdamW, as an L2 term for the others.
+        schedule: a key of `SCHEDULES`, applied to ``lr`` over ``steps``.
+        batch_size: images a step, >= 1.
+        steps: optimizer steps, >= 1; those of ``probe_steps`` come on top.
+        scope: which parameters move: ``all`` or ``head``.
+        head: what the classifier's last layer starts from: ``kept`` (the released one), ``fresh`` (newly initialised) or
+            ``probed`` (fresh, then trained alone for ``probe_steps`` steps with Adam at ``probe_lr``). A simulated
+            ``probed`` attacker starts from a head that the defender keeps fitted to its own data instead.
+        probe_steps: see ``head``; ignored unless it is ``probed``.
+        probe_lr: see ``head``; ignored unless it is ``probed``.
+        augmentation: a key of `sophon.domains.AUGMENTATIONS`.
+        data_budget: images the attacker owns, drawn class-balanced from its split; None for all of them.
+    """
+
+    optimizer: str = "momentum"
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    batch_size: int = 128
+    steps: int = 200
+    scope: str = "all"
+    head: str = "fresh"
+    probe_steps: int = 50
+    probe_lr: float = 0.005
+    augmentation: str = "none"
+    data_budget: int | None = None
+
+    def validate(self, where: str) -> None:
+        """Raise a `UserError` that names ``where`` and the field if a value is outside its range."""
+        choose(f"{where}.optimizer", self.optimizer, OPTIMIZERS)
+        choose(f"{where}.schedule", self.schedule, SCHEDULES)
+        choose(f"{where}.scope", self.scope, SCOPES)
+        choose(f"{where}.head", self.head, HEADS)
+        for name in ("lr", "probe_lr"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UserError(f"{where}.{name}: {getattr(self, name)} is not allowed; it must be a finite number > 0")
+        for name in ("batch_size", "steps", "probe_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{where}.{name}: {getattr(self, name)} is not allowed; it must be >= 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"{where}.weight_decay: {self.weight_decay} is not allowed; it must be a number >= 0")
+        if self.data_budget is not None and self.data_budget < 1:
+            raise UserError(f"{where}.data_budget: {self.data_budget} is not allowed; it must be >= 1, or null for all")
+
+
+SCOPES = ("all", "head")
+HEADS = ("kept", "fresh", "probed")
+
+# Every optimizer an attacker may use, with the settings that its name implies. Both engines of the simulation and the
+# audit build it from here; all defaults not named are torch's own.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "adadelta": (torch.optim.Adadelta, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+}
+
+
+def build_optimizer(strategy: FineTuneStrategy, parameters: Parameters) -> torch.optim.Optimizer:
+    """Make the strategy's torch optimizer over ``parameters`` at its peak learning rate."""
+    optimizer, settings = OPTIMIZERS[strategy.optimizer]
+    return optimizer(list(parameters), lr=strategy.lr, weight_decay=strategy.weight_decay, **settings)  # type: ignore[call-arg]
+
+
+def _warmup(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / max(1, round(0.1 * steps)))
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+# Factor on the learning rate at step 0 .. steps - 1.
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda step, steps: 1.0,
+    "cosine": _cosine,
+    "warmup": _warmup,
+    "warmup_cosine": lambda step, steps: _warmup(step, steps) * _cosine(step, steps),
+}
+
+
+def learning_rate(strategy: FineTuneStrategy, step: int) -> float:
+    """Return the learning rate that the strategy uses at ``step`` (0 .. strategy.steps - 1)."""
+    return strategy.lr * SCHEDULES[strategy.schedule](step, strategy.steps)
+
+
+@dataclass
+class SamplerConfig:
+    """The distribution Phi over strategies that protection simulates.
+
+    Attributes:
+        optimizers: learning-rate range [low, high] of each optimizer; rates are drawn log-uniformly in it, optimizers
+            uniformly among the keys. An entry set to null is left out.
+        batch_sizes: drawn uniformly.
+        steps: [fewest, most] inner steps K, drawn uniformly, ends included.
+        heads: drawn uniformly; repeat one to weigh it.
+        scopes: drawn uniformly.
+        weight_decays: drawn uniformly.
+        schedules: drawn uniformly.
+        augmentations: drawn uniformly.
+    """
+
+    optimizers: dict[str, list[float] | None] = field(default_factory=dict)
+    batch_sizes: list[int] = field(default_factory=lambda: [128])
+    steps: list[int] = field(default_factory=lambda: [20, 20])
+    heads: list[str] = field(default_factory=lambda: ["kept", "fresh", "probed"])
+    scopes: list[str] = field(default_factory=lambda: ["all"])
+    weight_decays: list[float] = field(default_factory=lambda: [0.0])
+    schedules: list[str] = field(default_factory=lambda: ["constant"])
+    augmentations: list[str] = field(default_factory=lambda: ["none"])
+
+
+_LISTS = {
+    "batch_size": "batch_sizes",
+    "head": "heads",
+    "scope": "scopes",
+    "weight_decay": "weight_decays",
+    "schedule": "schedules",
+    "augmentation": "augmentations",
+}
+
+
+class StrategySampler:
+    """Draws strategies from a `SamplerConfig`.
+
+    Args:
+        config: the distribution.
+
+    Raises:
+        UserError: a range or a list is empty, reversed or names something unknown.
+    """
+
+    def __init__(self, config: SamplerConfig) -> None:
+        self.ranges = {name: limits for name, limits in config.optimizers.items() if limits is not None}
+        self.config = config
+        self._validate()
+
+    def _validate(self) -> None:
+        if not self.ranges:
+            raise UserError("sampler.optimizers: empty; give at least one optimizer with its range of learning rates")
+        for name, limits in self.ranges.items():
+            choose("sampler.optimizers", name, OPTIMIZERS)
+            if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+                raise UserError(
+                    f"sampler.optimizers.{name}: {limits} is not a range; give [low, high], 0 < low <= high"
+                )
+        for key in _LISTS.values():
+            if not getattr(self.config, key):
+                raise UserError(f"sampler.{key}: empty; give at least one value")
+        steps = self.config.steps
+        if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+            raise UserError(f"sampler.steps: {steps} is not a range; give [fewest, most], 1 <= fewest <= most")
+        for values in self._extremes():
+            FineTuneStrategy(**values).validate("sampler")
+
+    def _extremes(self) -> Iterable[dict[str, Any]]:
+        for name, key in _LISTS.items():
+            for value in getattr(self.config, key):
+                yield {name: value}
+
+    def sample(self, generator: torch.Generator) -> FineTuneStrategy:
+        """Draw one strategy; ``generator`` (on the CPU) is the only source of randomness."""
+
+        def pick(values: list[Any]) -> Any:
+            return values[int(torch.randint(len(values), (), generator=generator))]
+
+        optimizer = pick(sorted(self.ranges))
+        low, high = (math.log(limit) for limit in self.ranges[optimizer])
+        lr = math.exp(low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64)))
+        fewest, most = self.config.steps
+        steps = int(torch.randint(fewest, most + 1, (), generator=generator))
+        drawn = {name: pick(getattr(self.config, key)) for name, key in _LISTS.items()}
+        return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=steps, **drawn)
+
+    def support(self) -> dict[str, Any]:
+        """Return what can be drawn, as plain JSON data: the form that a checkpoint's manifest stores."""
+        lists = {name: sorted(set(getattr(self.config, key))) for name, key in _LISTS.items()}
+        ranges = {name: [float(limit) for limit in limits] for name, limits in sorted(self.ranges.items())}
+        return {"optimizer": ranges, "steps": list(self.config.steps), **lists, "data_budget": [None]}
+
+
+# How long an attacker probes before it fine-tunes has no counterpart in the simulation, whose probed head is the
+# defender's own: it does not decide whether an attack was seen.
+_NOT_SAMPLED = ("probe_steps", "probe_lr")
+
+
+def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tuple[str, ...]:
+    """Name the fields in which ``strategy`` lies outside ``support`` (see `StrategySampler.support`).
+
+    An empty tuple means that the strategy was seen: protection could have drawn it. ``("steps",)`` means the seen kind of
+    attacker, only longer (or shorter) than any that was simulated.
+    """
+    outside = []
+    ranges = support["optimizer"]
+    if strategy.optimizer not in ranges:
+        outside.append("optimizer")
+    elif not ranges[strategy.optimizer][0] * (1 - 1e-9) <= strategy.lr <= ranges[strategy.optimizer][1] * (1 + 1e-9):
+        outside.append("lr")
+    if not support["steps"][0] <= strategy.steps <= support["steps"][1]:
+        outside.append("steps")
+    for part in dataclasses.fields(strategy):
+        if part.name in ("optimizer", "lr", "steps", *_NOT_SAMPLED):
+            continue
+        if getattr(strategy, part.name) not in support.get(part.name, ()):
+            outside.append(part.name)
+    return tuple(outside)

@@ -1,0 +1,141 @@
+"""Where a run reports to while it goes: progress on the terminal, and Weights & Biases."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sophon.errors import UserError, choose
+
+MODES = ("disabled", "offline", "online")
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Advance(Protocol):
+    """Says that ``steps`` more steps are done, with a short note on how it stands."""
+
+    def __call__(self, note: str = "", steps: int = 1) -> None:
+        """Advance."""
+
+
+class Tracker:
+    """A run's progress bars and its wandb run, if it has one.
+
+    Args:
+        wandb_mode: ``disabled``, ``offline`` or ``online``.
+        progress: show progress on stderr: a bar on a terminal, a line every 15 s elsewhere.
+        run_dir: wandb writes below it.
+        project: wandb's project.
+        entity: wandb's entity.
+        name: the run's name.
+        config: what wandb stores as the run's configuration.
+
+    Raises:
+        UserError: wandb refuses, for instance online without a key.
+    """
+
+    def __init__(
+        self,
+        wandb_mode: str = "disabled",
+        *,
+        progress: bool = False,
+        run_dir: Path | None = None,
+        project: str = "sophon",
+        entity: str | None = None,
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        choose("tracking.wandb", wandb_mode, MODES)
+        self._console = Console(stderr=True)
+        self._show = progress
+        self._run: Any = None
+        if wandb_mode != "disabled":
+            self._run = _start_wandb(wandb_mode, run_dir, project, entity, name, config)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record ``values`` at ``step`` in wandb."""
+        if self._run is not None:
+            self._run.log(dict(values), step=step)
+
+    def say(self, line: str) -> None:
+        """Print one line on stderr, above any bar."""
+        if self._show:
+            self._console.print(line, markup=False, highlight=False)
+
+    @contextmanager
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Show ``what`` going from ``done`` to ``total``, with the time it has left."""
+        if not self._show:
+            yield lambda note="", steps=1: None
+        elif self._console.is_terminal:
+            with _bar(self._console) as bar:
+                task = bar.add_task(what, total=total, completed=done, note="")
+                yield lambda note="", steps=1: bar.update(task, advance=steps, note=note)
+        else:
+            yield _lines(what, total, done)
+
+    def close(self) -> None:
+        """End the wandb run."""
+        if self._run is not None:
+            self._run.finish(quiet=True)
+            self._run = None
+
+
+def _start_wandb(
+    mode: str, run_dir: Path | None, project: str, entity: str | None, name: str, config: Mapping[str, Any] | None
+) -> Any:
+    import wandb  # slow to import, and most tests run without it
+
+    try:
+        return wandb.init(
+            project=project,
+            entity=entity,
+            name=name,
+            dir=run_dir,
+            mode=mode,  # type: ignore[arg-type]
+            config=dict(config or {}),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except (wandb.errors.Error, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"tracking.wandb: '{mode}' failed ({reason}); use offline, disabled, or log in first"
+        ) from error
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def _lines(what: str, total: int, done: int) -> Advance:
+    """Print a line now and then: for logs, where a bar would be noise."""
+    start = last = time.monotonic()
+    first = current = done
+
+    def advance(note: str = "", steps: int = 1) -> None:
+        nonlocal last, current
+        current += steps
+        now = time.monotonic()
+        if current < total and now - last < _SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        left = (now - start) / max(1, current - first) * (total - current)
+        print(f"{what} {current}/{total}, {now - start:.0f} s, ETA {left:.0f} s {note}".rstrip(), file=sys.stderr)
+
+    return advance

@@ -1,0 +1,309 @@
+"""The five verbs, each a function of a `Config`: everything that the command line does, callable from a test."""
+
+from __future__ import annotations
+
+import copy
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophon import __version__
+from sophon.audit import metrics, report
+from sophon.audit.runner import Runner
+from sophon.config import Config, plain
+from sophon.domains import Domain, load_original, load_restricted
+from sophon.errors import UserError
+from sophon.export import Checkpoint, package_versions, read_checkpoint, write_checkpoint
+from sophon.finetune import fine_tune
+from sophon.models import ModelSpec, build, load_weights, spec_from_config
+from sophon.protect.trainer import STATE_FILE, Position, Trainer, last_good
+from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all, write_json
+from sophon.strategies import StrategySampler
+from sophon.tasks import TASKS, Task
+from sophon.tracking import Tracker
+
+
+def pretrain(config: Config) -> None:
+    """Train the unprotected reference on the original domain; write ``run_dir/checkpoint``."""
+    device = resolve_device(config.device)
+    original = load_original(
+        config.domain.original, image_size=config.model.image_size, channels=config.model.channels
+    ).to(device)
+    spec = spec_from_config(config.model, original.classes)
+    identity = {**plain(config, "seed", "task", "model", "pretrain"), "original": original.hashes}
+    folder = RunDirectory.open(_run_dir(config), "pretrain", identity).path
+    if (folder / "checkpoint").exists():
+        print(f"already done: {folder / 'checkpoint'}")
+        return
+    seed_all(derive_seed(config.seed, "pretrain"))
+    model = build(spec, pretrained=config.model.pretrained)
+    if config.model.weights is not None:
+        load_weights(model, config.model.weights)
+    model.to(device)
+    task = _task(config, spec, device)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "pretrain", "batches"))
+    with _tracker(config, folder) as tracker, tracker.progress("pretrain", config.pretrain.steps) as advance:
+
+        def after_step(step: int, loss: float) -> None:
+            tracker.log({"loss": loss}, step)
+            advance(f"loss {loss:.3f}")
+
+        if not fine_tune(model, config.pretrain, task, original["train"], generator, after_step):
+            raise UserError(f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it")
+    manifest = _manifest(config, "pretrain", {"original": original}, parent=None)
+    manifest["intactness"] = {**asdict(task.metric), "after": _both_splits(task, model, original)}
+    write_checkpoint(folder / "checkpoint", model, spec, manifest)
+    print(f"{folder / 'checkpoint'}: {task.metric.name} {_figures(manifest['intactness']['after'])}")
+
+
+def protect(config: Config) -> None:
+    """Protect the reference against fine-tuning on the restricted domain; write ``run_dir/checkpoint``."""
+    device = resolve_device(config.device)
+    reference = _reference(config)
+    original, restricted = _domains(config, reference.spec, device)
+    sampler = StrategySampler(config.sampler)
+    identity = {
+        **plain(config, "seed", "task", "method", "sampler", "guard"),
+        "reference": reference.sha256,
+        "original": original.hashes,
+        "restricted": restricted.hashes,
+    }
+    folder = RunDirectory.open(_run_dir(config), "protect", identity).path
+    if (folder / "checkpoint").exists():
+        print(f"already done: {folder / 'checkpoint'}")
+        return
+    task = _task(config, reference.spec, device)
+    model = reference.model.to(device)
+    with _tracker(config, folder) as tracker:
+        trainer = Trainer(
+            copy.deepcopy(model),
+            model,
+            task,
+            original,
+            restricted,
+            sampler,
+            config.method,
+            config.guard,
+            config.seed,
+            folder,
+            tracker,
+        )
+        position = trainer.run()
+    manifest = _protected_manifest(config, reference, {"original": original, "restricted": restricted}, position)
+    manifest["intactness"] |= {
+        **asdict(task.metric),
+        "before": _both_splits(task, model, original),
+        "after": _both_splits(task, trainer.model, original),
+    }
+    write_checkpoint(folder / "checkpoint", trainer.model, reference.spec, manifest)
+    print(
+        f"{folder / 'checkpoint'}: round {position.good_round} of {position.round}, {task.metric.name} on the original "
+        f"domain {_figures(manifest['intactness']['before'])} before, "
+        f"{_figures(manifest['intactness']['after'])} after"
+    )
+
+
+def export(config: Config) -> None:
+    """Copy a verified checkpoint to ``out``; from a run that is not finished, its last good state."""
+    source = _required(config.checkpoint or str(_default(config, "protect")), "checkpoint")
+    out = Path(config.out) if config.out is not None else _default(config, "export")
+    unfinished = (Path(source) / STATE_FILE).exists() and not (Path(source) / "checkpoint").exists()
+    if not unfinished:
+        checkpoint = read_checkpoint(source)
+        write_checkpoint(out, checkpoint.model, checkpoint.spec, checkpoint.manifest)
+    else:
+        _export_unfinished(config, Path(source), out)
+    print(f"exported to {out}")
+
+
+def _export_unfinished(config: Config, run: Path, out: Path) -> None:
+    device = resolve_device(config.device)
+    reference = _reference(config)
+    if read_json(run / "run.json")["identity"]["reference"] != reference.sha256:
+        raise UserError(f"reference: not the checkpoint that '{run}' started from; give that one")
+    weights, position = last_good(run)
+    original, restricted = _domains(config, reference.spec, device)
+    task = _task(config, reference.spec, device)
+    model = copy.deepcopy(reference.model).to(device)
+    model.load_state_dict(weights)
+    manifest = _protected_manifest(config, reference, {"original": original, "restricted": restricted}, position)
+    manifest["intactness"] |= {
+        **asdict(task.metric),
+        "before": _both_splits(task, reference.model.to(device), original),
+        "after": _both_splits(task, model, original),
+    }
+    write_checkpoint(out, model, reference.spec, manifest)
+
+
+def audit(config: Config) -> None:
+    """Attack the checkpoint, its unprotected reference and a fresh model; write the results and the reports."""
+    device = resolve_device(config.device)
+    protected = read_checkpoint(_required(config.checkpoint or str(_default(config, "protect")), "checkpoint"))
+    reference = _reference(config)
+    original, restricted = _domains(config, protected.spec, device)
+    identity = {
+        **plain(config, "seed", "task", "attack"),
+        "checkpoint": protected.sha256,
+        "reference": reference.sha256,
+        "restricted": restricted.hashes,
+    }
+    task = _task(config, protected.spec, device)
+    models = {"protected": protected.model.to(device), "unprotected": reference.model.to(device)}
+    support = protected.manifest.get("sampler_support")
+    provenance = repr([protected.sha256, reference.sha256, sorted(restricted.hashes.items()), config.seed])
+    folder = _run_dir(config)
+    runner = Runner(models, protected.spec, task, restricted, config.attack, support, provenance, config.seed, folder)
+    RunDirectory.open(folder, "audit", identity)
+    with _tracker(config, folder) as tracker:
+        attempts = runner.run(tracker)
+    context = {
+        "checkpoint": _origin(protected),
+        "reference": _origin(reference),
+        "intactness": {
+            **asdict(task.metric),
+            "before": {"test": task.evaluate(models["unprotected"], original["test"])},
+            "after": {"test": task.evaluate(models["protected"], original["test"])},
+        },
+        "support": support,
+        "domains": {"original": original.name, "restricted": restricted.name},
+        "config": plain(config, "name", "seed", "task", "domain", "attack"),
+        "packages": package_versions(),
+    }
+    summary = metrics.summarise(attempts, context)
+    write_json(folder / "audit.json", summary)
+    report.write_curves(folder, attempts)
+    _write_reports(folder, summary, attempts)
+
+
+def render(config: Config) -> None:
+    """Write an audit's reports again from its ``audit.json`` and ``attempts/``."""
+    folder = Path(_required(config.run_dir or str(_default(config, "audit")), "run_dir"))
+    if not (folder / "audit.json").exists():
+        raise UserError(f"run_dir: '{folder}' holds no audit.json; run `sophon audit run_dir={folder} ...` first")
+    summary = read_json(folder / "audit.json")
+    attempts = [read_json(path) for path in sorted((folder / "attempts").glob("*.json"))]
+    _write_reports(folder, summary, attempts)
+
+
+VERBS = {"pretrain": pretrain, "protect": protect, "export": export, "audit": audit, "report": render}
+
+
+def _write_reports(folder: Path, summary: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
+    report.write_reports(folder, summary, attempts)
+    print(report.table(summary))
+    print(summary["verdict"])
+    print(f"report: {folder / 'report.html'}")
+
+
+def _default(config: Config, verb: str) -> Path:
+    return Path("runs") / config.name / f"seed{config.seed}" / verb
+
+
+def _run_dir(config: Config) -> Path:
+    return Path(config.run_dir) if config.run_dir is not None else _default(config, config.verb)
+
+
+def _required(path: str, key: str) -> str:
+    if not Path(path).exists():
+        raise UserError(f"{key}: '{path}' does not exist; give {key}=DIR, or make it with the verb before this one")
+    return path
+
+
+def _reference(config: Config) -> Checkpoint:
+    return read_checkpoint(_required(config.reference or str(_default(config, "pretrain")), "reference"), "reference")
+
+
+def _task(config: Config, spec: ModelSpec, device: torch.device) -> Task:
+    return TASKS[config.task](
+        spec,
+        suppression_loss=config.method.suppression_loss,
+        distillation=config.method.distillation,
+        temperature=config.method.temperature,
+        amp=config.amp and device.type == "cuda",
+    )
+
+
+def _domains(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, Domain]:
+    size = {"image_size": spec.image_size, "channels": spec.channels}
+    original = load_original(config.domain.original, **size)
+    if original.classes != spec.classes:
+        raise UserError(
+            f"domain.original: its {len(original.classes)} classes ({_few(original.classes)}) are not the "
+            f"{len(spec.classes)} that the reference tells apart ({_few(spec.classes)})"
+        )
+    return original.to(device), load_restricted(config.domain.restricted, **size).to(device)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+@contextmanager
+def _tracker(config: Config, folder: Path) -> Iterator[Tracker]:
+    settings = config.tracking
+    tracker = Tracker(
+        settings.wandb,
+        progress=settings.progress,
+        run_dir=folder,
+        project=settings.project,
+        entity=settings.entity,
+        name=f"{config.name}-{config.verb}-{config.seed}",
+        config=plain(config),
+    )
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def _manifest(config: Config, verb: str, domains: dict[str, Domain], parent: str | None) -> dict[str, Any]:
+    return {
+        "sophon": __version__,
+        "verb": verb,
+        "name": config.name,
+        "config": plain(config),
+        "method": None,
+        "sampler_support": None,
+        "domains": {
+            role: {"name": domain.name, "classes": list(domain.classes), "hashes": dict(domain.hashes)}
+            for role, domain in domains.items()
+        },
+        "seed": config.seed,
+        "parent_sha256": parent,
+    }
+
+
+def _protected_manifest(
+    config: Config, reference: Checkpoint, domains: dict[str, Domain], position: Position
+) -> dict[str, Any]:
+    return {
+        **_manifest(config, "protect", domains, parent=reference.sha256),
+        "method": asdict(config.method),
+        "sampler_support": StrategySampler(config.sampler).support(),
+        "intactness": {"tolerance": config.guard.tolerance},
+        "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
+    }
+
+
+def _both_splits(task: Task, model: nn.Module, original: Domain) -> dict[str, float]:
+    return {split: task.evaluate(model, original[split]) for split in ("val", "test")}
+
+
+def _figures(values: dict[str, float]) -> str:
+    return ", ".join(f"{split} {value:.2f}" for split, value in values.items())
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    method = checkpoint.manifest.get("method")
+    return {
+        "path": str(checkpoint.path),
+        "sha256": checkpoint.sha256,
+        "name": checkpoint.manifest.get("name"),
+        "method": None if method is None else method["name"],
+    }

@@ -1,0 +1,303 @@
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sophon.audit.figures import band, curve_panels, dot_plot, printable
+from sophon.audit.metrics import summarise
+from sophon.audit.report import curves_frame, table, write_curves, write_reports
+from sophon.errors import UserError
+
+ACCURACY = {"name": "accuracy", "unit": "%", "higher_is_better": True}
+MSE = {"name": "eps-MSE", "unit": "", "higher_is_better": False}
+CONTEXT = {
+    "checkpoint": {"path": "out/protected", "sha256": "ab" * 32, "method": "sophon", "name": "tiny <b>"},
+    "reference": {"path": "out/reference", "sha256": "cd" * 32},
+    "intactness": {
+        "metric": "accuracy", "unit": "%", "higher_is_better": True, "before": {"test": 73.7}, "after": {"test": 72.9},
+    },
+    "support": {"optimizer": {"momentum": [0.001, 0.1]}, "steps": [20, 20]},
+    "domains": {"original": "cats", "restricted": "dogs"},
+    "config": {"attack": {"seeds": 2}, "note": "</script><script>alert(2)</script>"},
+    "packages": {"torch": "9.9.9"},
+}  # fmt: skip
+EVIL = "<script>alert('$x_1$')</script>|`&`"
+
+
+def attempt(attack, role, end, seed=0, exposure="seen", outside=(), metric=ACCURACY, points=4):
+    curve = [{"step": 10 * i, "select": 10 + (end - 10) * i / max(points - 1, 1)} for i in range(points)]
+    return {
+        "schema_version": 1, "id": f"{attack}-{role}-{seed}", "attack": attack, "role": role, "seed": seed,
+        "strategy": {"optimizer": "adam", "lr": 0.125}, "exposure": exposure, "outside": list(outside),
+        "metric": metric, "curve": curve, "test": end + 0.25, "seconds": 1.0, "flops": 1e6, "steps": 30,
+    }  # fmt: skip
+
+
+def audit():
+    ends = {"protected": 21, "unprotected": 60, "scratch": 50}
+    kinds = {"momentum": ("seen", []), "patient": ("longer", ["steps"]), EVIL: ("held_out", ["lr", "optimizer"])}
+    return [
+        attempt(name, role, end + seed, seed, exposure, outside)
+        for name, (exposure, outside) in kinds.items()
+        for role, end in ends.items()
+        for seed in range(2)
+    ]
+
+
+def write(folder, attempts, context=CONTEXT):
+    summary = summarise(attempts, context)
+    write_reports(folder, summary, attempts)
+    return summary, (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags match."""
+
+    VOID = ("meta", "link", "br", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_page_is_well_formed_and_loads_nothing(tmp_path):
+    _, page, _ = write(tmp_path, audit())
+    parsed = Page(page)
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(parsed.tags)
+    assert "http://" not in page
+    assert "https://" not in page
+    for name, value in parsed.attributes:
+        assert name not in ("src", "srcset", "data", "action")
+        if name == "href":
+            assert value.startswith("#")
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)\)", page))
+    assert "@import" not in page
+
+
+def test_page_holds_the_verdict_and_every_number(tmp_path):
+    summary, page, _ = write(tmp_path, audit())
+    text = html.unescape(page)
+    assert summary["verdict"] in text
+    for attack in summary["attacks"]:
+        assert attack["attack"] in text
+        for score in attack["roles"].values():
+            assert f"{score['mean']:.1f} ± {score['ci95']:.1f}" in text
+        gap = attack["gap_closed"]
+        assert "{:.2f} [{:.2f}, {:.2f}]".format(gap["value"], *gap["ci95"]) in text
+    for wanted in (
+        "loss 0.8 points, from 73.7 %",
+        "ab" * 32,
+        "cd" * 32,
+        "9.9.9",
+        "held out: lr, optimizer",
+        "lr 0.125",
+    ):
+        assert wanted in text
+    assert page.count("<svg") == 1 + len(summary["attacks"])
+
+
+def test_page_is_readable_in_light_dark_and_print(tmp_path):
+    _, page, _ = write(tmp_path, audit())
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+    svg = page[page.index("<svg") : page.rindex("</svg>")]
+    assert re.search(r"(fill|stroke): #(?!ffffff)", svg) is None
+    for variable in set(re.findall(r"var\((--[a-z]+)\)", svg)):
+        assert page.count(f"{variable}: #") == 2
+
+
+def test_page_escapes_names_and_configuration(tmp_path):
+    _, page, _ = write(tmp_path, audit())
+    assert "<script" not in page
+    assert "<b>" not in page
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", page)
+    assert html.escape(EVIL, quote=False) in labels
+
+
+def test_ids_are_unique(tmp_path):
+    _, page, _ = write(tmp_path, audit())
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+
+
+def test_reports_are_deterministic(tmp_path):
+    first = write(tmp_path, audit())
+    assert write(tmp_path, audit()[::-1]) == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+
+
+def test_reports_from_the_stored_summary_are_the_same(tmp_path):
+    summary, page, markdown = write(tmp_path, audit())
+    write_reports(tmp_path, json.loads(json.dumps(summary)), audit())
+    assert (tmp_path / "report.html").read_text() == page
+    assert (tmp_path / "report.md").read_text() == markdown
+
+
+@pytest.mark.parametrize("present", [("protected",), ("protected", "unprotected"), ("scratch",)])
+def test_reports_with_missing_roles(tmp_path, present):
+    summary, page, markdown = write(tmp_path, [one for one in audit() if one["role"] in present])
+    assert summary["verdict"] in html.unescape(page)
+    assert "| -" in markdown
+    Page(page)
+
+
+def test_reports_without_context(tmp_path):
+    _, page, markdown = write(tmp_path, audit(), context={})
+    assert "Audit of a checkpoint" in page
+    assert "Intactness" not in markdown
+    Page(page)
+
+
+@pytest.mark.parametrize("points", [0, 1])
+def test_reports_with_curves_of_few_points(tmp_path, points):
+    attempts = [attempt("a", role, 10, points=points) for role in ("protected", "unprotected", "scratch")]
+    summary, page, _ = write(tmp_path, attempts)
+    assert summary["attacks"][0]["signed_area"] is None
+    assert page.count("<svg") == 1 + points
+
+
+def test_reports_of_a_metric_that_falls(tmp_path):
+    attempts = [attempt("a", role, end, metric=MSE) for role, end in [("protected", 0.5), ("unprotected", 0.125)]]
+    _, page, markdown = write(tmp_path, attempts)
+    assert "lower is\nbetter for the attacker" in page
+    assert "| 0.75 " in markdown
+    assert "eps-MSE on the test split" in page
+
+
+def test_failures_are_shown(tmp_path):
+    attempts = [*audit(), attempt("momentum", "protected", 1.0, seed=9) | {"test": None}]
+    _, page, markdown = write(tmp_path, attempts)
+    assert "(1 failed)" in page
+    assert "(1 failed)" in markdown
+
+
+def test_names_outside_the_font_and_control_characters_do_no_harm(tmp_path):
+    name = "攻撃\x00\n🙂" + "long" * 40
+    _, page, markdown = write(tmp_path, [attempt(name, "protected", 20.0)])
+    assert "\x00" not in page + markdown
+    assert "攻撃\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}🙂" in page
+    assert "longl\N{HORIZONTAL ELLIPSIS}" not in page
+    assert "\N{HORIZONTAL ELLIPSIS}</text>" in page
+    assert printable("a\ud800b") == "a\N{REPLACEMENT CHARACTER}b"
+
+
+def test_unwritable_folder_is_a_user_error(tmp_path):
+    (tmp_path / "run").write_text("a file, not a folder")
+    with pytest.raises(UserError, match="cannot write"):
+        write(tmp_path / "run", audit())
+
+
+# ---- Markdown and the terminal --------------------------------------------------------------------------------------
+
+
+def test_table_by_hand():
+    attempts = [attempt("a", role, end) for role, end in [("protected", 55), ("unprotected", 60), ("scratch", 50)]]
+    assert table(summarise(attempts, CONTEXT)) == (
+        "| attack | exposure | scratch (%) | unprotected (%) | protected (%) | gap closed |\n"
+        "| ------ | -------- | ----------- | --------------- | ------------- | ---------- |\n"
+        "| `a`    | seen     | 50.2        | 60.2            | 55.2          | 0.50       |"
+    )
+
+
+def test_table_cannot_be_broken_by_a_name():
+    lines = table(summarise(audit(), CONTEXT)).splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7}
+    assert len({len(line) for line in lines}) == 1
+    # Inside a code span Markdown shows HTML as text.
+    assert r"`<script>alert('$x_1$')</script>\|'&'`" in lines[-1]
+
+
+def test_markdown_report_has_verdict_numbers_and_provenance(tmp_path):
+    summary, _, markdown = write(tmp_path, audit())
+    assert table(summary) in markdown
+    outside_code = re.sub(r"```.*?```|`[^`]*`", "", markdown, flags=re.DOTALL)
+    assert re.search(r"(?<!\\)<", outside_code) is None
+    assert re.sub(r"\\(.)", r"\1", markdown).count(summary["verdict"]) == 1
+    assert '"torch": "9.9.9"' in markdown
+    assert "- Intactness: 72.9 % loss 0.8 points, from 73.7 % (on the original domain)" in markdown
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+def test_curves_frame_has_a_row_for_every_point():
+    frame = curves_frame(audit()[::-1])
+    assert list(frame.columns) == ["attack", "role", "seed", "step", "select", "exposure"]
+    assert len(frame) == 3 * 3 * 2 * 4
+    assert frame["seed"].dtype == frame["step"].dtype == "int64"
+    assert frame["select"].dtype == "float64"
+    one = frame[(frame.attack == "momentum") & (frame.role == "protected") & (frame.seed == 1)]
+    assert one["step"].tolist() == [0, 10, 20, 30]
+    assert one["select"].tolist() == [10, 14, 18, 22]
+    assert set(one["exposure"]) == {"seen"}
+    pd.testing.assert_frame_equal(frame, curves_frame(audit()))
+
+
+def test_curves_frame_keeps_missing_values_and_may_be_empty():
+    spoilt = attempt("a", "protected", 20.0)
+    spoilt["curve"][1]["select"] = None
+    assert curves_frame([spoilt])["select"].isna().tolist() == [False, True, False, False]
+    assert curves_frame([]).empty
+    assert list(curves_frame([]).columns) == list(curves_frame([spoilt]).columns)
+
+
+def test_written_curves_read_back(tmp_path):
+    write_curves(tmp_path, audit())
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "curves.parquet"), curves_frame(audit()))
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.parquet"]
+
+
+def test_band_is_the_mean_and_its_interval():
+    steps, mean, half = band([attempt("a", "protected", end, points=2) for end in (20, 22, 24)])
+    assert steps.tolist() == [0, 10]
+    assert mean.tolist() == [10, 22]
+    assert half.tolist() == pytest.approx([0, 4.3027 * 2 / np.sqrt(3)])
+    assert np.isnan(band([attempt("a", "protected", 20)])[2]).all()
+    assert all(len(part) == 0 for part in band([]))
+
+
+def test_panels_share_their_axis_and_leave_out_the_empty():
+    attempts = [
+        attempt("low", "protected", 12),
+        attempt("high", "scratch", 90),
+        attempt("none", "protected", 1, points=0),
+    ]
+    panels = curve_panels(attempts, ["high", "low", "none"], ACCURACY)
+    assert list(panels) == ["high", "low"]
+    ticks = [re.findall(r">(\d+)</text>", svg) for svg in panels.values()]
+    assert ticks[0] == ticks[1]
+    assert ">scratch</text>" in panels["high"]
+    assert ">protected</text>" not in panels["high"]
+    assert curve_panels([], [], ACCURACY) == {}
+
+
+def test_dot_plot_names_groups_and_attacks():
+    svg = dot_plot(summarise(audit(), CONTEXT)["attacks"], ACCURACY)
+    for label in ("seen", "longer", "held out", "momentum", "patient"):
+        assert f">{label}</text>" in svg

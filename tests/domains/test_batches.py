@@ -1,0 +1,123 @@
+"""Batches: no image is lost, none is short, and a seed decides everything."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sophon.domains import AUGMENTATIONS, Batch, ImageSet, batch_indices, batches, evaluation_batches
+from sophon.errors import UserError
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def some_images(count: int = 6, channels: int = 3, size: int = 16) -> ImageSet:
+    images = torch.randint(0, 256, (count, channels, size, size), generator=seeded(1), dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 2, ("a", "b"))
+
+
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(0, 99))
+def test_every_epoch_is_a_permutation_and_no_batch_is_short(count: int, batch_size: int, seed: int) -> None:
+    drawn = list(islice(batch_indices(count, batch_size, seeded(seed)), 3 * count // batch_size + 2))
+    assert all(indices.shape == (batch_size,) and indices.dtype == torch.int64 for indices in drawn)
+    together = torch.cat(drawn)
+    for epoch in together.split(count)[:-1]:
+        assert epoch.sort().values.tolist() == list(range(count))
+
+
+def test_epochs_are_shuffled_differently_and_seeds_decide() -> None:
+    first, second = islice(batch_indices(50, 50, seeded(3)), 2)
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == next(batch_indices(50, 50, seeded(3))).tolist()
+    assert first.tolist() != next(batch_indices(50, 50, seeded(4))).tolist()
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (4, 0), (-1, 1)])
+def test_impossible_batches_fail_at_once(count: int, batch_size: int) -> None:
+    with pytest.raises(ValueError, match="must be >= 1"):
+        batch_indices(count, batch_size, seeded())
+
+
+def test_batches_pair_images_with_their_labels() -> None:
+    images = some_images()
+    for batch in islice(batches(images, 4, seeded()), 5):
+        assert isinstance(batch, Batch)
+        assert batch.images.dtype == torch.uint8
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            position = (images.images == image).flatten(1).all(1).nonzero().item()
+            assert images.labels[int(position)] == label
+
+
+def test_unknown_augmentation_is_refused_before_the_first_batch() -> None:
+    with pytest.raises(UserError, match=r"augmentation: 'mixup' is not known; allowed: crop, none, standard, strong"):
+        batches(some_images(), 4, seeded(), "mixup")
+
+
+def test_evaluation_gives_each_image_once_in_order() -> None:
+    images = some_images(7)
+    seen = list(evaluation_batches(images, 3))
+    assert [len(batch.labels) for batch in seen] == [3, 3, 1]
+    assert torch.equal(torch.cat([batch.images for batch in seen]), images.images)
+    assert torch.equal(torch.cat([batch.labels for batch in seen]), images.labels)
+    with pytest.raises(ValueError, match="must be >= 1"):
+        evaluation_batches(images, 0)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 5), (1, 1)])
+def test_augmentations_keep_form_leave_their_input_alone_and_repeat(name: str, channels: int, size: int) -> None:
+    images = some_images(8, channels, size).images
+    before = images.clone()
+    once, twice = (AUGMENTATIONS[name](images, seeded(5)) for _ in range(2))
+    assert once.shape == images.shape
+    assert once.dtype == torch.uint8
+    assert torch.equal(once, twice)
+    assert torch.equal(images, before)
+
+
+def test_none_draws_nothing() -> None:
+    images, generator = some_images().images, seeded()
+    state = generator.get_state()
+    assert torch.equal(AUGMENTATIONS["none"](images, generator), images)
+    assert torch.equal(generator.get_state(), state)
+
+
+def padded_crops(image: torch.Tensor, flip: bool) -> set[bytes]:
+    """All crops out of the image with a reflected border of an eighth, by torch's own padding."""
+    size = image.shape[-1]
+    padded = torch.nn.functional.pad(image[None].float(), [size // 8] * 4, mode="reflect")[0].byte()
+    crops = [
+        padded[:, row : row + size, column : column + size]
+        for row in range(2 * (size // 8) + 1)
+        for column in range(2 * (size // 8) + 1)
+    ]
+    return {crop.numpy().tobytes() for crop in crops + ([crop.flip(2) for crop in crops] if flip else [])}
+
+
+@pytest.mark.parametrize(("name", "flip"), [("crop", False), ("standard", True)])
+def test_crops_are_those_of_a_reflect_padded_image(name: str, flip: bool) -> None:
+    image = some_images(1).images
+    out = AUGMENTATIONS[name](image.expand(600, -1, -1, -1), seeded())
+    # 25 offsets, twice as many with the flip: 600 draws find them all, and nothing else.
+    assert {one.numpy().tobytes() for one in out} == padded_crops(image[0], flip)
+
+
+def test_strong_blanks_a_square_and_moves_brightness_both_ways() -> None:
+    flat = torch.full((200, 1, 32, 32), 100, dtype=torch.uint8)
+    assert {int(image.max()) > 100 for image in AUGMENTATIONS["strong"](flat, seeded())} == {True, False}
+    noisy = some_images(1, 3, 32).images.expand(50, -1, -1, -1)
+    for image in AUGMENTATIONS["strong"](noisy, seeded()):
+        values, counts = image[0].unique(return_counts=True)
+        assert counts.max() >= 64, values  # an 8 x 8 square of one value
+
+
+def test_strong_survives_black_and_white() -> None:
+    for value in (0, 255):
+        out = AUGMENTATIONS["strong"](torch.full((64, 3, 8, 8), value, dtype=torch.uint8), seeded())
+        assert (out == 0).all() if value == 0 else (out >= 150).all()

@@ -1,0 +1,205 @@
+"""Splits: disjoint, complete, stratified, repeatable, and hashed by what is in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sophon.config import DomainConfig
+from sophon.domains import Domain, ImageSet, few_shot, load_original, load_restricted, splits
+from sophon.errors import UserError
+
+CONFIG = DomainConfig(name="invented", source="bundled", dataset="invented")
+
+
+def images_of(labels: list[int], first: int = 0) -> ImageSet:
+    """Images that all differ: the pixels spell the number of the image."""
+    numbers = torch.arange(first, first + len(labels))
+    pixels = torch.stack([numbers % 256, numbers // 256, torch.zeros_like(numbers), torch.zeros_like(numbers)], 1)
+    classes = tuple(f"class {label}" for label in range(max(labels) + 1))
+    return ImageSet(pixels.to(torch.uint8).view(-1, 1, 2, 2), torch.tensor(labels), classes)
+
+
+def loaded(load: object, train: ImageSet, test: ImageSet, config: DomainConfig = CONFIG) -> Domain:
+    with mock.patch.object(splits, "load_source", return_value=(train, test)):
+        return load(config, image_size=2, channels=1)  # type: ignore[operator]
+
+
+def keys(images: ImageSet) -> list[bytes]:
+    return [image.numpy().tobytes() for image in images.images]
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(10, 60), min_size=1, max_size=4),
+    val_fraction=st.floats(0.1, 0.9),
+    seed=st.integers(-5, 5),
+    restricted=st.booleans(),
+)
+def test_splits_are_disjoint_complete_and_stratified(
+    sizes: list[int], val_fraction: float, seed: int, restricted: bool
+) -> None:
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    train, test = images_of(labels), images_of(list(range(len(sizes))), first=len(labels))
+    config = replace(CONFIG, val_fraction=val_fraction, split_seed=seed)
+    load = load_restricted if restricted else load_original
+    domain = loaded(load, train, test, config)
+    fractions = config.fractions if restricted else {"train": 1 - val_fraction, "val": val_fraction}
+
+    assert set(domain.splits) == {*fractions, "test"}
+    everything = [key for name in domain.splits for key in keys(domain[name])]
+    assert len(everything) == len(set(everything)) == len(train) + len(test)
+    assert set(everything) == {*keys(train), *keys(test)}
+    for name, fraction in fractions.items():
+        counts = Counter(domain[name].labels.tolist())
+        assert all(abs(counts[label] - fraction * size) <= 1 for label, size in enumerate(sizes))
+    again = loaded(load, train, test, config)
+    assert again.hashes == domain.hashes
+
+
+def test_split_pairs_images_with_their_labels_and_keeps_test() -> None:
+    labels = [0, 1] * 20
+    train, test = images_of(labels), images_of([0, 1], first=40)
+    domain = loaded(load_original, train, test)
+    assert domain.name == "invented"
+    assert domain.classes == ("class 0", "class 1")
+    assert keys(domain["test"]) == keys(test)
+    for name in ("train", "val"):
+        numbers = domain[name].images[:, 0, 0, 0].tolist()
+        assert [labels[number] for number in numbers] == domain[name].labels.tolist()
+
+
+def test_the_seed_moves_images_and_only_split_seed_does() -> None:
+    train, test = images_of([0] * 50), images_of([0], first=50)
+    base = loaded(load_original, train, test)
+    assert loaded(load_original, train, test, replace(CONFIG, split_seed=1)).hashes["val"] != base.hashes["val"]
+    torch.manual_seed(123)
+    assert loaded(load_original, train, test).hashes == base.hashes
+
+
+def test_hashes_are_those_of_the_splits_and_change_with_one_pixel() -> None:
+    train, test = images_of([0] * 20), images_of([0] * 4, first=20)
+    before = loaded(load_original, train, test)
+    assert dict(before.hashes) == {name: images.sha256() for name, images in before.splits.items()}
+    changed = ImageSet(test.images.clone(), test.labels, test.classes)
+    changed.images[2, 0, 1, 1] = 1
+    after = loaded(load_original, train, changed)
+    assert after.hashes["test"] != before.hashes["test"]
+    assert after.hashes["train"] == before.hashes["train"]
+
+
+def test_duplicates_reach_one_split_only() -> None:
+    distinct, test = images_of([0, 1] * 10), images_of([0, 1], first=20)
+    pixels = torch.cat([distinct.images, distinct.images[:6], test.images])
+    labels = torch.cat([distinct.labels, 1 - distinct.labels[:6], test.labels])
+    domain = loaded(load_restricted, ImageSet(pixels, labels, distinct.classes), test)
+    assert dict(domain.hashes) == dict(loaded(load_restricted, distinct, test).hashes)
+
+
+def test_fractions_below_one_leave_images_out() -> None:
+    fractions = {"adapt": 0.2, "query": 0.1, "attack": 0.2, "select": 0.1}
+    config = replace(CONFIG, fractions=fractions)
+    domain = loaded(load_restricted, images_of([0] * 100), images_of([0], first=100), config)
+    assert {name: len(domain[name]) for name in fractions} == {"adapt": 20, "query": 10, "attack": 20, "select": 10}
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 2.0, float("nan")])
+def test_val_fraction_out_of_range(value: float) -> None:
+    with pytest.raises(UserError, match=r"^domain\.original\.val_fraction: .* it must be > 0 and < 1$"):
+        loaded(load_original, images_of([0] * 9), images_of([0]), replace(CONFIG, val_fraction=value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapt": 0.0}, r"fractions\.adapt: 0\.0 is not allowed; it must be > 0"),
+        ({"select": float("nan")}, r"fractions\.select: nan is not allowed"),
+        ({"attack": 0.41}, r"fractions: their sum is 1\.01; it must be <= 1"),
+        ({"train": 0.1}, r"fractions: \['adapt', .*'train'\] is not allowed; give exactly \['adapt', 'query',"),
+    ],
+)
+def test_bad_fractions(change: dict[str, float], message: str) -> None:
+    config = replace(CONFIG, fractions=CONFIG.fractions | change)
+    with pytest.raises(UserError, match=rf"^domain\.restricted\.{message}"):
+        loaded(load_restricted, images_of([0] * 90), images_of([0]), config)
+
+
+def test_a_missing_fraction_is_named() -> None:
+    config = replace(CONFIG, fractions={"adapt": 0.5, "attack": 0.5})
+    with pytest.raises(UserError, match=r"fractions: \['adapt', 'attack'\] is not allowed; give exactly"):
+        loaded(load_restricted, images_of([0] * 90), images_of([0]), config)
+
+
+def test_a_split_without_a_class_is_refused() -> None:
+    train = images_of([0] * 30 + [1] * 3)
+    with pytest.raises(
+        UserError, match=r"3 different training images of class 'class 1' leaves none for split 'select'"
+    ):
+        loaded(load_restricted, train, images_of([0], first=99))
+    with pytest.raises(
+        UserError, match=r"^domain\.original\.val_fraction: 0\.1 of the 3 .* leaves none for split 'val'"
+    ):
+        loaded(load_original, train, images_of([0], first=99))
+    with pytest.raises(UserError, match=r"of the 0 different training images of class 'class 0'"):
+        loaded(load_original, images_of([0] * 3), images_of([0] * 3))
+
+
+def test_bundled_images_split_end_to_end() -> None:
+    config = DomainConfig(name="digits", source="bundled", dataset="mnist", per_class=20, test_per_class=3)
+    domain = load_restricted(config, image_size=28, channels=1)
+    counts = {name: Counter(images.labels.tolist()) for name, images in domain.splits.items()}
+    assert {name: set(count.values()) for name, count in counts.items()} == {
+        "adapt": {8},
+        "query": {2},
+        "attack": {8},
+        "select": {2},
+        "test": {3},
+    }
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 20),
+)
+def test_few_shot_is_balanced_nested_and_repeatable(sizes: list[int], part: float, seed: int) -> None:
+    images = images_of([label for label, size in enumerate(sizes) for _ in range(size)])
+    budget = round(len(sizes) + part * (len(images) - len(sizes)))
+
+    def draw(budget: int) -> ImageSet:
+        return few_shot(images, budget, torch.Generator().manual_seed(seed))
+
+    drawn = draw(budget)
+    counts = Counter(drawn.labels.tolist())
+    assert len(set(keys(drawn))) == len(drawn) == budget
+    most = max(counts.values())
+    assert all(counts[label] == size or counts[label] >= most - 1 for label, size in enumerate(sizes))
+    assert keys(draw(budget)) == keys(drawn)
+    assert set(keys(draw(len(sizes)))) <= set(keys(drawn))
+
+
+def test_few_shot_without_a_budget_gives_everything() -> None:
+    images = images_of([0, 1, 1])
+    assert few_shot(images, None, torch.Generator()) is images
+
+
+def test_few_shot_draws_the_remainder_from_any_class() -> None:
+    images = images_of([0, 1, 2] * 5)
+    extras = {
+        Counter(few_shot(images, 4, torch.Generator().manual_seed(seed)).labels.tolist()).most_common(1)[0][0]
+        for seed in range(30)
+    }
+    assert extras == {0, 1, 2}
+
+
+@pytest.mark.parametrize("budget", [-1, 0, 1, 7])
+def test_few_shot_refuses_an_impossible_budget(budget: int) -> None:
+    with pytest.raises(UserError, match=rf"^data_budget: {budget} is not allowed; it must be 2 .* to 6 "):
+        few_shot(images_of([0, 1] * 3), budget, torch.Generator())

@@ -1,0 +1,79 @@
+"""A network with BatchNorm and a domain, both small enough for exact gradient checks in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from sophon.domains import Batch, Domain, ImageSet
+from sophon.models import ModelSpec
+from sophon.tasks import ClassificationTask
+
+CLASSES = ("a", "b", "c")
+SIZE = 6
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with BatchNorm and a linear head; tanh, so that finite differences see a smooth function."""
+
+    def __init__(self, classes: int = len(CLASSES)) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = torch.tanh(self.bn1(self.conv1(images)))
+        features = torch.tanh(self.bn2(self.conv2(features)))
+        return self.fc(features.mean((2, 3)))
+
+
+def tiny_spec(classes: tuple[str, ...] = CLASSES) -> ModelSpec:
+    """Return a spec whose library ``torchvision`` makes the last linear layer the head."""
+    return ModelSpec("torchvision", "tiny", classes, 1, SIZE, (0.5,), (0.25,))
+
+
+def tiny_model(seed: int = 0) -> nn.Module:
+    """Return the network in float64 with BatchNorm statistics that are not their initial ones."""
+    torch.manual_seed(seed)
+    model = TinyNet().double()
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(16, 1, SIZE, SIZE, dtype=torch.float64))
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_task(suppression_loss: str = "klu") -> ClassificationTask:
+    return ClassificationTask(tiny_spec(), suppression_loss=suppression_loss, dtype=torch.float64)
+
+
+def tiny_batches(seed: int, count: int, size: int = 8) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Batch(
+            torch.randint(0, 256, (size, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8),
+            torch.randint(0, len(CLASSES), (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def tiny_images(seed: int, per_class: int = 12, noise: int = 60) -> ImageSet:
+    """Return images that can be told apart: each class is a bright band at its own height."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(CLASSES)).repeat(per_class)
+    images = torch.randint(0, noise, (len(labels), 1, SIZE, SIZE), generator=generator)
+    for index, label in enumerate(labels.tolist()):
+        images[index, 0, 2 * label : 2 * label + 2] += 120
+    return ImageSet(images.to(torch.uint8), labels, CLASSES)
+
+
+def tiny_domain(name: str, splits: Iterator[str] | tuple[str, ...], seed: int = 0) -> Domain:
+    images = {split: tiny_images(seed + index) for index, split in enumerate(splits)}
+    return Domain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
