@@ -28,10 +28,10 @@ def ensure_torchvision_imports() -> None:
         return
     for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
         with contextlib.suppress(OSError):
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
             return
-    declared = torch.library.Library("torchvision", "FRAGMENT")
+    declared = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
         if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
-            declared.define(schema)
+            declared.define(schema)  # type: ignore[no-untyped-call]
     _declared.append(declared)

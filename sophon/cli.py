@@ -10,7 +10,9 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -47,12 +49,23 @@ def conf_dir() -> Path:
 ConfigStore.instance().store(name="schema", node=Config)
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+@hydra.main(  # type: ignore[untyped-decorator]
+    version_base="1.3", config_path=str(conf_dir()), config_name="config"
+)
 def _run(config: DictConfig) -> None:
-    typed = from_omegaconf(config)
-    if typed.threads:
-        torch.set_num_threads(typed.threads)
-    VERBS[typed.verb](typed)
+    try:
+        typed = from_omegaconf(config)
+        if typed.threads:
+            torch.set_num_threads(typed.threads)
+        VERBS[typed.verb](typed)
+    except (UserError, GuardError, KeyboardInterrupt) as error:
+        # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise
+        _failed.append(error)
+
+
+_failed: list[BaseException] = []
 
 
 def main() -> None:
@@ -75,6 +88,8 @@ def _main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         _run()
+        for error in _failed:
+            raise error
     except (HydraException, OmegaConfBaseException, UserError) as error:
         return _fail(_one_line(error), 2)
     except GuardError as error:
@@ -91,8 +106,16 @@ def _fail(message: str, code: int) -> int:
 
 def _one_line(error: Exception) -> str:
     """Join what Hydra and OmegaConf spread over several lines, leaving out their internals."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return "; ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
+    text = str(error)
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        text += "\n" + str(error.__cause__)
+    text = text.split("Config search path:")[0]
+    lines = [line.strip().rstrip(":.") for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(_INTERNAL)]
+    return "; ".join(dict.fromkeys(kept))
+
+
+_INTERNAL = ("object_type=", "reference_type=", "full_key:", "Set the environment variable", "To append to your config")
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -38,8 +38,8 @@ class DomainConfig:
         test_per_class: the same for test images.
         split_seed: seeds the limits and the splits; not the run's seed, so that runs share their splits.
         val_fraction: part of an original domain's training images kept for ``val``.
-        fractions: parts of a restricted domain's training images: ``adapt`` and ``query`` (the defender's), ``attack`` and
-            ``select`` (the attacker's). They sum to at most 1.
+        fractions: parts of a restricted domain's training images: ``adapt`` and ``query`` (the defender's), ``attack``
+            and ``select`` (the attacker's). They sum to at most 1.
     """
 
     name: str = MISSING
@@ -239,9 +239,12 @@ def from_omegaconf(config: DictConfig) -> Config:
         UserError: a key is missing, or a value is outside its range.
     """
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), config))
+        # through plain data: a key appended with `+` has slipped past the types of the composed configuration
+        plain_data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain_data))
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{key or 'configuration'}: {str(error).splitlines()[0]}") from error
     if not isinstance(typed, Config):
         raise UserError("the configuration is not a whole sophon configuration")
     typed.pretrain = FineTuneStrategy(**vars(typed.pretrain))
@@ -256,14 +259,10 @@ def validate(config: Config) -> None:
     """Raise a `UserError` that names the key if a value is outside its range."""
     config.pretrain.validate("pretrain")
     method, guard, attack = config.method, config.guard, config.attack
-    at_least_one = {
-        "method": (method, "rounds", "fts_steps", "attackers", "query_every", "query_batch_size", "ntr_batch_size"),
-        "guard": (guard, "every"),
-        "attack": (attack, "seeds"),
-    }
-    for group, (owner, *names) in at_least_one.items():
-        for name in names:
-            _within(f"{group}.{name}", getattr(owner, name), 1)
+    for name in ("rounds", "fts_steps", "attackers", "query_every", "query_batch_size", "ntr_batch_size"):
+        _within(f"method.{name}", getattr(method, name), 1)
+    _within("guard.every", guard.every, 1)
+    _within("attack.seeds", attack.seeds, 1)
     for name in ("ntr_steps", "probe_steps", "distillation"):
         _within(f"method.{name}", getattr(method, name), 0)
     for name in ("fts_lr", "ntr_lr", "probe_lr", "temperature"):
@@ -277,10 +276,8 @@ def validate(config: Config) -> None:
     _within("threads", config.threads, 0)
     choose("method.engine", method.engine, ("first_order", "second_order"))
     choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
-    for key in ("name",):
-        value = str(getattr(config, key))
-        if not value or "/" in value or value.startswith("."):
-            raise UserError(f"{key}: '{value}' is not allowed; it names a folder")
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise UserError(f"name: '{config.name}' is not allowed; it names a folder")
 
 
 def _within(key: str, value: float, lowest: float, *, exclusive: bool = False) -> None:

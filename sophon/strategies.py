@@ -33,8 +33,8 @@ class FineTuneStrategy:
         batch_size: images a step, >= 1.
         steps: optimizer steps, >= 1; those of ``probe_steps`` come on top.
         scope: which parameters move: ``all`` or ``head``.
-        head: what the classifier's last layer starts from: ``kept`` (the released one), ``fresh`` (newly initialised) or
-            ``probed`` (fresh, then trained alone for ``probe_steps`` steps with Adam at ``probe_lr``). A simulated
+        head: what the classifier's last layer starts from: ``kept`` (the released one), ``fresh`` (newly initialised)
+            or ``probed`` (fresh, then trained alone for ``probe_steps`` steps with Adam at ``probe_lr``). A simulated
             ``probed`` attacker starts from a head that the defender keeps fitted to its own data instead.
         probe_steps: see ``head``; ignored unless it is ``probed``.
         probe_lr: see ``head``; ignored unless it is ``probed``.
@@ -221,8 +221,8 @@ _NOT_SAMPLED = ("probe_steps", "probe_lr")
 def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tuple[str, ...]:
     """Name the fields in which ``strategy`` lies outside ``support`` (see `StrategySampler.support`).
 
-    An empty tuple means that the strategy was seen: protection could have drawn it. ``("steps",)`` means the seen kind of
-    attacker, only longer (or shorter) than any that was simulated.
+    An empty tuple means that the strategy was seen: protection could have drawn it. ``("steps",)`` means the seen kind
+    of attacker, only longer (or shorter) than any that was simulated.
     """
     outside = []
     ranges = support["optimizer"]

@@ -44,7 +44,7 @@ class Task(Protocol):
         """Return the primary metric; leaves the model's modes and buffers as they were."""
 
     def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-        """Put the modules that ``scope`` trains in training mode, all others in evaluation mode; name its parameters."""
+        """Put what ``scope`` trains in training mode and all else in evaluation mode; return its parameters by name."""
 
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the parameters that belong to the domain rather than to the features."""
@@ -144,8 +144,8 @@ class ClassificationTask:
     def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Put what ``scope`` (``all`` or ``head``) trains in training mode; return its parameters by name.
 
-        A frozen backbone stays in evaluation mode: its BatchNorm layers then use the statistics they were released with,
-        which is what a linear probe means.
+        A frozen backbone stays in evaluation mode: its BatchNorm layers then use the statistics they were released
+        with, which is what a linear probe means.
         """
         model.train(scope == "all")
         if scope == "head":

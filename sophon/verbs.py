@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -230,14 +229,15 @@ def _task(config: Config, spec: ModelSpec, device: torch.device) -> Task:
 
 
 def _domains(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, Domain]:
-    size = {"image_size": spec.image_size, "channels": spec.channels}
-    original = load_original(config.domain.original, **size)
+    size, channels = spec.image_size, spec.channels
+    original = load_original(config.domain.original, image_size=size, channels=channels)
     if original.classes != spec.classes:
         raise UserError(
             f"domain.original: its {len(original.classes)} classes ({_few(original.classes)}) are not the "
             f"{len(spec.classes)} that the reference tells apart ({_few(spec.classes)})"
         )
-    return original.to(device), load_restricted(config.domain.restricted, **size).to(device)
+    restricted = load_restricted(config.domain.restricted, image_size=size, channels=channels)
+    return original.to(device), restricted.to(device)
 
 
 def _few(names: tuple[str, ...]) -> str:

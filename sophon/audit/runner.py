@@ -179,7 +179,7 @@ class Runner:
 
 
 def exposure(outside: tuple[str, ...] | None) -> str:
-    """Say whether protection could have seen an attack: ``seen``, ``longer`` (only its length is new) or ``held_out``."""
+    """Say whether protection could have drawn an attack: ``seen``, ``longer`` (but for its length) or ``held_out``."""
     if outside is None:
         return "held_out"
     return "seen" if not outside else "longer" if outside == ("steps",) else "held_out"

@@ -1,0 +1,1 @@
+"""The protection: simulated attackers, suppression, reinforcement, and the loop that alternates them."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 class DifferentiableAdam(higher.optim.DifferentiableOptimizer):  # type: ignore[misc]
     """Adam and AdamW as torch.optim computes them (no AMSGrad), out of place.
 
-    A second moment of exactly zero (a weight that never received a gradient) makes the square root's derivative infinite;
-    there the step is zero whatever the gradient, so its derivative is set to zero.
+    A second moment of exactly zero (a weight that never received a gradient) makes the square root's derivative
+    infinite; there the step is zero whatever the gradient, so its derivative is set to zero.
     """
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
@@ -45,7 +45,8 @@ def _adam_step(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: di
     root = torch.where(untouched, 1.0, second).sqrt()
     root = torch.where(untouched, 0.0, root)
     corrected = root / (1 - beta2**step) ** 0.5 + group["eps"]
-    return parameter - (lr / (1 - beta1**step)) * first / corrected
+    moved: Tensor = parameter - (lr / (1 - beta1**step)) * first / corrected
+    return moved
 
 
 @contextmanager
@@ -53,8 +54,8 @@ def innerloop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tu
     """Open `higher`'s inner loop on ``model`` itself, so that gradients reach its own parameters.
 
     Yields:
-        The functional model, and the differentiable optimizer whose ``step(loss)`` updates it. The model's own parameters
-        and buffers stay as they are.
+        The functional model, and the differentiable optimizer whose ``step(loss)`` updates it. The model's own
+        parameters and buffers stay as they are.
     """
     for kind in (torch.optim.Adam, torch.optim.AdamW):
         higher.optim._opt_mapping[kind] = DifferentiableAdam

@@ -37,9 +37,9 @@ class SuppressionStep(NamedTuple):
 class Suppressor:
     """Takes FTS steps on the released model.
 
-    The meta-gradient of a fresh or probed head belongs to a head that is not released, so it is dropped; that of a kept
-    head is applied. The released model is never run here: attackers are scratch copies, so no simulated attacker touches
-    its BatchNorm statistics.
+    The meta-gradient of a fresh or probed head belongs to a head that is not released, so it is dropped; that of a
+    kept head is applied. The released model is never run here: attackers are scratch copies, so no simulated attacker
+    touches its BatchNorm statistics.
 
     Args:
         model: the released model; its parameters are stepped in place.

@@ -95,7 +95,7 @@ class Trainer:
         self.state_path = folder / STATE_FILE
         self.suppressor = Suppressor(model, task, restricted, sampler, method, seed)
         self.reinforcer = Reinforcer(model, reference, task, original["train"], method, seed)
-        self._resume_or_start(reference)
+        self.at, self.good = self._start(reference)
 
     def run(self) -> Position:
         """Alternate until the last round; leave the model in the last state that the guard accepted.
@@ -183,22 +183,21 @@ class Trainer:
         }
         write_tensors(self.state_path, tensors, asdict(self.at))
 
-    def _resume_or_start(self, reference: nn.Module) -> None:
+    def _start(self, reference: nn.Module) -> tuple[Position, dict[str, Tensor]]:
+        """Return the position and the good state to go on from: the saved ones, or the reference itself."""
         if not self.state_path.exists():
             before = self.task.evaluate(reference, self.val)
-            self.good = _copied(self.model.state_dict())
-            self.at = Position(0, 0, self.method.ntr_steps, 0, before, before)
-            return
+            return Position(0, 0, self.method.ntr_steps, 0, before, before), _copied(self.model.state_dict())
         tensors, metadata = read_tensors(self.state_path)
         device = next(self.model.parameters()).device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.at = Position(**metadata)
         self.model.load_state_dict(_within("model", tensors))
-        self.good = _within("good", tensors)
         self.suppressor.probed_head = _within("probe", tensors)
         _restore_moments(self.suppressor.optimizer, _within("fts", tensors))
         _restore_moments(self.reinforcer.optimizer, _within("ntr", tensors))
-        self.tracker.say(f"going on after round {self.at.round}")
+        position = Position(**metadata)
+        self.tracker.say(f"going on after round {position.round}")
+        return position, _within("good", tensors)
 
 
 def last_good(folder: Path) -> tuple[dict[str, Tensor], Position]:
