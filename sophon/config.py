@@ -146,7 +146,7 @@ class GuardConfig:
     Attributes:
         every: rounds between two looks at the ``val`` split; the last round is always followed by one.
         tolerance: largest loss of the task's primary metric on ``val`` against the reference: in points for accuracy.
-        repair_steps: NTR steps tried on a breach before the trainer rolls back.
+        repair_steps: annealed NTR steps tried on a breach before the trainer rolls back; 0 for none.
         growth: NTR steps of a round are multiplied by this after a roll-back.
         max_ntr_steps: but never grow beyond this.
     """
@@ -165,13 +165,13 @@ class AttackConfig:
     Attributes:
         seeds: attempts of each strategy against each role, >= 1.
         eval_points: points of each curve on the ``select`` split, the start and the end included, >= 2.
-        strategies: the attacks by name.
+        strategies: the attacks by name, each with the fields of `FineTuneStrategy`.
         grid: further attacks: every combination of these lists of `FineTuneStrategy` fields.
     """
 
     seeds: int = 1
     eval_points: int = 6
-    strategies: dict[str, StrategyConfig] = field(default_factory=dict)
+    strategies: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
 
 
@@ -249,10 +249,19 @@ def from_omegaconf(config: DictConfig) -> Config:
         raise UserError("the configuration is not a whole sophon configuration")
     typed.pretrain = FineTuneStrategy(**vars(typed.pretrain))
     typed.attack.strategies = {
-        name: FineTuneStrategy(**vars(strategy)) for name, strategy in typed.attack.strategies.items()
+        name: _strategy(f"attack.strategies.{name}", values) for name, values in typed.attack.strategies.items()
     }
     validate(typed)
     return typed
+
+
+def _strategy(key: str, values: Any) -> FineTuneStrategy:
+    """Make a strategy of plain data: untyped in `AttackConfig`, so that ``+attack.strategies.NAME.lr=...`` adds one."""
+    try:
+        strategy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StrategyConfig), values))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+    return FineTuneStrategy(**vars(strategy))
 
 
 def validate(config: Config) -> None:

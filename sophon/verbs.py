@@ -56,7 +56,7 @@ def pretrain(config: Config) -> None:
         if not fine_tune(model, config.pretrain, task, original["train"], generator, after_step):
             raise UserError(f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it")
     manifest = _manifest(config, "pretrain", {"original": original}, parent=None)
-    manifest["intactness"] = {**asdict(task.metric), "after": _both_splits(task, model, original)}
+    manifest["intactness"] = {**_metric(task), "after": _both_splits(task, model, original)}
     write_checkpoint(folder / "checkpoint", model, spec, manifest)
     print(f"{folder / 'checkpoint'}: {task.metric.name} {_figures(manifest['intactness']['after'])}")
 
@@ -96,7 +96,7 @@ def protect(config: Config) -> None:
         position = trainer.run()
     manifest = _protected_manifest(config, reference, {"original": original, "restricted": restricted}, position)
     manifest["intactness"] |= {
-        **asdict(task.metric),
+        **_metric(task),
         "before": _both_splits(task, model, original),
         "after": _both_splits(task, trainer.model, original),
     }
@@ -133,7 +133,7 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
     model.load_state_dict(weights)
     manifest = _protected_manifest(config, reference, {"original": original, "restricted": restricted}, position)
     manifest["intactness"] |= {
-        **asdict(task.metric),
+        **_metric(task),
         "before": _both_splits(task, reference.model.to(device), original),
         "after": _both_splits(task, model, original),
     }
@@ -165,7 +165,7 @@ def audit(config: Config) -> None:
         "checkpoint": _origin(protected),
         "reference": _origin(reference),
         "intactness": {
-            **asdict(task.metric),
+            **_metric(task),
             "before": {"test": task.evaluate(models["unprotected"], original["test"])},
             "after": {"test": task.evaluate(models["protected"], original["test"])},
         },
@@ -289,6 +289,11 @@ def _protected_manifest(
         "intactness": {"tolerance": config.guard.tolerance},
         "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
     }
+
+
+def _metric(task: Task) -> dict[str, Any]:
+    metric = task.metric
+    return {"metric": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
 
 
 def _both_splits(task: Task, model: nn.Module, original: Domain) -> dict[str, float]:

@@ -77,3 +77,26 @@ def tiny_images(seed: int, per_class: int = 12, noise: int = 60) -> ImageSet:
 def tiny_domain(name: str, splits: Iterator[str] | tuple[str, ...], seed: int = 0) -> Domain:
     images = {split: tiny_images(seed + index) for index, split in enumerate(splits)}
     return Domain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
+
+
+def tiny_bands(name: str, splits: tuple[str, ...], seed: int = 0, *, across: bool = False, per_class: int = 12) -> Domain:
+    """Return a domain like `tiny_domain`; ``across`` turns its bands upright, which makes it another task."""
+    images = {}
+    for index, split in enumerate(splits):
+        part = tiny_images(seed + index, per_class)
+        pixels = part.images.transpose(2, 3).contiguous() if across else part.images
+        images[split] = ImageSet(pixels, part.labels, part.classes)
+    return Domain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy everything that a model remembers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Compare to the bit."""
+    now = model.state_dict()
+    assert list(now) == list(before)
+    changed = [name for name, value in before.items() if not torch.equal(now[name], value)]
+    assert not changed

@@ -43,8 +43,13 @@ class Reinforcer:
         self.seed = seed
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.ntr_lr)
 
-    def run(self, steps: int, *key: object) -> float:
+    def run(self, steps: int, *key: object, anneal: bool = False) -> float:
         """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
+
+        Args:
+            steps: how many.
+            key: what the batches depend on besides the seed.
+            anneal: let the rate fall along a half cosine, so that the last steps settle instead of wandering.
 
         Raises:
             UserError: the loss is not finite.
@@ -53,7 +58,9 @@ class Reinforcer:
         stream = batches(self.images, self.config.ntr_batch_size, generator, self.config.ntr_augmentation)
         parameters = self.task.train_mode(self.model, "all")
         total = 0.0
-        for _ in range(steps):
+        for step in range(steps):
+            factor = 0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0
+            self.optimizer.param_groups[0]["lr"] = self.config.ntr_lr * factor
             loss = self.task.original_loss(self.model, next(stream), self.reference)
             if not math.isfinite(loss.item()):
                 raise UserError(

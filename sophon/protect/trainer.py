@@ -144,7 +144,7 @@ class Trainer:
         value, loss = self._measure()
         repaired = loss > self.guard.tolerance and self.guard.repair_steps > 0
         if repaired:
-            self.reinforcer.run(self.guard.repair_steps, self.at.round, "repair")
+            self.reinforcer.run(self.guard.repair_steps, self.at.round, "repair", anneal=True)
             value, loss = self._measure()
         accepted = loss <= self.guard.tolerance
         if accepted:

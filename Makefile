@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all set-up by themselves; they need Python 3.11 and nothing else.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+
+.PHONY: demo test test-fast lint clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	# torch first: with it in place nothing later replaces its build
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Pretrain, protect, export, audit and report on bundled images; SEED=1 repeats it with another seed.
+demo: $(VENV)/.installed
+	$(BIN)/sophon pretrain experiment=quickstart seed=$(SEED)
+	$(BIN)/sophon protect experiment=quickstart seed=$(SEED)
+	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect out=runs/quickstart/seed$(SEED)/export
+	$(BIN)/sophon audit experiment=quickstart seed=$(SEED)
+	$(BIN)/sophon report run_dir=runs/quickstart/seed$(SEED)/audit
+
+# Everything that has to hold: lint, format, types, walls and all tests.
+test: $(VENV)/.installed lint
+	$(BIN)/pytest
+
+# The inner loop of work: under 90 seconds.
+test-fast: $(VENV)/.installed
+	$(BIN)/pytest -m 'not slow' -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,116 @@
+"""NTR against a loop written out by hand."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from sophon.config import MethodConfig
+from sophon.domains import batches
+from sophon.errors import UserError
+from sophon.losses import distillation
+from sophon.protect.reinforce import Reinforcer
+from sophon.runs import derive_seed
+from sophon.tasks import ClassificationTask
+from tests.tiny import assert_same_state, state_of, tiny_images, tiny_model, tiny_spec, tiny_task
+
+IMAGES = tiny_images(3)
+METHOD = MethodConfig(name="test", ntr_lr=0.01, ntr_batch_size=10, ntr_augmentation="crop")
+
+
+def distilling(weight: float) -> ClassificationTask:
+    return ClassificationTask(tiny_spec(), distillation=weight, temperature=2.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.8])
+def test_equals_a_loop_written_out(weight: float) -> None:
+    reference = tiny_model(1)
+    expected, total = copy.deepcopy(reference).train(), 0.0
+    with torch.no_grad():
+        expected.fc.weight.add_(0.3)  # so that there is something to distil
+    model = copy.deepcopy(expected)
+    adam = torch.optim.Adam(expected.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 2, "repair"))
+    for images, labels in islice(batches(IMAGES, 10, generator, "crop"), 6):
+        inputs = (images.double() / 255 - 0.5) / 0.25
+        logits = expected(inputs)
+        loss = nn.functional.cross_entropy(logits, labels)
+        loss = loss + weight * distillation(logits, reference.eval()(inputs), 2.0)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        total += loss.item()
+
+    reinforcer = Reinforcer(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
+    assert reinforcer.run(6, 2, "repair") == pytest.approx(total / 6, rel=1e-12)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+
+def test_moments_live_on_between_runs() -> None:
+    """Two runs of Adam with one set of moments, not two of one step each."""
+    model = tiny_model(1)
+    reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    reinforcer.run(1, 0)
+    reinforcer.run(2, 1)
+    assert {float(state["step"]) for state in reinforcer.optimizer.state.values()} == {3.0}
+
+
+def test_key_and_seed_decide_the_batches() -> None:
+    def loss(seed: int, *key: object) -> float:
+        return Reinforcer(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).run(2, *key)
+
+    assert loss(1, 0) == loss(1, 0)
+    assert len({loss(1, 0), loss(2, 0), loss(1, 1), loss(1, 0, "repair")}) == 4
+
+
+def test_zero_steps_do_nothing() -> None:
+    model = tiny_model(1)
+    before = state_of(model)
+    assert Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0).run(0, 0) == 0
+    assert_same_state(model, before)
+
+
+def test_loss_that_is_not_finite() -> None:
+    model = tiny_model(1)
+    with torch.no_grad():
+        model.fc.bias[0] = torch.inf
+    before = state_of(model)
+    with pytest.raises(UserError, match=r"method.ntr_lr: .* nan at ntr_lr=0.01, fts_lr=.*lower") as caught:
+        Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0).run(3, 0)
+    assert "\n" not in str(caught.value)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name])
+
+
+def test_rate_that_diverges() -> None:
+    model = tiny_model(1).float()
+    task = ClassificationTask(tiny_spec())
+    reinforcer = Reinforcer(model, tiny_model(1).float(), task, IMAGES, replace(METHOD, ntr_lr=1e30), 0)
+    with pytest.raises(UserError, match="method.ntr_lr"):
+        reinforcer.run(20, 0)
+
+
+def test_distillation_pulls_to_the_reference() -> None:
+    """From a disturbed copy, the distilled model ends nearer to the reference's outputs, which stay what they were."""
+    reference = tiny_model(1)
+    before = state_of(reference)
+    task = distilling(0.0)
+    inputs = task.prepare(IMAGES.images)
+
+    def distance(weight: float) -> float:
+        torch.manual_seed(0)
+        model = copy.deepcopy(reference)
+        with torch.no_grad():
+            model.fc.weight.add_(torch.randn_like(model.fc.weight))
+        Reinforcer(model, reference, distilling(weight), IMAGES, METHOD, 0).run(100, 0)
+        gap = model.eval()(inputs).log_softmax(1) - reference.eval()(inputs).log_softmax(1)
+        return float(gap.detach().abs().mean())
+
+    assert distance(20.0) < 0.5 * distance(0.0)
+    assert_same_state(reference, before)

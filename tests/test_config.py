@@ -1,0 +1,369 @@
+"""Everything that conf/ ships composes, means something and runs; everything else is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sophon import config as config_module
+from sophon.audit.runner import strategies
+from sophon.cli import conf_dir
+from sophon.config import Config, from_omegaconf, plain
+from sophon.domains.batches import AUGMENTATIONS
+from sophon.domains.sources import BUNDLED, SOURCES, TORCHVISION
+from sophon.errors import UserError
+from sophon.losses import SUPPRESSION_LOSSES
+from sophon.models import build, spec_from_config
+from sophon.protect.simulate import ENGINES, GAMMAS
+from sophon.runs import resolve_device
+from sophon.strategies import FineTuneStrategy, StrategySampler
+from sophon.tasks import TASKS
+from sophon.tracking import MODES
+
+CONF = conf_dir()
+MODELS = ("caformer_m36", "resnet50", "resnet34", "resnet18", "vgg13_bn")
+RESTRICTED = ("cifar10", "cinic10", "stl10", "mnist", "svhn")
+CLASSES = tuple("abcde")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _initialised() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def compose(*overrides: str, verb: str = "protect") -> DictConfig:
+    return hydra.compose("config", overrides=[*overrides, f"verb={verb}"])
+
+
+def typed(*overrides: str) -> Config:
+    return from_omegaconf(compose(*overrides))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> DictConfig:
+    return compose()
+
+
+def changed(shipped: DictConfig, assignment: str) -> Config:
+    """Do without Hydra what ``++key=value`` does: composing takes ten times as long."""
+    config = copy.deepcopy(shipped)
+    key, value = assignment.split("=", 1)
+    OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+    return from_omegaconf(config)
+
+
+def check(config: Config) -> None:
+    """Make, as far as that needs no data, everything that a configuration names."""
+    assert config.task in TASKS
+    assert config.tracking.wandb in MODES
+    for domain in (config.domain.original, config.domain.restricted):
+        assert domain.source in SOURCES
+        known = {"bundled": BUNDLED, "torchvision": TORCHVISION, "imagefolder": ("",)}[domain.source]
+        assert domain.dataset in known
+        assert not domain.download
+        if domain.source == "bundled" and domain.classes is not None:
+            assert set(domain.classes) <= set(BUNDLED[domain.dataset].classes)
+    assert config.method.suppression_loss in SUPPRESSION_LOSSES
+    assert config.method.engine in ENGINES
+    assert config.method.gamma in GAMMAS
+    assert config.method.ntr_augmentation in AUGMENTATIONS
+    assert config.pretrain.augmentation in AUGMENTATIONS
+    assert config.pretrain.head == "kept"
+    sampler = StrategySampler(config.sampler)
+    sampler.sample(torch.Generator().manual_seed(0)).validate("sampled")
+    assert set(sampler.support()["augmentation"]) <= set(AUGMENTATIONS)
+    for strategy in strategies(config.attack).values():
+        assert strategy.augmentation in AUGMENTATIONS
+    resolve_device(config.device)
+
+
+def check_model(config: Config) -> None:
+    spec = spec_from_config(config.model, CLASSES)
+    with torch.device("meta"):
+        logits = build(spec).eval()(torch.empty(2, spec.channels, spec.image_size, spec.image_size))
+    assert logits.shape == (2, len(CLASSES))
+    assert not config.model.pretrained
+
+
+# ---- what is shipped ------------------------------------------------------------------------------------------------
+
+
+def test_the_groups_are_those_of_the_schema() -> None:
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert set(GROUPS) <= fields | {"experiment"}
+    assert all(options(group) for group in GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group in GROUPS if group != "domain" for option in options(group)]
+)
+def test_every_option_composes(group: str, option: str) -> None:
+    config = typed(f"{group}={option}")
+    check(config)
+    if group == "model":
+        check_model(config)
+
+
+@pytest.mark.parametrize("option", options("domain"))
+def test_every_domain_composes_in_both_roles(option: str) -> None:
+    config = typed(f"domain@domain.original={option}", f"domain@domain.restricted={option}")
+    check(config)
+    assert config.domain.original == config.domain.restricted
+    assert config.domain.original.name == option
+
+
+@pytest.mark.parametrize("option", options("experiment"))
+def test_every_experiment_names_itself_and_its_parts(option: str) -> None:
+    config = typed(f"experiment={option}")
+    check(config)
+    check_model(config)
+    assert config.name.startswith(option)
+    assert config.domain.original != config.domain.restricted
+
+
+def test_without_an_experiment_the_defaults_are_whole() -> None:
+    config = typed()
+    check(config)
+    check_model(config)
+    assert config.name == "default"
+    assert config.run_dir is config.reference is config.checkpoint is config.out is None
+
+
+def test_the_composed_configuration_is_plain_data_that_composes_again() -> None:
+    config = typed("experiment=quickstart")
+    again = from_omegaconf(DictConfig(plain(config)))
+    assert again == config
+
+
+@pytest.mark.slow
+def test_the_papers_matrix() -> None:
+    names = {}
+    for model in MODELS:
+        for restricted in RESTRICTED:
+            config = typed("experiment=paper", f"model={model}", f"domain@domain.restricted={restricted}")
+            assert config.model.architecture == model
+            assert config.model.image_size == 64
+            assert config.domain.original.name == "imagenette"
+            assert config.domain.restricted.name == restricted
+            assert {model, restricted} <= set(re.split(r"paper_|_(?=[a-z0-9]+$)", config.name))
+            names[config.name] = (model, restricted)
+    assert len(names) == 25
+
+
+def test_the_papers_attacks_are_four_ways_with_every_optimizer() -> None:
+    found = strategies(typed("experiment=paper").attack).values()
+    assert {(s.head, s.scope) for s in found} == {(h, s) for h in ("fresh", "kept") for s in ("all", "head")}
+    assert len({s.optimizer for s in found}) == 8
+
+
+def test_the_simulated_attacker_of_the_paper_is_one() -> None:
+    support = StrategySampler(typed("experiment=paper").sampler).support()
+    assert support["optimizer"] == {"sgd": [1e-4, 1e-4]}
+    assert support["head"] == ["kept"]
+
+
+# ---- the schema -----------------------------------------------------------------------------------------------------
+
+
+def test_a_strategy_in_the_configuration_has_exactly_the_strategys_fields() -> None:
+    def described(kind: Any) -> list[tuple[str, object]]:
+        return [(field.name, field.default) for field in dataclasses.fields(kind)]
+
+    assert described(config_module.StrategyConfig) == described(FineTuneStrategy)
+    assert vars(config_module.StrategyConfig()) == vars(FineTuneStrategy())
+
+
+def test_strategies_arrive_as_frozen_strategies() -> None:
+    config = typed("pretrain.lr=0.5", "+attack.strategies.mine={lr: 0.25}")
+    assert config.pretrain == dataclasses.replace(config.pretrain, lr=0.5)
+    assert isinstance(config.pretrain, FineTuneStrategy)
+    assert config.attack.strategies["mine"] == FineTuneStrategy(lr=0.25)
+
+
+def test_every_attribute_is_documented() -> None:
+    for kind in vars(config_module).values():
+        if dataclasses.is_dataclass(kind) and getattr(kind, "__module__", "") == "sophon.config":
+            documented = set(re.findall(r"^        (\w+): ", kind.__doc__ or "", re.MULTILINE))
+            parts = {"domain", "model", "method", "sampler", "guard", "attack", "tracking"} if kind is Config else set()
+            if kind is config_module.DomainsConfig:
+                continue
+            assert documented == {field.name for field in dataclasses.fields(kind)} - parts, kind
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+Refusal = (HydraException, OmegaConfBaseException, UserError)
+
+
+def refusal(*overrides: str, shipped: DictConfig | None = None) -> str:
+    """Return the message with which a configuration is refused, its causes included."""
+    with pytest.raises(Refusal) as caught:
+        typed(*overrides) if shipped is None else changed(shipped, *overrides)
+    error, text = caught.value, ""
+    if isinstance(error, UserError):
+        assert "\n" not in str(error)
+    while error is not None:
+        text += f"{error}\n"
+        error = error.__cause__
+    return text
+
+
+@pytest.mark.parametrize(
+    "key", ["foo", "method.foo", "domain.original.foo", "pretrain.foo", "sampler.foo", "model.foo"]
+)
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_an_unknown_key_is_refused_by_name(key: str, sign: str) -> None:
+    assert "foo" in refusal(f"{sign}{key}=1")
+
+
+def test_an_unknown_key_of_an_attack_is_refused_by_name() -> None:
+    message = refusal("+attack.strategies.mine={foo: 1}")
+    assert "foo" in message
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "domain"])
+def test_an_unknown_option_is_answered_with_those_that_exist(group: str) -> None:
+    message = refusal(f"{group}=nope")
+    assert all(name in message for name in ("nope", *options(group)))
+
+
+@pytest.mark.parametrize("key", ["model.architecture", "method.name", "domain.original.source", "name"])
+def test_a_missing_value_is_refused_by_name(key: str) -> None:
+    assert key in refusal(f"{key}=???")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1.5",
+        "seed=null",
+        "method.rounds=many",
+        "method.rounds=[1]",
+        "method.fts_lr=fast",
+        "domain.original.download=perhaps",
+        "domain.original.classes=3",
+        "model.mean=[dark]",
+        "model=[]",
+        "guard=3",
+        "sampler.steps=20",
+        "sampler.optimizers={sgd: fast}",
+        "pretrain.steps=1.5",
+        "attack.strategies=3",
+        "attack.strategies.mine=3",
+        "attack.strategies.mine={lr: fast}",
+        "attack.grid={lr: 0.1}",
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(override: str, shipped: DictConfig) -> None:
+    assert refusal(override, shipped=shipped)
+
+
+OUT_OF_RANGE = [
+    *(f"method.{name}=0" for name in ("rounds", "fts_steps", "attackers", "query_every", "query_batch_size")),
+    "method.ntr_batch_size=0",
+    *(f"method.{name}=-1" for name in ("ntr_steps", "probe_steps", "distillation")),
+    *(
+        f"method.{name}={value}"
+        for name in ("fts_lr", "ntr_lr", "probe_lr", "temperature")
+        for value in (0, ".nan", ".inf")
+    ),
+    "method.distillation=.nan",
+    "method.fts_max_norm=0",
+    "method.engine=third_order",
+    "method.gamma=best",
+    "guard.every=0",
+    *(f"guard.{name}=-1" for name in ("tolerance", "repair_steps", "max_ntr_steps")),
+    "guard.tolerance=.nan",
+    "guard.growth=0.5",
+    "attack.seeds=0",
+    "attack.eval_points=1",
+    "threads=-1",
+    "pretrain.optimizer=lion",
+    "pretrain.schedule=weekly",
+    "pretrain.scope=half",
+    "pretrain.head=none",
+    *(f"pretrain.{name}=0" for name in ("lr", "batch_size", "steps", "probe_steps", "probe_lr", "data_budget")),
+    "pretrain.lr=.nan",
+    "pretrain.weight_decay=-1",
+]
+
+
+@pytest.mark.parametrize("override", OUT_OF_RANGE)
+def test_a_value_outside_its_range_is_refused_before_anything_runs(override: str, shipped: DictConfig) -> None:
+    key, value = override.split("=")
+    message = refusal(override, shipped=shipped)
+    assert key in message
+    assert value.lstrip(".") in message
+
+
+@pytest.mark.parametrize("name", ["''", "a/b", "../a", ".a", "/a"])
+def test_a_name_that_is_no_folder_is_refused(name: str, shipped: DictConfig) -> None:
+    assert refusal(f"name={name}", shipped=shipped).startswith("name: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sampler.optimizers={sgd: null, momentum: null, nesterov: null, adam: null, adamw: null, adagrad: null, "
+         "adadelta: null, rmsprop: null}", "sampler.optimizers"),
+        ("sampler.optimizers.lion=[0.1,0.2]", "lion"),
+        ("sampler.optimizers.sgd=[0.2,0.1]", "sampler.optimizers.sgd"),
+        ("sampler.optimizers.sgd=[0,0.1]", "sampler.optimizers.sgd"),
+        ("sampler.optimizers.sgd=[0.1]", "sampler.optimizers.sgd"),
+        ("sampler.optimizers.sgd=[.nan,0.1]", "sampler.optimizers.sgd"),
+        ("sampler.optimizers.sgd=[0.1,.inf]", "sampler.optimizers.sgd"),
+        ("sampler.steps=[3,2]", "sampler.steps"),
+        ("sampler.steps=[0,2]", "sampler.steps"),
+        ("sampler.heads=[]", "sampler.heads"),
+        ("sampler.heads=[lost]", "lost"),
+        ("sampler.scopes=[some]", "some"),
+        ("sampler.schedules=[weekly]", "weekly"),
+        ("sampler.batch_sizes=[0]", "sampler.batch_size"),
+        ("sampler.weight_decays=[-1]", "sampler.weight_decay"),
+    ],
+)  # fmt: skip
+def test_a_sampler_that_cannot_sample_is_refused(override: str, key: str, shipped: DictConfig) -> None:
+    with pytest.raises(UserError) as caught:
+        StrategySampler(changed(shipped, override).sampler)
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("attack.grid.foo=[1]", "foo"),
+        ("attack.grid.optimizer=[lion]", "lion"),
+        ("attack.grid.lr=[-1]", "lr"),
+        ("attack.grid.lr=[fast]", "lr"),
+        ("attack.grid.steps=[1.5]", "steps"),
+        ("attack.grid.head=[]", "grid"),
+        ("attack.strategies.mine={optimizer: lion}", "lion"),
+    ],
+)
+def test_an_attack_that_cannot_run_is_refused(override: str, key: str, shipped: DictConfig) -> None:
+    with pytest.raises(UserError) as caught:
+        strategies(changed(shipped, override).attack)
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)

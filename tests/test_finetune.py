@@ -1,0 +1,179 @@
+"""Fine-tuning against a loop written out by hand, and the count of its floating-point operations."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sophon.domains import Batch, batches
+from sophon.finetune import fine_tune, flops_per_step
+from sophon.strategies import OPTIMIZERS, FineTuneStrategy, learning_rate
+from sophon.tasks import ClassificationTask
+from tests.tiny import CLASSES, assert_same_state, state_of, tiny_images, tiny_model, tiny_task
+
+IMAGES = tiny_images(4)
+PLAN = FineTuneStrategy(optimizer="momentum", lr=0.05, weight_decay=0.01, schedule="warmup_cosine", batch_size=8, steps=12)
+TORCH = {
+    "momentum": lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda weights: torch.optim.AdamW(weights, lr=0.05, weight_decay=0.01),
+}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(11)
+
+
+@pytest.mark.parametrize("scope", ["all", "head"])
+@pytest.mark.parametrize("optimizer", TORCH)
+def test_equals_a_loop_written_out(optimizer: str, scope: str) -> None:
+    plan = replace(PLAN, optimizer=optimizer, scope=scope, augmentation="crop")
+    expected, losses = tiny_model(), []
+    expected.train(scope == "all")
+    weights = [*expected.parameters()] if scope == "all" else [expected.fc.weight, expected.fc.bias]
+    stepper = TORCH[optimizer](weights)
+    for step, (images, labels) in enumerate(islice(batches(IMAGES, 8, generator(), "crop"), 12)):
+        stepper.param_groups[0]["lr"] = learning_rate(plan, step)
+        loss = nn.functional.cross_entropy(expected((images.double() / 255 - 0.5) / 0.25), labels)
+        stepper.zero_grad()
+        loss.backward()
+        stepper.step()
+        losses.append((step + 1, loss.item()))
+
+    model, told = tiny_model(), []
+    assert fine_tune(model, plan, tiny_task(), IMAGES, generator(), lambda step, loss: told.append((step, loss)))
+    assert [step for step, _ in told] == list(range(1, 13))
+    assert [loss for _, loss in told] == pytest.approx([loss for _, loss in losses], rel=1e-12)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+
+def test_scope_head_moves_nothing_else() -> None:
+    model = tiny_model()
+    before = state_of(model)
+    assert fine_tune(model, replace(PLAN, scope="head"), tiny_task(), IMAGES, generator())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_all_can_follow_head() -> None:
+    """A probed attacker trains the head first; freezing must not outlast that."""
+    model, task = tiny_model(), tiny_task()
+    fine_tune(model, replace(PLAN, scope="head"), task, IMAGES, generator())
+    before = state_of(model)
+    fine_tune(model, PLAN, task, IMAGES, generator())
+    assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns(optimizer: str) -> None:
+    lr = {"adadelta": 1.0, "sgd": 0.3, "adagrad": 0.1}.get(optimizer, 0.02)
+    losses: list[float] = []
+    plan = FineTuneStrategy(optimizer=optimizer, lr=lr, batch_size=len(IMAGES), steps=40)
+    assert fine_tune(tiny_model(), plan, tiny_task(), IMAGES, generator(), lambda step, loss: losses.append(loss))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+class Failing(ClassificationTask):
+    """Its loss stops being finite at a given step."""
+
+    def __init__(self, at: int, value: float) -> None:
+        super().__init__(tiny_task().spec, dtype=torch.float64)
+        self.left, self.value = at, value
+
+    def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.left -= 1
+        return super().attacker_loss(model, batch) * (self.value if self.left == 0 else 1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stops_where_the_loss_is_not_finite(value: float) -> None:
+    model, steps = tiny_model(), []
+    assert not fine_tune(model, PLAN, Failing(4, value), IMAGES, generator(), lambda step, loss: steps.append(step))
+    assert steps == [1, 2, 3]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    expected = tiny_model()
+    # the same schedule, cut after three steps: the step that failed moved nothing
+    with pytest.raises(StopIteration):
+        fine_tune(expected, PLAN, tiny_task(), IMAGES, generator(), stop_after(3))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name))
+
+
+def stop_after(steps: int):
+    def told(step: int, loss: float) -> None:
+        if step == steps:
+            raise StopIteration
+
+    return told
+
+
+def test_diverging_rate_ends_in_false() -> None:
+    model = tiny_model().float()
+    task = ClassificationTask(tiny_task().spec)
+    assert not fine_tune(model, replace(PLAN, lr=1e30, schedule="constant", steps=50), task, IMAGES, generator())
+
+
+# --- floating-point operations ------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(36, len(CLASSES), dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.flatten(1))
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 5, 3, padding=1, bias=False, dtype=torch.float64)
+        self.fc = nn.Linear(5, len(CLASSES), dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.conv(images).mean((2, 3)))
+
+
+def count(model: nn.Module, batch_size: int = 8, scope: str = "all") -> int:
+    return flops_per_step(model, replace(PLAN, batch_size=batch_size, scope=scope), tiny_task(), IMAGES)
+
+
+LINEAR, CONV, HEAD = 2 * 36 * 3, 2 * 36 * 9 * 5, 2 * 5 * 3  # operations of one forward pass of one image
+
+
+def test_flops_by_hand() -> None:
+    """A layer's backward pass costs its forward pass again for the weights and, unless it is the first, the inputs."""
+    assert count(Linear()) == 8 * 2 * LINEAR
+    assert count(Convolution()) == 8 * (2 * CONV + 3 * HEAD)
+    # a probe goes forward through everything and back through the head alone
+    assert count(Convolution(), scope="head") == 8 * (CONV + 2 * HEAD)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 100])
+def test_flops_scale_with_the_batch(batch_size: int) -> None:
+    """Also where a batch is larger than the data."""
+    assert len(IMAGES) < 100
+    assert count(Convolution(), batch_size) == batch_size * count(Convolution(), 1)
+
+
+@pytest.mark.parametrize("scope", ["all", "head"])
+def test_flops_leave_the_model_as_it_was(scope: str) -> None:
+    model = tiny_model()
+    before = state_of(model)
+    count(model, scope=scope)
+    assert_same_state(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_flops_of_a_frozen_model() -> None:
+    """What an earlier fine-tuning froze does not change what the next one costs."""
+    model = Convolution()
+    fresh = count(copy.deepcopy(model))
+    fine_tune(model, replace(PLAN, scope="head", steps=1), tiny_task(), IMAGES, generator())
+    assert count(model) == fresh

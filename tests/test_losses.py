@@ -1,0 +1,182 @@
+"""Every loss against numbers worked out by hand, its stated gradient, and inputs at the edge of floating point."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sophon import losses
+from sophon.losses import SUPPRESSION_LOSSES, distillation
+
+# softmax of the first row is (1/2, 1/4, 1/4), of the second (1/8, 3/8, 1/2)
+LOGITS = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, math.log(3), math.log(4)]], dtype=torch.float64)
+LABELS = torch.tensor([0, 1])
+CLASSES = 3
+BY_HAND = {
+    "ice": (-math.log(1 / 2) - math.log(5 / 8)) / 2,
+    "klu": -(math.log(3 / 2) + 2 * math.log(3 / 4) + math.log(3 / 8) + math.log(9 / 8) + math.log(3 / 2)) / 6,
+    "negative_ce": (math.log(1 / 2) + math.log(3 / 8)) / 2,
+    "mlac": (math.log(1 / 2) + math.log(3 / 8)) / 2,
+    # softmax(-z) is (1/5, 2/5, 2/5) and (12, 4, 3) / 19
+    "ce_on_negated_logits": (-math.log(1 / 5) - math.log(4 / 19)) / 2,
+}
+
+numbers = st.floats(-30, 30)
+rows = st.integers(2, 5).flatmap(lambda count: st.lists(st.lists(numbers, min_size=count, max_size=count), min_size=1))
+
+
+def gradient(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    leaf = logits.detach().clone().requires_grad_()
+    return torch.autograd.grad(SUPPRESSION_LOSSES[name](leaf, labels), leaf)[0]
+
+
+@pytest.mark.parametrize("name", SUPPRESSION_LOSSES)
+def test_values_by_hand(name: str) -> None:
+    assert set(BY_HAND) == set(SUPPRESSION_LOSSES)
+    loss = SUPPRESSION_LOSSES[name](LOGITS, LABELS)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(BY_HAND[name], rel=1e-12)
+
+
+def test_stated_gradients() -> None:
+    p = LOGITS.softmax(1)
+    batch = torch.arange(len(LABELS))
+    chosen = p[batch, LABELS]
+    onehot = torch.nn.functional.one_hot(LABELS, CLASSES).double()
+
+    ice = gradient("ice", LOGITS, LABELS)
+    torch.testing.assert_close(ice[batch, LABELS], chosen / 2)
+    others = p - (1 - onehot) * p / (1 - chosen)[:, None]  # p_j - p_j / (1 - p_y)
+    torch.testing.assert_close(ice, others / 2)
+    torch.testing.assert_close(gradient("klu", LOGITS, LABELS), (p - 1 / CLASSES) / 2)
+    torch.testing.assert_close(gradient("negative_ce", LOGITS, LABELS), (onehot - p) / 2)
+    negated = gradient("ce_on_negated_logits", LOGITS, LABELS)
+    torch.testing.assert_close(negated, (onehot - (-LOGITS).softmax(1)) / 2)
+
+
+@pytest.mark.parametrize("name", SUPPRESSION_LOSSES)
+def test_gradcheck(name: str) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SUPPRESSION_LOSSES[name], (logits, torch.tensor([0, 4, 2, 2])))
+
+
+def test_gradcheck_of_distillation() -> None:
+    torch.manual_seed(1)
+    logits, teacher = torch.randn(2, 4, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: distillation(z, teacher, 3.0), (logits.requires_grad_(),))
+
+
+EXTREMES = {
+    "confident and right": [[1e4, -1e4, -1e4]],
+    "confident and wrong": [[-1e4, 1e4, -1e4]],
+    "all large": [[1e4, 1e4, 1e4]],
+    "all small": [[-1e4, -1e4, -1e4]],
+    "all equal": [[0.0, 0.0, 0.0]],
+    "one-hot": [[1.0, 0.0, 0.0]],
+    "two far below": [[0.0, -1e4, -1e4]],
+    "a tie": [[1e4, 1e4, -1e4]],
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("name", SUPPRESSION_LOSSES)
+def test_extremes_stay_finite(name: str, extreme: str) -> None:
+    logits, labels = torch.tensor(EXTREMES[extreme]), torch.tensor([0])
+    loss = SUPPRESSION_LOSSES[name](logits, labels)
+    assert loss.isfinite()
+    assert loss.item() <= 2e4 + 1
+    found = gradient(name, logits, labels)
+    assert found.isfinite().all()
+    # Logits are equivalent up to a shift, so a gradient never moves them all one way; 1e4 + log 2 in float32 has
+    # three digits behind the point.
+    assert found.sum().item() == pytest.approx(0, abs=2e-3)
+
+
+def test_extreme_values() -> None:
+    """Far from uniform each loss is a difference of logits, exact in float32."""
+    right, wrong = (torch.tensor(EXTREMES[f"confident and {what}"]) for what in ("right", "wrong"))
+    label = torch.tensor([0])
+    # the two rest classes share what is left
+    assert losses.inverse_cross_entropy(right, label).item() == pytest.approx(2e4 - math.log(2))
+    assert losses.inverse_cross_entropy(wrong, label).item() == 0
+    assert losses.kl_from_uniform(right).item() == pytest.approx(4e4 / 3 - math.log(3))
+    assert losses.negative_cross_entropy(wrong, label).item() == -2e4
+    assert losses.clamped_negative_cross_entropy(wrong, label).item() == pytest.approx(-math.log(3))
+    assert losses.negated_logits_cross_entropy(wrong, label).item() == pytest.approx(math.log(2))
+
+
+def test_two_classes_are_enough_for_ice() -> None:
+    """With C = 2, -log(1 - p_y) is the cross-entropy of the other class."""
+    logits, labels = torch.tensor([[0.3, -1.2], [5.0, 2.0]], dtype=torch.float64), torch.tensor([0, 1])
+    expected = torch.nn.functional.cross_entropy(logits, 1 - labels)
+    torch.testing.assert_close(losses.inverse_cross_entropy(logits, labels), expected)
+
+
+@pytest.mark.parametrize("name", SUPPRESSION_LOSSES)
+@given(values=rows, shift=st.floats(-1e3, 1e3), label=st.integers(0, 1))
+def test_constant_shift_changes_nothing(name: str, values: list[list[float]], shift: float, label: int) -> None:
+    logits = torch.tensor(values, dtype=torch.float64)
+    labels = torch.full((len(values),), label)
+    moved = SUPPRESSION_LOSSES[name](logits + shift, labels)
+    torch.testing.assert_close(moved, SUPPRESSION_LOSSES[name](logits, labels), rtol=1e-9, atol=1e-9)
+
+
+@given(values=rows, label=st.integers(0, 1))
+def test_ranges(values: list[list[float]], label: int) -> None:
+    logits, labels = torch.tensor(values, dtype=torch.float64), torch.full((len(values),), label)
+    rounding = 1e-12
+    assert losses.inverse_cross_entropy(logits, labels) >= -rounding
+    assert losses.kl_from_uniform(logits, labels) >= -rounding
+    assert losses.negative_cross_entropy(logits, labels) <= rounding
+    assert -math.log(logits.shape[1]) - rounding <= losses.clamped_negative_cross_entropy(logits, labels) <= rounding
+    assert losses.negated_logits_cross_entropy(logits, labels) >= -rounding
+
+
+@given(classes=st.integers(2, 12), level=st.floats(-1e3, 1e3), bump=st.floats(0.01, 10))
+def test_klu_is_zero_at_uniform_only(classes: int, level: float, bump: float) -> None:
+    uniform = torch.full((2, classes), level, dtype=torch.float64)
+    assert losses.kl_from_uniform(uniform).item() == pytest.approx(0, abs=1e-9)
+    uniform[0, 0] += bump
+    assert losses.kl_from_uniform(uniform).item() > 1e-7
+
+
+def test_klu_ignores_labels() -> None:
+    assert losses.kl_from_uniform(LOGITS) == losses.kl_from_uniform(LOGITS, LABELS)
+
+
+def test_mlac_gives_nothing_for_worse_than_a_guess() -> None:
+    """Image by image: the one that is already worse has no gradient, the other the whole of -CE's."""
+    logits = torch.tensor([[0.0, 5.0, 0.0], [2.0, 0.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0])
+    kept = torch.nn.functional.cross_entropy(logits[1:], labels[1:])
+    loss = losses.clamped_negative_cross_entropy(logits, labels)
+    assert loss.item() == pytest.approx(-(math.log(3) + kept.item()) / 2)
+    found = gradient("mlac", logits, labels)
+    assert found[0].count_nonzero() == 0
+    torch.testing.assert_close(found[1], gradient("negative_ce", logits, labels)[1])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_distillation_by_hand(temperature: float) -> None:
+    teacher = LOGITS.flip(1)
+    assert distillation(LOGITS, LOGITS, temperature).item() == pytest.approx(0, abs=1e-15)
+    p, q = (teacher / temperature).softmax(1), (LOGITS / temperature).softmax(1)
+    expected = temperature**2 * sum(
+        p[i, j].item() * math.log(p[i, j].item() / q[i, j].item()) for i in range(2) for j in range(CLASSES)
+    )
+    assert distillation(LOGITS, teacher, temperature).item() == pytest.approx(expected / 2, rel=1e-12)
+
+
+def test_distillation_takes_the_teacher_as_constant() -> None:
+    student, teacher = LOGITS.clone().requires_grad_(), LOGITS.flip(1).requires_grad_()
+    distillation(student, teacher, 2.0).backward()
+    assert teacher.grad is None
+    # T^2 KL has the gradient T (q - p) / B
+    expected = 2.0 * ((LOGITS / 2).softmax(1) - (LOGITS.flip(1) / 2).softmax(1)) / 2
+    torch.testing.assert_close(student.grad, expected)

@@ -1,0 +1,291 @@
+"""The attacker's vocabulary, its validation, and the one question the audit asks of it: could protection draw this?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sophon.domains import AUGMENTATIONS
+from sophon.errors import UserError
+from sophon.strategies import (
+    HEADS,
+    OPTIMIZERS,
+    SCHEDULES,
+    SCOPES,
+    FineTuneStrategy,
+    SamplerConfig,
+    StrategySampler,
+    build_optimizer,
+    fields_outside,
+    learning_rate,
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def some(values: Any) -> st.SearchStrategy[list[Any]]:
+    return st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=4)
+
+
+rates = st.tuples(st.floats(1e-8, 10), st.floats(1, 1e4)).map(lambda pair: [pair[0], pair[0] * pair[1]])
+configs = st.builds(
+    SamplerConfig,
+    optimizers=st.dictionaries(st.sampled_from(sorted(OPTIMIZERS)), rates, min_size=1),
+    batch_sizes=st.lists(st.integers(1, 512), min_size=1, max_size=4),
+    steps=st.tuples(st.integers(1, 50), st.integers(0, 50)).map(lambda pair: [pair[0], sum(pair)]),
+    heads=some(HEADS),
+    scopes=some(SCOPES),
+    weight_decays=st.lists(st.floats(0, 0.1), min_size=1, max_size=3),
+    schedules=some(SCHEDULES),
+    augmentations=some(AUGMENTATIONS),
+)
+
+
+def small(**changes: Any) -> SamplerConfig:
+    return replace(SamplerConfig(optimizers={"adam": [1e-4, 1e-2]}), **changes)
+
+
+# --- the dataclass ------------------------------------------------------------------------------------------------
+
+
+def test_strategies_are_frozen_values() -> None:
+    one, same, other = FineTuneStrategy(), FineTuneStrategy(), FineTuneStrategy(lr=0.02)
+    assert len({one, same, other}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.lr = 1.0  # type: ignore[misc]
+    one.validate("attack.strategies.default")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer", "lion"),
+        ("schedule", "step"),
+        ("scope", "tail"),
+        ("head", "new"),
+        *((name, bad) for name in ("lr", "probe_lr") for bad in (0.0, -1.0, math.nan, math.inf)),
+        *((name, bad) for name in ("batch_size", "steps", "probe_steps") for bad in (0, -1)),
+        *(("weight_decay", bad) for bad in (-1e-9, math.nan, math.inf)),
+        ("data_budget", 0),
+    ],
+)
+def test_bad_value_is_named_on_one_line(field: str, value: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        replace(FineTuneStrategy(), **{field: value}).validate("attack.strategies.x")
+    message = str(caught.value)
+    assert message.startswith(f"attack.strategies.x.{field}: ")
+    assert str(value) in message
+    assert "allowed" in message
+    assert "\n" not in message
+
+
+# --- optimizers and schedules -------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"momentum": 0, "nesterov": False}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adam": (torch.optim.Adam, {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}),
+    "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}),
+    "adagrad": (torch.optim.Adagrad, {"lr_decay": 0, "eps": 1e-10}),
+    "adadelta": (torch.optim.Adadelta, {"rho": 0.9, "eps": 1e-6}),
+    "rmsprop": (torch.optim.RMSprop, {"alpha": 0.99, "momentum": 0, "centered": False}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_is_the_torch_one(name: str) -> None:
+    assert set(SETTINGS) == set(OPTIMIZERS)
+    kind, settings = SETTINGS[name]
+    weights = [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    optimizer = build_optimizer(FineTuneStrategy(optimizer=name, lr=0.125, weight_decay=0.25), iter(weights))
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert group["params"] == weights
+    assert {key: group[key] for key in ("lr", "weight_decay", *settings)} == {
+        "lr": 0.125,
+        "weight_decay": 0.25,
+        **settings,
+    }
+
+
+# factor at the first step, at the last one, and the peak with its first step, all for 40 steps
+SHAPES = {
+    "constant": (1.0, 1.0, 1.0, 0),
+    "cosine": (1.0, 0.5 * (1 + math.cos(math.pi * 39 / 40)), 1.0, 0),
+    "warmup": (0.25, 1.0, 1.0, 3),
+    "warmup_cosine": (
+        0.25,
+        0.5 * (1 + math.cos(math.pi * 39 / 40)),
+        0.5 * (1 + math.cos(math.pi * 3 / 40)),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule: str) -> None:
+    assert set(SHAPES) == set(SCHEDULES)
+    first, last, peak, at = SHAPES[schedule]
+    strategy = FineTuneStrategy(lr=2.0, schedule=schedule, steps=40)
+    lrs = [learning_rate(strategy, step) for step in range(40)]
+    assert lrs[0] == pytest.approx(2 * first)
+    assert lrs[-1] == pytest.approx(2 * last)
+    assert max(lrs) == pytest.approx(2 * peak)
+    assert lrs.index(max(lrs)) == at
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 300))
+def test_schedules_never_stop_nor_exceed_the_peak(schedule: str, steps: int) -> None:
+    factors = [SCHEDULES[schedule](step, steps) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[0] == 1 or "warmup" in schedule
+
+
+# --- the sampler --------------------------------------------------------------------------------------------------
+
+
+@given(configs, st.integers(0, 2**63 - 1))
+def test_draws_lie_in_the_support(config: SamplerConfig, seed: int) -> None:
+    sampler = StrategySampler(config)
+    support = json.loads(json.dumps(sampler.support(), allow_nan=False))
+    assert support == sampler.support()
+    generator = seeded(seed)
+    for _ in range(3):
+        strategy = sampler.sample(generator)
+        strategy.validate("drawn")
+        assert fields_outside(support, strategy) == ()
+        low, high = config.optimizers[strategy.optimizer]
+        assert low * (1 - 1e-9) <= strategy.lr <= high * (1 + 1e-9)
+        assert config.steps[0] <= strategy.steps <= config.steps[1]
+
+
+@given(configs, st.integers(0, 2**63 - 1))
+def test_draws_depend_on_the_generator_alone(config: SamplerConfig, seed: int) -> None:
+    sampler = StrategySampler(config)
+    first = sampler.sample(seeded(seed))
+    torch.manual_seed(seed % 1000)
+    assert StrategySampler(replace(config)).sample(seeded(seed)) == first
+
+
+def test_rates_are_log_uniform() -> None:
+    sampler, generator = StrategySampler(small(optimizers={"adam": [1e-5, 1e-1]})), seeded()
+    exponents = torch.tensor([math.log10(sampler.sample(generator).lr) for _ in range(4000)])
+    assert -5 <= exponents.min() < -4.9
+    assert -1.1 < exponents.max() <= -1
+    counts = exponents.histc(bins=8, min=-5, max=-1)
+    assert ((counts - 500).abs() < 110).all()  # five standard deviations of a binomial count
+
+
+def test_choices_are_uniform_and_repeats_weigh() -> None:
+    config = small(optimizers={"sgd": [1.0, 1.0], "adam": [1.0, 1.0]}, heads=["kept", "kept", "fresh"], steps=[3, 5])
+    sampler, generator = StrategySampler(config), seeded()
+    draws = [sampler.sample(generator) for _ in range(3000)]
+    assert abs(sum(draw.optimizer == "sgd" for draw in draws) - 1500) < 140
+    assert abs(sum(draw.head == "kept" for draw in draws) - 2000) < 130
+    for steps in (3, 4, 5):
+        assert abs(sum(draw.steps == steps for draw in draws) - 1000) < 130
+
+
+def test_an_optimizer_set_to_null_is_left_out() -> None:
+    sampler = StrategySampler(small(optimizers={"adam": None, "sgd": [0.1, 0.1]}))
+    assert list(sampler.support()["optimizer"]) == ["sgd"]
+    assert {sampler.sample(seeded(seed)).optimizer for seed in range(20)} == {"sgd"}
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("sampler.optimizers", {"optimizers": {}}),
+        ("sampler.optimizers", {"optimizers": {"adam": None}}),
+        ("sampler.optimizers", {"optimizers": {"lion": [0.1, 0.2]}}),
+        *(
+            ("sampler.optimizers.adam", {"optimizers": {"adam": limits}})
+            for limits in ([], [0.1], [0.1, 0.2, 0.3], [0.0, 0.1], [-0.1, 0.1], [0.2, 0.1])
+        ),
+        *(("sampler.optimizers.adam", {"optimizers": {"adam": limits}}) for limits in ([math.nan, 1.0], [0.1, math.nan])),
+        ("sampler.optimizers.adam", {"optimizers": {"adam": [0.1, math.inf]}}),
+        *(("sampler.steps", {"steps": limits}) for limits in ([], [5], [0, 5], [6, 5], [1, 2, 3])),
+        *(
+            (f"sampler.{name}", {name: []})
+            for name in ("batch_sizes", "heads", "scopes", "weight_decays", "schedules", "augmentations")
+        ),
+        ("sampler.batch_sizes", {"batch_sizes": [32, 0]}),
+        ("sampler.heads", {"heads": ["kept", "new"]}),
+        ("sampler.scopes", {"scopes": ["tail"]}),
+        ("sampler.weight_decays", {"weight_decays": [0.0, -0.1]}),
+        ("sampler.weight_decays", {"weight_decays": [math.nan]}),
+        ("sampler.schedules", {"schedules": ["step"]}),
+        ("sampler.augmentations", {"augmentations": ["blur"]}),
+    ],
+)
+def test_bad_sampler_is_refused_by_the_key_in_the_file(key: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        StrategySampler(small(**changes))
+    assert str(caught.value).startswith(f"{key}: ")
+    assert "\n" not in str(caught.value)
+
+
+# --- seen or not --------------------------------------------------------------------------------------------------
+
+SUPPORT = StrategySampler(
+    SamplerConfig(
+        optimizers={"adam": [1e-4, 1e-2], "sgd": [0.1, 1.0]},
+        batch_sizes=[64, 128],
+        steps=[10, 50],
+        heads=["kept", "fresh"],
+        weight_decays=[0.0, 0.01],
+    )
+).support()
+SEEN = FineTuneStrategy(optimizer="adam", lr=1e-3, batch_size=64, steps=20, head="kept", weight_decay=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outside"),
+    [
+        ({}, ()),
+        ({"lr": 1e-4}, ()),
+        ({"lr": 1e-2}, ()),
+        ({"steps": 10}, ()),
+        ({"steps": 50}, ()),
+        ({"probe_steps": 7, "probe_lr": 1.0}, ()),
+        ({"optimizer": "adamw"}, ("optimizer",)),
+        ({"optimizer": "sgd"}, ("lr",)),  # adam's rate, not sgd's
+        ({"lr": 9.9e-5}, ("lr",)),
+        ({"lr": 1.01e-2}, ("lr",)),
+        ({"steps": 51}, ("steps",)),
+        ({"steps": 9}, ("steps",)),
+        ({"batch_size": 96}, ("batch_size",)),
+        ({"weight_decay": 0.02}, ("weight_decay",)),
+        ({"schedule": "cosine"}, ("schedule",)),
+        ({"scope": "head"}, ("scope",)),
+        ({"head": "probed"}, ("head",)),
+        ({"augmentation": "strong"}, ("augmentation",)),
+        ({"data_budget": 100}, ("data_budget",)),
+    ],
+)
+@pytest.mark.parametrize("through_json", [False, True])
+def test_fields_outside(changes: dict[str, Any], outside: tuple[str, ...], through_json: bool) -> None:
+    support = json.loads(json.dumps(SUPPORT)) if through_json else SUPPORT
+    assert fields_outside(support, replace(SEEN, **changes)) == outside
+
+
+def test_fields_outside_names_them_all() -> None:
+    strategy = replace(SEEN, lr=1.0, steps=1000, head="probed", data_budget=10)
+    assert set(fields_outside(SUPPORT, strategy)) == {"lr", "steps", "head", "data_budget"}
+
+
+def test_every_field_decides_but_the_probing() -> None:
+    """A field added to the strategy must be sampled, or named as one that does not matter."""
+    decided = set(SUPPORT) | {"lr"}
+    assert {field.name for field in dataclasses.fields(FineTuneStrategy)} - decided == {"probe_steps", "probe_lr"}

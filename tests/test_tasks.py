@@ -1,0 +1,172 @@
+"""The classification task: what it normalises, measures, trains and replaces, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sophon.domains import ImageSet
+from sophon.errors import UserError
+from sophon.losses import SUPPRESSION_LOSSES, distillation
+from sophon.models import ModelSpec
+from sophon.tasks import ClassificationTask, evaluating
+from tests.tiny import CLASSES, assert_same_state, state_of, tiny_batches, tiny_images, tiny_model, tiny_spec, tiny_task
+
+BATCH = tiny_batches(5, 1)[0]
+
+
+class Constant(nn.Module):
+    """Says of each image which class its first pixel names, and counts the sizes of the batches it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        self.seen.append(len(images))
+        return nn.functional.one_hot(images[:, 0, 0, 0].round().long(), len(CLASSES)).double()
+
+
+def test_prepare_normalises_with_the_models_statistics() -> None:
+    spec = ModelSpec("timm", "x", CLASSES, 3, 2, (0.5, 0.25, 0.0), (0.5, 0.25, 2.0))
+    images = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2).repeat(2, 3, 1, 1)
+    ready = ClassificationTask(spec).prepare(images)
+    assert ready.dtype == torch.float32
+    assert ready.shape == (2, 3, 2, 2)
+    assert ready.is_contiguous(memory_format=torch.channels_last)
+    unit = torch.tensor([0.0, 0.2, 0.4, 1.0]).view(2, 2)
+    for channel, expected in enumerate([(unit - 0.5) / 0.5, (unit - 0.25) / 0.25, unit / 2]):
+        torch.testing.assert_close(ready[:, channel], expected.expand(2, 2, 2))
+
+
+def test_accuracy_by_hand_counts_the_short_last_batch() -> None:
+    spec = ModelSpec("torchvision", "tiny", CLASSES, 1, 1, (0.0,), (1 / 255,))  # pixels come through as they are
+    task, model = ClassificationTask(spec, dtype=torch.float64), Constant()
+    task.evaluation_batch_size = 3
+    said = torch.tensor([0, 1, 2, 0, 1, 2, 0], dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 0, 2, 2, 1])  # wrong at 4 and at 6, the only image of the last batch
+    images = ImageSet(said.view(-1, 1, 1, 1), labels, CLASSES)
+    assert task.evaluate(model, images) == pytest.approx(100 * 5 / 7)
+    assert model.seen == [3, 3, 1]
+    assert model.training
+    labels[6] = 0
+    assert task.evaluate(model, images) == pytest.approx(100 * 6 / 7)
+    assert (task.metric.name, task.metric.unit, task.metric.higher_is_better) == ("accuracy", "%", True)
+
+
+def test_evaluate_leaves_modes_and_buffers() -> None:
+    model, task = tiny_model(), tiny_task()
+    model.train()
+    model.bn1.eval()
+    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    before, modes = state_of(model), {name: part.training for name, part in model.named_modules()}
+    first = task.evaluate(model, tiny_images(0))
+    assert_same_state(model, before)
+    assert {name: part.training for name, part in model.named_modules()} == modes
+    assert set(modes.values()) == {True, False}
+    assert torch.is_grad_enabled()
+    model.eval()
+    assert task.evaluate(model, tiny_images(0)) == first
+
+
+def test_modes_come_back_after_an_error() -> None:
+    model = tiny_model().train()
+    with pytest.raises(RuntimeError, match="lost"), evaluating(model):
+        raise RuntimeError("lost")
+    assert all(part.training for part in model.modules())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("loss", SUPPRESSION_LOSSES)
+def test_losses_are_those_of_the_logits(loss: str) -> None:
+    model, task = tiny_model().eval(), tiny_task(loss)
+    logits = model((BATCH.images.double() / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(task.logits(model, BATCH.images), logits)
+    torch.testing.assert_close(task.attacker_loss(model, BATCH), nn.functional.cross_entropy(logits, BATCH.labels))
+    torch.testing.assert_close(task.suppression_loss(model, BATCH), SUPPRESSION_LOSSES[loss](logits, BATCH.labels))
+
+
+def test_unknown_suppression_loss() -> None:
+    with pytest.raises(UserError, match=r"method.suppression_loss: 'dos' is not known; allowed: .*klu"):
+        tiny_task("dos")
+
+
+def test_train_mode_of_all() -> None:
+    model = tiny_model().eval()
+    trained = tiny_task().train_mode(model, "all")
+    assert all(part.training for part in model.modules())
+    assert trained == dict(model.named_parameters())
+
+
+def test_train_mode_of_the_head_keeps_the_backbone_in_evaluation() -> None:
+    model, task = tiny_model().train(), tiny_task()
+    trained = task.train_mode(model, "head")
+    assert {name: part.training for name, part in model.named_modules() if name} == {
+        **dict.fromkeys(("conv1", "bn1", "conv2", "bn2"), False),
+        "fc": True,
+    }
+    assert trained == {"fc.weight": model.fc.weight, "fc.bias": model.fc.bias}
+    assert task.head_names(model) == set(trained)
+    before = state_of(model)
+    task.attacker_loss(model, BATCH)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("head", ["fresh", "probed"])
+def test_fresh_head_for_any_number_of_classes(head: str) -> None:
+    model, task = tiny_model(), tiny_task()
+    before = state_of(model)
+    torch.manual_seed(3)
+    task.start_head(model, head, ("x", "y"))
+    assert model.fc.weight.shape == (2, 4)
+    assert model.fc.weight.dtype == torch.float64
+    assert model(BATCH.images.double()).shape == (len(BATCH.labels), 2)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before if not name.startswith(("fc", "bn")))
+    again = tiny_model()
+    torch.manual_seed(3)
+    task.start_head(again, head, ("x", "y"))
+    assert torch.equal(again.fc.weight, model.fc.weight)
+    task.start_head(again, head, ("x", "y"))
+    assert not torch.equal(again.fc.weight, model.fc.weight)
+
+
+def test_kept_head_is_checked_and_nothing_else() -> None:
+    model, task = tiny_model(), tiny_task()
+    before = state_of(model)
+    task.start_head(model, "kept", ("x", "y", "z"))
+    with pytest.raises(UserError, match=r"'kept' .* the model has 3 and the restricted domain 2;") as caught:
+        task.start_head(model, "kept", ("x", "y"))
+    assert "\n" not in str(caught.value)
+    assert_same_state(model, before)
+
+
+def test_distillation_adds_its_weight_and_spares_the_reference() -> None:
+    model, reference = tiny_model(1).eval(), tiny_model(2).train()
+    task = ClassificationTask(tiny_spec(), distillation=0.7, temperature=3.0, dtype=torch.float64)
+    before = state_of(reference)
+    loss = task.original_loss(model, BATCH, reference)
+    assert_same_state(reference, before)
+    assert all(part.training for part in reference.modules())
+    loss.backward()
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+    logits, teacher = (task.logits(net.eval(), BATCH.images) for net in (model, reference))
+    plain = nn.functional.cross_entropy(logits, BATCH.labels)
+    torch.testing.assert_close(loss, plain + 0.7 * distillation(logits, teacher, 3.0))
+    torch.testing.assert_close(task.original_loss(model, BATCH), plain)
+
+
+def test_without_weight_the_reference_is_not_run() -> None:
+    model, task = tiny_model().eval(), tiny_task()
+    loss = task.original_loss(model, BATCH, nn.Identity())  # would not give logits
+    torch.testing.assert_close(loss, task.original_loss(model, BATCH, None))
+
+
+def test_amp_changes_nothing_on_the_cpu() -> None:
+    model = tiny_model().float().eval()
+    plain, amp = (ClassificationTask(tiny_spec(), amp=amp) for amp in (False, True))
+    assert torch.equal(plain.logits(model, BATCH.images), amp.logits(model, BATCH.images))
