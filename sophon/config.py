@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon.errors import UserError, choose
-from sophon.strategies import FineTuneStrategy, SamplerConfig
+from sophon.strategies import AUGMENTATIONS, FineTuneStrategy, SamplerConfig
 
 if TYPE_CHECKING:
     StrategyConfig = FineTuneStrategy
@@ -208,7 +208,8 @@ class Config:
         reference: the unprotected checkpoint: what protect starts from and the audit compares with.
         checkpoint: the checkpoint to export or audit.
         out: where export writes.
-        pretrain: how ``pretrain`` trains the reference on the original domain.
+        pretrain: how ``pretrain`` trains the reference on the original domain; ``steps=0`` takes ``model.weights`` as
+            they are.
     """
 
     verb: str = MISSING
@@ -266,7 +267,8 @@ def _strategy(key: str, values: Any) -> FineTuneStrategy:
 
 def validate(config: Config) -> None:
     """Raise a `UserError` that names the key if a value is outside its range."""
-    config.pretrain.validate("pretrain")
+    _within("pretrain.steps", config.pretrain.steps, 0)
+    replace(config.pretrain, steps=max(1, config.pretrain.steps)).validate("pretrain")
     method, guard, attack = config.method, config.guard, config.attack
     for name in ("rounds", "fts_steps", "attackers", "query_every", "query_batch_size", "ntr_batch_size"):
         _within(f"method.{name}", getattr(method, name), 1)
@@ -283,6 +285,7 @@ def validate(config: Config) -> None:
     _within("guard.growth", guard.growth, 1)
     _within("attack.eval_points", attack.eval_points, 2)
     _within("threads", config.threads, 0)
+    choose("method.ntr_augmentation", method.ntr_augmentation, AUGMENTATIONS)
     choose("method.engine", method.engine, ("first_order", "second_order"))
     choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
     if not config.name or "/" in config.name or config.name.startswith("."):

@@ -38,10 +38,7 @@ def fine_tune(
     Returns:
         True; False when the loss stopped being finite, at which point fine-tuning ends.
     """
-    parameters = task.train_mode(model, strategy.scope)
-    model.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+    parameters = _thaw(model, strategy, task)
     optimizer = build_optimizer(strategy, parameters.values())
     stream = batches(images, strategy.batch_size, generator, strategy.augmentation)
     for step in range(strategy.steps):
@@ -61,10 +58,10 @@ def flops_per_step(model: nn.Module, strategy: FineTuneStrategy, task: Task, ima
     """Count the floating-point operations of one forward and backward pass at the strategy's batch size.
 
     Optimizer arithmetic is left out: it is small beside them and the same for every role. The model is left as it was,
-    apart from its modes.
+    apart from its modes and which of its parameters take gradients.
     """
     few = images.take(torch.arange(strategy.batch_size) % len(images))
-    parameters = task.train_mode(model, strategy.scope)
+    parameters = _thaw(model, strategy, task)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with FlopCounterMode(display=False) as counter:
         batch = next(batches(few, strategy.batch_size, torch.Generator().manual_seed(0)))
@@ -72,3 +69,12 @@ def flops_per_step(model: nn.Module, strategy: FineTuneStrategy, task: Task, ima
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return int(counter.get_total_flops())
+
+
+def _thaw(model: nn.Module, strategy: FineTuneStrategy, task: Task) -> dict[str, nn.Parameter]:
+    """Let what the strategy's scope trains take gradients, and nothing else; return it by name."""
+    parameters = task.train_mode(model, strategy.scope)
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return parameters

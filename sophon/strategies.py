@@ -57,24 +57,13 @@ class FineTuneStrategy:
 
     def validate(self, where: str) -> None:
         """Raise a `UserError` that names ``where`` and the field if a value is outside its range."""
-        choose(f"{where}.optimizer", self.optimizer, OPTIMIZERS)
-        choose(f"{where}.schedule", self.schedule, SCHEDULES)
-        choose(f"{where}.scope", self.scope, SCOPES)
-        choose(f"{where}.head", self.head, HEADS)
-        for name in ("lr", "probe_lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UserError(f"{where}.{name}: {getattr(self, name)} is not allowed; it must be a finite number > 0")
-        for name in ("batch_size", "steps", "probe_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{where}.{name}: {getattr(self, name)} is not allowed; it must be >= 1")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UserError(f"{where}.weight_decay: {self.weight_decay} is not allowed; it must be a number >= 0")
-        if self.data_budget is not None and self.data_budget < 1:
-            raise UserError(f"{where}.data_budget: {self.data_budget} is not allowed; it must be >= 1, or null for all")
+        for part in dataclasses.fields(self):
+            check_field(f"{where}.{part.name}", part.name, getattr(self, part.name))
 
 
 SCOPES = ("all", "head")
 HEADS = ("kept", "fresh", "probed")
+AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
 
 # Every optimizer an attacker may use, with the settings that its name implies. Both engines of the simulation and the
 # audit build it from here; all defaults not named are torch's own.
@@ -116,6 +105,31 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
 def learning_rate(strategy: FineTuneStrategy, step: int) -> float:
     """Return the learning rate that the strategy uses at ``step`` (0 .. strategy.steps - 1)."""
     return strategy.lr * SCHEDULES[strategy.schedule](step, strategy.steps)
+
+
+def check_field(key: str, name: str, value: Any) -> None:
+    """Raise a `UserError` that names ``key`` unless ``value`` is one that the strategy's field ``name`` can have."""
+    choices = {
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+        "scope": SCOPES,
+        "head": HEADS,
+        "augmentation": AUGMENTATIONS,
+    }
+    if name in choices:
+        choose(key, value, choices[name])
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name in ("lr", "probe_lr"):
+        fits, allowed = number and value > 0, "a finite number > 0"
+    elif name == "weight_decay":
+        fits, allowed = number and value >= 0, "a number >= 0"
+    else:
+        fits, allowed = number and isinstance(value, int) and value >= 1, "a whole number >= 1"
+    if name == "data_budget":
+        fits, allowed = fits or value is None, f"{allowed}, or null for all"
+    if not fits:
+        raise UserError(f"{key}: {value} is not allowed; it must be {allowed}")
 
 
 @dataclass
@@ -174,7 +188,7 @@ class StrategySampler:
             raise UserError("sampler.optimizers: empty; give at least one optimizer with its range of learning rates")
         for name, limits in self.ranges.items():
             choose("sampler.optimizers", name, OPTIMIZERS)
-            if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+            if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
                 raise UserError(
                     f"sampler.optimizers.{name}: {limits} is not a range; give [low, high], 0 < low <= high"
                 )
@@ -184,13 +198,9 @@ class StrategySampler:
         steps = self.config.steps
         if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
             raise UserError(f"sampler.steps: {steps} is not a range; give [fewest, most], 1 <= fewest <= most")
-        for values in self._extremes():
-            FineTuneStrategy(**values).validate("sampler")
-
-    def _extremes(self) -> Iterable[dict[str, Any]]:
         for name, key in _LISTS.items():
             for value in getattr(self.config, key):
-                yield {name: value}
+                check_field(f"sampler.{key}", name, value)
 
     def sample(self, generator: torch.Generator) -> FineTuneStrategy:
         """Draw one strategy; ``generator`` (on the CPU) is the only source of randomness."""

@@ -84,7 +84,7 @@ class Tracker:
     def close(self) -> None:
         """End the wandb run."""
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
             self._run = None
 
 

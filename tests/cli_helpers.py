@@ -59,7 +59,7 @@ AUDIT = ("audit", "--config-dir=own", *SMALL, "attack=tiny")
 ATTACKS = {
     "momentum_kept": "{optimizer: momentum, lr: 0.01, head: kept, batch_size: 16, steps: 2}",
     "adam_fresh": "{optimizer: adam, lr: 0.005, head: fresh, batch_size: 16, steps: 4}",
-    "adam_probed": "{optimizer: adam, lr: 0.005, head: probed, probe_steps: 2, batch_size: 16, steps: 2, data_budget: 20}",
+    "adam_probed": "{optimizer: adam, lr: 0.005, head: probed, probe_steps: 2, steps: 2, data_budget: 20}",
 }
 
 

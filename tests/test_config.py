@@ -303,7 +303,8 @@ OUT_OF_RANGE = [
     "pretrain.schedule=weekly",
     "pretrain.scope=half",
     "pretrain.head=none",
-    *(f"pretrain.{name}=0" for name in ("lr", "batch_size", "steps", "probe_steps", "probe_lr", "data_budget")),
+    "pretrain.steps=-1",
+    *(f"pretrain.{name}=0" for name in ("lr", "batch_size", "probe_steps", "probe_lr", "data_budget")),
     "pretrain.lr=.nan",
     "pretrain.weight_decay=-1",
 ]

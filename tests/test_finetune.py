@@ -17,7 +17,9 @@ from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_images, tiny_model, tiny_task
 
 IMAGES = tiny_images(4)
-PLAN = FineTuneStrategy(optimizer="momentum", lr=0.05, weight_decay=0.01, schedule="warmup_cosine", batch_size=8, steps=12)
+PLAN = FineTuneStrategy(
+    optimizer="momentum", lr=0.05, weight_decay=0.01, schedule="warmup_cosine", batch_size=8, steps=12
+)
 TORCH = {
     "momentum": lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01),
     "adamw": lambda weights: torch.optim.AdamW(weights, lr=0.05, weight_decay=0.01),

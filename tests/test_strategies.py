@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sophon import strategies
 from sophon.domains import AUGMENTATIONS
 from sophon.errors import UserError
 from sophon.strategies import (
@@ -213,7 +214,10 @@ def test_an_optimizer_set_to_null_is_left_out() -> None:
             ("sampler.optimizers.adam", {"optimizers": {"adam": limits}})
             for limits in ([], [0.1], [0.1, 0.2, 0.3], [0.0, 0.1], [-0.1, 0.1], [0.2, 0.1])
         ),
-        *(("sampler.optimizers.adam", {"optimizers": {"adam": limits}}) for limits in ([math.nan, 1.0], [0.1, math.nan])),
+        *(
+            ("sampler.optimizers.adam", {"optimizers": {"adam": limits}})
+            for limits in ([math.nan, 1.0], [0.1, math.nan])
+        ),
         ("sampler.optimizers.adam", {"optimizers": {"adam": [0.1, math.inf]}}),
         *(("sampler.steps", {"steps": limits}) for limits in ([], [5], [0, 5], [6, 5], [1, 2, 3])),
         *(
@@ -289,3 +293,8 @@ def test_every_field_decides_but_the_probing() -> None:
     """A field added to the strategy must be sampled, or named as one that does not matter."""
     decided = set(SUPPORT) | {"lr"}
     assert {field.name for field in dataclasses.fields(FineTuneStrategy)} - decided == {"probe_steps", "probe_lr"}
+
+
+def test_augmentation_names_are_those_that_exist() -> None:
+    """The names stand in a lower room than the functions; neither may know one that the other does not."""
+    assert set(strategies.AUGMENTATIONS) == set(AUGMENTATIONS)

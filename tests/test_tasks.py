@@ -124,7 +124,9 @@ def test_fresh_head_for_any_number_of_classes(head: str) -> None:
     assert model.fc.weight.shape == (2, 4)
     assert model.fc.weight.dtype == torch.float64
     assert model(BATCH.images.double()).shape == (len(BATCH.labels), 2)
-    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before if not name.startswith(("fc", "bn")))
+    assert all(
+        torch.equal(model.state_dict()[name], before[name]) for name in before if not name.startswith(("fc", "bn"))
+    )
     again = tiny_model()
     torch.manual_seed(3)
     task.start_head(again, head, ("x", "y"))

@@ -24,8 +24,8 @@ class Run:
     def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((values, step))
 
-    def finish(self, quiet: bool) -> None:
-        self.finished += quiet
+    def finish(self, exit_code: int | None = None) -> None:  # wandb's own signature
+        self.finished += 1
 
 
 class WandbError(Exception):
@@ -103,9 +103,7 @@ def test_refusal_is_one_line(failure: Exception, reason: str, wandb: Any) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_lines_where_there_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A line every 15 s and one at the end; the time left counts from where a resumed run began."""
     clock = [100.0]
     monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
@@ -152,7 +150,6 @@ def test_bar_on_a_terminal() -> None:
     assert "ETA" in shown
 
 
-@pytest.mark.slow
 def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     tracker = Tracker("offline", run_dir=tmp_path, name="n", config={"seed": 1})

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sophon.audit.attacks import attack
 from sophon.config import AttackConfig
-from sophon.domains import Domain
+from sophon.domains import Domain, few_shot
 from sophon.errors import UserError
 from sophon.models import ModelSpec, build
 from sophon.runs import derive_seed, read_json, seed_all, write_json
@@ -49,18 +50,15 @@ def strategies(config: AttackConfig) -> dict[str, FineTuneStrategy]:
         UserError: nothing to run, a name unfit for a file, or a field or value that no strategy has.
     """
     named = dict(config.strategies)
-    keys = list(config.grid)
-    for values in itertools.product(*config.grid.values()) if keys else ():
-        combination = dict(zip(keys, values, strict=True))
+    for values in itertools.product(*config.grid.values()) if config.grid else ():
+        combination = dict(zip(config.grid, values, strict=True))
+        name = "-".join(value if isinstance(value, str) else f"{key}{value}" for key, value in combination.items())
+        if name in named:
+            raise UserError(f"attack.grid: '{name}' is the name of another attack; rename that one")
         try:
-            strategy = replace(FineTuneStrategy(), **combination)
+            named[name] = replace(FineTuneStrategy(), **combination)
         except TypeError as error:
             raise UserError(f"attack.grid: {error}; allowed are the fields of a strategy") from error
-        named[
-            "-".join(
-                f"{value}" if isinstance(value, str) else f"{k}{value}" for k, value in zip(keys, values, strict=True)
-            )
-        ] = strategy
     if not named:
         raise UserError("attack.strategies: empty; give at least one strategy or a grid")
     for name, strategy in named.items():
@@ -113,8 +111,9 @@ class Runner:
         self.seed = seed
         self.folder = folder / "attempts"
         self.strategies = strategies(config)
-        for strategy in self.strategies.values():
-            if strategy.head == "kept":  # checked now rather than after hours of other attempts
+        for strategy in self.strategies.values():  # checked now rather than after hours of other attempts
+            few_shot(restricted["attack"], strategy.data_budget, torch.Generator())
+            if strategy.head == "kept":
                 task.start_head(next(iter(models.values())), "kept", restricted.classes)
 
     def attempts(self) -> list[Attempt]:

@@ -153,5 +153,6 @@ class Suppressor:
 
 
 def _is_finite(run: Simulation, gradients: dict[str, Tensor]) -> bool:
-    losses = [*run.query_losses, *run.attacker_losses]
-    return all(map(math.isfinite, losses)) and all(bool(g.isfinite().all()) for g in gradients.values())
+    # the norm, not the numbers: one that overflows would turn every weight into NaN when the gradient is clipped
+    norm = float(torch.nn.utils.get_total_norm(gradients.values()))
+    return all(map(math.isfinite, [norm, *run.query_losses, *run.attacker_losses]))

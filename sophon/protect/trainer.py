@@ -142,7 +142,8 @@ class Trainer:
     def _check(self) -> dict[str, Any]:
         """Look at ``val``: keep the state if it is within tolerance, else repair it, else go back to the good one."""
         value, loss = self._measure()
-        repaired = loss > self.guard.tolerance and self.guard.repair_steps > 0
+        # a metric that is NaN is within no tolerance
+        repaired = not loss <= self.guard.tolerance and self.guard.repair_steps > 0
         if repaired:
             self.reinforcer.run(self.guard.repair_steps, self.at.round, "repair", anneal=True)
             value, loss = self._measure()
@@ -152,7 +153,8 @@ class Trainer:
             self.at.good_round, self.at.good = self.at.round, value
         else:
             self._roll_back()
-        return {"val": value, "val_loss": loss, "repaired": repaired, "accepted": accepted}
+        measured = {name: v if math.isfinite(v) else None for name, v in (("val", value), ("val_loss", loss))}
+        return {**measured, "repaired": repaired, "accepted": accepted}
 
     def _measure(self) -> tuple[float, float]:
         value = self.task.evaluate(self.model, self.val)

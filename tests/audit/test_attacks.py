@@ -1,0 +1,248 @@
+"""One attempt: which splits it reads and when, what it reports, and that the same seed repeats it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sophon.audit import attacks
+from sophon.audit.attacks import Outcome, attack, linear_probe
+from sophon.domains import Batch, Domain, ImageSet
+from sophon.errors import UserError
+from sophon.finetune import flops_per_step
+from sophon.strategies import OPTIMIZERS, FineTuneStrategy
+from sophon.tasks import ClassificationTask
+from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task
+
+SPLITS = ("attack", "select", "test")
+RESTRICTED = tiny_bands("restricted", SPLITS, seed=40, across=True)
+PLAN = FineTuneStrategy(optimizer="adam", lr=0.02, batch_size=8, steps=10, head="kept")
+
+
+class Reading(Domain):
+    """Remembers which splits were asked for; it has the attacker's only."""
+
+    def __getitem__(self, split: str) -> ImageSet:
+        reads.append(split)
+        return super().__getitem__(split)
+
+
+reads: list[str] = []
+
+
+class Watching(ClassificationTask):
+    """Remembers what it trained on and what it measured."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_spec(), dtype=torch.float64)
+        self.trained: list[Batch] = []
+        self.measured: list[ImageSet] = []
+        self.heads: list[Tensor] = []
+
+    def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.trained.append(batch)
+        self.heads.append(model.fc.weight.detach().clone())
+        return super().attacker_loss(model, batch)
+
+    def evaluate(self, model: nn.Module, images: ImageSet) -> float:
+        self.measured.append(images)
+        return super().evaluate(model, images)
+
+
+def run(
+    strategy: FineTuneStrategy = PLAN, task: Any = None, seed: int = 0, points: int = 3, model: Any = None
+) -> Outcome:
+    model = tiny_model() if model is None else model
+    return attack(model, strategy, task or tiny_task(), RESTRICTED, seed=seed, eval_points=points)
+
+
+def facts(outcome: Outcome) -> tuple[Any, ...]:
+    return outcome.curve, outcome.test, outcome.finished, outcome.flops
+
+
+def pixels(images: Tensor) -> Counter[bytes]:
+    return Counter(image.numpy().tobytes() for image in images)
+
+
+@pytest.mark.parametrize("head", ["kept", "fresh", "probed"])
+def test_reads_the_attackers_splits_only_and_test_once_at_the_end(head: str) -> None:
+    reads.clear()
+    domain = Reading("restricted", CLASSES, RESTRICTED.splits, RESTRICTED.hashes)
+    task = Watching()
+    outcome = attack(tiny_model(), replace(PLAN, head=head, probe_steps=3), task, domain, seed=0, eval_points=3)
+    assert set(reads) == set(SPLITS)
+    assert reads[-1] == "test"
+    assert reads.count("test") == 1
+    assert [images is RESTRICTED["test"] for images in task.measured] == [False, False, False, True]
+    assert all(images is RESTRICTED["select"] for images in task.measured[:-1])
+    owned = pixels(RESTRICTED["attack"].images)
+    assert all(set(pixels(batch.images)) <= set(owned) for batch in task.trained)
+    assert 0 <= outcome.test <= 100
+    assert outcome.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "points", "expected"),
+    [
+        (10, 2, [0, 10]),
+        (10, 3, [0, 5, 10]),
+        (10, 6, [0, 2, 4, 6, 8, 10]),
+        (7, 4, [0, 2, 5, 7]),
+        (2, 9, [0, 1, 2]),
+        (1, 2, [0, 1]),
+    ],
+)
+def test_points_of_the_curve(steps: int, points: int, expected: list[int]) -> None:
+    outcome = run(replace(PLAN, steps=steps), points=points)
+    assert [step for step, _ in outcome.curve] == expected
+    assert all(0 <= value <= 100 for _, value in outcome.curve)
+    assert outcome.finished
+
+
+def test_curve_and_test_measure_the_model_as_it_is_then() -> None:
+    """The start is the untouched model, the end is the fine-tuned one."""
+    model, task = tiny_model(), tiny_task()
+    start = task.evaluate(model, RESTRICTED["select"])
+    outcome = run(replace(PLAN, steps=60), model=model)
+    assert outcome.curve[0] == (0, start)
+    assert outcome.curve[-1] == (60, task.evaluate(model, RESTRICTED["select"]))
+    assert outcome.test == task.evaluate(model, RESTRICTED["test"])
+    assert outcome.test > start + 20
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_attacks(optimizer: str) -> None:
+    assert run(replace(PLAN, optimizer=optimizer, steps=2)).finished
+
+
+def test_head_starts() -> None:
+    released = tiny_model().fc.weight.detach()
+
+    def first_heads(head: str, seed: int = 0) -> list[Tensor]:
+        task = Watching()
+        run(replace(PLAN, head=head, probe_steps=4, probe_lr=0.05, steps=2), task, seed)
+        return task.heads
+
+    kept, fresh, probed = (first_heads(head) for head in ("kept", "fresh", "probed"))
+    assert torch.equal(kept[0], released)
+    assert not torch.equal(fresh[0], released)
+    # before it trains, each fine-tuning counts its operations on one batch
+    assert (len(kept), len(fresh), len(probed)) == (1 + 2, 1 + 2, 1 + 4 + 1 + 2)
+    assert torch.equal(probed[1], fresh[1])  # probing begins with a fresh head
+    assert not torch.equal(probed[6], probed[1])
+    assert not torch.equal(first_heads("fresh", seed=1)[0], fresh[0])
+
+
+def test_probing_moves_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its docstring says: alone, with Adam, at probe_lr, on the attacker's own batches."""
+    plan = replace(PLAN, head="probed", probe_steps=5, probe_lr=0.03, augmentation="crop", weight_decay=0.1)
+    assert linear_probe(plan) == FineTuneStrategy("adam", 0.03, 0.0, "constant", 8, 5, "head", augmentation="crop")
+    model, states, genuine = tiny_model(), [state_of(tiny_model())], attacks.fine_tune
+
+    def watched(*arguments: Any) -> bool:
+        finished = genuine(*arguments)
+        states.append(state_of(model))
+        return finished
+
+    monkeypatch.setattr(attacks, "fine_tune", watched)
+    run(plan, model=model)
+    assert len(states) == 3
+    changed = {name for name, value in states[1].items() if not torch.equal(value, states[0][name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    changed = {name for name, value in states[2].items() if not torch.equal(value, states[1][name])}
+    assert changed == set(states[0])
+
+
+def test_flops_count_the_steps_and_the_probe() -> None:
+    images, task = RESTRICTED["attack"], tiny_task()
+    one = flops_per_step(tiny_model(), PLAN, task, images)
+    assert run(PLAN).flops == 10 * one
+    assert run(replace(PLAN, steps=20)).flops == 20 * one
+    probed = replace(PLAN, head="probed", probe_steps=7)
+    assert run(probed).flops == 10 * one + 7 * flops_per_step(tiny_model(), linear_probe(probed), task, images)
+    assert run(replace(PLAN, scope="head")).flops < 10 * one
+
+
+@pytest.mark.parametrize("budget", [3, 9])
+def test_data_budget(budget: int) -> None:
+    task = Watching()
+    run(replace(PLAN, data_budget=budget, steps=12), task)
+    seen = {
+        image: label
+        for batch in task.trained
+        for image, label in zip(pixels_of(batch), batch.labels.tolist(), strict=True)
+    }
+    assert len(seen) == budget
+    assert Counter(seen.values()) == dict.fromkeys(range(3), budget // 3)
+
+
+def pixels_of(batch: Batch) -> list[bytes]:
+    return [image.numpy().tobytes() for image in batch.images]
+
+
+@pytest.mark.parametrize("budget", [2, 37])
+def test_data_budget_that_the_split_cannot_meet(budget: int) -> None:
+    with pytest.raises(UserError, match=f"data_budget: {budget} is not allowed"):
+        run(replace(PLAN, data_budget=budget))
+
+
+def test_kept_head_needs_the_same_classes() -> None:
+    narrow = Domain("two", ("a", "b"), RESTRICTED.splits, {})
+    with pytest.raises(UserError, match="head: 'kept'"):
+        attack(tiny_model(), PLAN, tiny_task(), narrow, seed=0, eval_points=2)
+
+
+@pytest.mark.parametrize("head", ["kept", "fresh", "probed"])
+def test_same_seed_same_outcome(head: str) -> None:
+    plan = replace(PLAN, head=head, augmentation="standard", data_budget=24, probe_steps=2)
+    torch.manual_seed(1)
+    first = run(plan)
+    torch.manual_seed(2)
+    assert facts(run(plan)) == facts(first)
+    weights = []
+    for seed in (0, 0, 1):
+        model = tiny_model()
+        run(plan, seed=seed, model=model)
+        weights.append(state_of(model))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not torch.equal(weights[0]["conv1.weight"], weights[2]["conv1.weight"])
+
+
+@pytest.mark.parametrize("head", ["fresh", "probed"])
+def test_two_models_face_the_same_head_and_batches(head: str) -> None:
+    plan = replace(PLAN, head=head, augmentation="strong", data_budget=24, probe_steps=2, steps=4)
+    one, other = Watching(), Watching()
+    run(plan, one, model=tiny_model(0))
+    run(plan, other, model=tiny_model(1))
+    assert torch.equal(one.heads[0], other.heads[0])
+    assert len(one.trained) == len(other.trained)
+    for mine, theirs in zip(one.trained, other.trained, strict=True):
+        assert torch.equal(mine.images, theirs.images)
+        assert torch.equal(mine.labels, theirs.labels)
+
+
+def test_divergence_is_reported_and_measured() -> None:
+    model = tiny_model().float()
+    plan = replace(PLAN, optimizer="nesterov", lr=1e38, steps=20)
+    outcome = attack(model, plan, ClassificationTask(tiny_spec()), RESTRICTED, seed=0, eval_points=5)
+    assert not outcome.finished
+    assert outcome.curve[0][0] == 0
+    assert outcome.curve[-1][0] < 20
+    assert all(math.isfinite(value) for _, value in outcome.curve)
+    assert math.isfinite(outcome.test)
+
+
+def test_domain_is_never_changed() -> None:
+    before = {split: images.sha256() for split, images in RESTRICTED.splits.items()}
+    model = tiny_model()
+    spare = copy.deepcopy(model)
+    run(replace(PLAN, augmentation="strong", data_budget=9), model=spare)
+    assert {split: images.sha256() for split, images in RESTRICTED.splits.items()} == before
+    assert_same_state(model, state_of(tiny_model()))

@@ -1,0 +1,366 @@
+"""FTS steps against Adam by hand, and what they must leave alone: statistics, foreign heads, diverging attackers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sophon.config import MethodConfig
+from sophon.domains import Batch, Domain, ImageSet, batches
+from sophon.errors import UserError
+from sophon.protect import suppress
+from sophon.protect.simulate import ENGINES, Simulation, query_weights
+from sophon.protect.suppress import Suppressor
+from sophon.runs import derive_seed
+from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
+from sophon.tasks import ClassificationTask
+from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task
+
+RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
+METHOD = MethodConfig(name="test", fts_lr=1e-2, query_batch_size=9, probe_steps=3, gamma="linear", query_every=2)
+HEAD = {"fc.weight", "fc.bias"}
+
+
+def sampler(**changes: Any) -> StrategySampler:
+    fixed = SamplerConfig({"momentum": [0.05, 0.05]}, batch_sizes=[8], steps=[3, 3], heads=["kept"])
+    return StrategySampler(replace(fixed, **changes))
+
+
+def suppressor(model: nn.Module, method: MethodConfig = METHOD, seed: int = 0, **changes: Any) -> Suppressor:
+    return Suppressor(model, tiny_task(), RESTRICTED, sampler(**changes), method, seed)
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, Simulation]]:
+    """Every simulation that a suppressor runs, probing included."""
+    runs: list[tuple[FineTuneStrategy, Simulation]] = []
+
+    def recorded(engine: Any) -> Any:
+        def run(attacker: nn.Module, strategy: FineTuneStrategy, *rest: Any) -> Simulation:
+            simulation = engine(attacker, strategy, *rest)
+            runs.append((strategy, simulation))
+            return simulation
+
+        return run
+
+    monkeypatch.setattr(suppress, "ENGINES", {name: recorded(engine) for name, engine in ENGINES.items()})
+    return runs
+
+
+def adam_by_hand(
+    parameters: dict[str, Tensor], gradients: Sequence[dict[str, Tensor]], lr: float = METHOD.fts_lr
+) -> dict[str, Tensor]:
+    """Take one step of Adam for each dictionary of gradients."""
+    moved = {name: value.clone() for name, value in parameters.items()}
+    first = {name: torch.zeros_like(value) for name, value in moved.items()}
+    second = copy.deepcopy(first)
+    for step, found in enumerate(gradients, start=1):
+        for name, gradient in found.items():
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            root = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
+            moved[name] -= lr * first[name] / (1 - 0.9**step) / root
+    return moved
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def assert_close(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[name], rtol=1e-10, atol=1e-12)
+
+
+# --- the step -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("attackers", [1, 3])
+def test_steps_equal_adam_on_the_mean_gradient(
+    engine: str, attackers: int, simulated: list[tuple[FineTuneStrategy, Simulation]]
+) -> None:
+    model = tiny_model()
+    start = parameters_of(model)
+    fts = suppressor(model, replace(METHOD, engine=engine, attackers=attackers))
+    steps = [fts.step(0, index) for index in range(3)]
+    assert len(simulated) == 3 * attackers
+    means = []
+    for index, step in enumerate(steps):
+        runs = [run for _, run in simulated[index * attackers : (index + 1) * attackers]]
+        means.append({name: sum(run.gradients[name] for run in runs) / attackers for name in start})
+        queries = [loss for run in runs for loss in run.query_losses]
+        assert len(queries) == 2 * attackers  # after steps 2 and 3 of three
+        assert step.query_loss == pytest.approx(sum(queries) / len(queries))
+        assert step.attacker_loss == pytest.approx(sum(run.attacker_losses[-1] for run in runs) / attackers)
+        assert step.gradient_norm == pytest.approx(math.sqrt(sum(float((g**2).sum()) for g in means[-1].values())))
+        assert step.diverged == 0
+    assert_close(model, adam_by_hand(start, means))
+
+
+def test_gradient_is_that_of_the_attacker_on_adapt_and_query() -> None:
+    """Rebuilt from the seed: the strategy, then the attacker's batches of adapt, then the defender's of query."""
+    model = tiny_model()
+    start = parameters_of(model)
+    generator = torch.Generator().manual_seed(derive_seed(4, "fts", 7, 0))
+    plan = sampler().sample(generator)
+
+    def stream(split: str, size: int) -> Iterator[Batch]:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return batches(RESTRICTED[split], size, torch.Generator().manual_seed(seed))
+
+    adapt, query = stream("adapt", 8), stream("query", 9)
+    gammas = query_weights("linear", 3, 2)
+    run = ENGINES["first_order"](copy.deepcopy(model), plan, tiny_task(), adapt, query, gammas)
+    step = suppressor(model, seed=4).step(7)
+    assert step.query_loss == pytest.approx(sum(run.query_losses) / 2)
+    assert_close(model, adam_by_hand(start, [run.gradients]))
+
+
+def test_steps_lower_the_suppression_loss() -> None:
+    model = tiny_model()
+    fts = suppressor(model, replace(METHOD, fts_lr=0.02, query_every=1))
+    losses = [fts.step(index).query_loss for index in range(40)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_clipping(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    """The norm reported is the one before clipping; Adam sees the clipped gradient."""
+    model = tiny_model()
+    fts = suppressor(model, replace(METHOD, fts_max_norm=1e-3))
+    step = fts.step(0)
+    assert step.gradient_norm > 1e-2
+    moments = [state["exp_avg"] for state in fts.optimizer.state.values()]
+    norm = math.sqrt(sum(float((moment**2).sum()) for moment in moments)) / 0.1
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("heads", [["kept"], ["fresh"], ["probed"], ["kept", "fresh", "probed"]])
+def test_released_statistics_and_modes_stay(engine: str, heads: list[str]) -> None:
+    model = tiny_model().eval()
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    assert any(name.endswith("num_batches_tracked") for name in buffers)
+    fts = suppressor(model, replace(METHOD, engine=engine), heads=heads)
+    for index in range(4):
+        fts.step(index)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+    assert not any(part.training for part in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- heads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("heads", "moves"), [(["kept"], True), (["fresh"], False), (["probed", "fresh"], False)])
+def test_only_a_kept_heads_gradient_is_applied(engine: str, heads: list[str], moves: bool) -> None:
+    model = tiny_model()
+    before = parameters_of(model)
+    fts = suppressor(model, replace(METHOD, engine=engine, attackers=2), heads=heads)
+    for index in range(3):
+        fts.step(index)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) == (name in HEAD and not moves), name
+
+
+def test_fresh_heads_differ_and_leave_the_released_one() -> None:
+    model = tiny_model()
+    fts = suppressor(model, heads=["fresh"])
+    generator = torch.Generator().manual_seed(0)
+    plan = FineTuneStrategy(head="fresh")
+    torch.manual_seed(1)
+    one = fts._attacker(plan, generator).fc.weight.detach().clone()
+    two = fts._attacker(plan, generator).fc.weight.detach().clone()
+    assert not torch.equal(one, two)
+    assert not torch.equal(one, model.fc.weight)
+
+
+def test_mixed_heads_average_over_all_attackers(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    """A dropped head counts as a gradient of zero, so the kept head's share is 1 / N as everywhere."""
+    model = tiny_model()
+    start = parameters_of(model)
+    suppressor(model, replace(METHOD, attackers=6), heads=["kept", "fresh"]).step(0)
+    assert {strategy.head for strategy, _ in simulated} == {"kept", "fresh"}
+    mean = {
+        name: sum(run.gradients[name] for strategy, run in simulated if strategy.head == "kept" or name not in HEAD) / 6
+        for name in start
+    }
+    assert_close(model, adam_by_hand(start, [mean]))
+
+
+def probe_loss(fts: Suppressor) -> float:
+    """The remembered head's loss on adapt, on the released features."""
+    net = copy.deepcopy(fts.model).eval()
+    with torch.no_grad():
+        for name, value in fts.probed_head.items():
+            net.get_parameter(name).copy_(value)
+    adapt = RESTRICTED["adapt"]
+    return tiny_task().attacker_loss(net, Batch(adapt.images, adapt.labels)).item()
+
+
+def test_probed_head_is_refreshed_and_remembered(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    fts = suppressor(tiny_model(), replace(METHOD, fts_lr=1e-9, probe_steps=20, probe_lr=0.05), heads=["probed"])
+    losses = [probe_loss(fts)]
+    for index in range(4):
+        fts.step(index)
+        losses.append(probe_loss(fts))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+    probes, attacks = simulated[::2], simulated[1::2]
+    assert {plan.scope for plan, _ in probes} == {"head"}
+    assert {plan.optimizer for plan, _ in probes} == {"adam"}
+    assert {plan.lr for plan, _ in probes} == {0.05}
+    # what is remembered is the head after probing, before the attack: each attack begins where its probe ended
+    for (_, probe), (_, run) in zip(probes, attacks, strict=True):
+        assert len(probe.attacker_losses) == 20
+        assert run.attacker_losses[0] < 1.2 * probe.attacker_losses[-1]
+
+
+def test_refreshing_moves_the_head_alone() -> None:
+    model = tiny_model()
+    fts = suppressor(model, heads=["probed"])
+    fts._attacker(FineTuneStrategy(head="probed"), torch.Generator().manual_seed(0))
+    scratch = fts._scratch["fresh"].state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(scratch[name], value) == (name not in HEAD), name
+    assert all(torch.equal(scratch[name], fts.probed_head[name]) for name in HEAD)
+
+
+def test_no_probing_without_steps() -> None:
+    fts = suppressor(tiny_model(), replace(METHOD, probe_steps=0), heads=["probed"])
+    before = copy.deepcopy(fts.probed_head)
+    fts.step(0)
+    assert all(torch.equal(fts.probed_head[name], before[name]) for name in HEAD)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_other_classes_than_the_original(classes: int) -> None:
+    names = tuple("vwxyz"[:classes])
+    splits = {}
+    for split, part in RESTRICTED.splits.items():
+        labels = torch.arange(len(part)) % classes
+        splits[split] = ImageSet(part.images, labels, names)
+    domain = Domain("other", names, splits, {})
+    model = tiny_model()
+    before = parameters_of(model)
+    with pytest.raises(UserError, match=f"the model has 3 and the restricted domain {classes}"):
+        Suppressor(model, tiny_task(), domain, sampler(heads=["fresh", "kept"]), METHOD, 0)
+    fts = Suppressor(model, tiny_task(), domain, sampler(heads=["fresh", "probed"]), METHOD, 0)
+    for index in range(4):
+        assert math.isfinite(fts.step(index).query_loss)
+    assert fts.probed_head["fc.weight"].shape == (classes, 4)
+    assert model.fc.weight.shape == (len(CLASSES), 4)
+    assert all(torch.equal(value, before[name]) == (name in HEAD) for name, value in model.named_parameters())
+
+
+# --- attackers that diverge ---------------------------------------------------------------------------------------
+
+
+def test_all_diverged_leaves_the_weights() -> None:
+    model = tiny_model().float()
+    before = state_of(model)
+    wild = sampler(optimizers={"nesterov": [1e38, 1e38]}, steps=[8, 8])
+    task = ClassificationTask(tiny_spec())
+    fts = Suppressor(model, task, RESTRICTED, wild, replace(METHOD, attackers=3), 0)
+    step = fts.step(0)
+    assert step.diverged == 3
+    assert all(math.isnan(value) for value in (step.query_loss, step.attacker_loss, step.gradient_norm))
+    assert_same_state(model, before)
+    assert not fts.optimizer.state
+
+
+def test_the_diverged_are_left_out(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    model = tiny_model().float()
+    start = parameters_of(model)
+    mixed = sampler(optimizers={"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}, steps=[8, 8])
+    fts = Suppressor(model, ClassificationTask(tiny_spec()), RESTRICTED, mixed, replace(METHOD, attackers=6), 0)
+    step = fts.step(0)
+    tame = [run for strategy, run in simulated if strategy.lr < 1]
+    assert 0 < len(tame) < 6
+    assert step.diverged == 6 - len(tame)
+    assert step.attacker_loss == pytest.approx(sum(run.attacker_losses[-1] for run in tame) / len(tame))
+    mean = {name: sum(run.gradients[name] for run in tame) / len(tame) for name in start}
+    for name, value in adam_by_hand(start, [mean]).items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), value, rtol=1e-4, atol=1e-6)
+    assert math.isfinite(fts.step(1).query_loss)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("bad", ["gradient", "query loss", "attacker loss"])
+def test_what_counts_as_diverged(bad: str, value: float, limit: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a gradient so large that its norm overflows: clipping it would turn every weight into NaN."""
+
+    def engine(attacker: nn.Module, *rest: object) -> Simulation:
+        gradients = {name: torch.ones_like(parameter) for name, parameter in attacker.named_parameters()}
+        if bad == "gradient":
+            gradients["conv1.weight"][0] = value
+        return Simulation(
+            gradients,
+            [1.0, value if bad == "query loss" else 1.0],
+            [value if bad == "attacker loss" else 1.0, 1.0],
+        )
+
+    monkeypatch.setattr(suppress, "ENGINES", {"first_order": engine})
+    model = tiny_model().float()
+    before = state_of(model)
+    step = suppressor(model, replace(METHOD, fts_max_norm=limit)).step(0)
+    if bad != "gradient" and value == 1e30:
+        assert step.diverged == 0
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    else:
+        assert step.diverged == 1
+        assert_same_state(model, before)
+
+
+# --- determinism and memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_seed_and_key_decide_everything(engine: str) -> None:
+    def after(seed: int, *keys: tuple[object, ...]) -> tuple[list[Any], dict[str, Tensor]]:
+        model = tiny_model()
+        fts = suppressor(
+            model,
+            replace(METHOD, engine=engine, attackers=2),
+            seed,
+            optimizers={"adam": [1e-3, 1e-1], "sgd": [0.1, 1.0]},
+            heads=["kept", "fresh", "probed"],
+        )
+        torch.manual_seed(id(model) % 1000)  # what came before must not matter
+        return [fts.step(*key) for key in keys], state_of(model)
+
+    (first, weights), (again, same) = (after(0, (0, 0), (0, 1)) for _ in range(2))
+    assert first == again
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    assert after(1, (0, 0))[0] != after(0, (0, 0))[0]
+    assert after(0, (0, 0))[0] != after(0, (1, 0))[0] != after(0, (0, 1))[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_memory_does_not_grow(engine: str) -> None:
+    fts = suppressor(tiny_model(), replace(METHOD, engine=engine), heads=["kept", "fresh", "probed"])
+
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+        return len(tensors), sum(tensor.numel() for tensor in tensors)
+
+    for index in range(6):  # every head start has been used, every moment exists
+        fts.step(index)
+    before = alive()
+    for index in range(6, 36):
+        fts.step(index)
+    count, numbers = alive()
+    assert count <= before[0] + 4
+    assert numbers <= before[1] * 1.01

@@ -1,0 +1,364 @@
+"""The five verbs from end to end, on images of the package: what they write is what the contracts promise."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sophon.protect.trainer import last_good
+from sophon.strategies import FineTuneStrategy, fields_outside
+from tests.cli_helpers import (
+    ATTACKS,
+    AUDIT,
+    PRETRAIN,
+    PROTECT,
+    RUNS,
+    SMALL,
+    Result,
+    make,
+    refusal,
+    sophon,
+    tree,
+    weights_sha256,
+)
+
+CLASSES = ["t_shirt", "trouser", "pullover", "dress", "coat"]
+OTHERS = ["sandal", "shirt", "sneaker", "bag", "ankle_boot"]
+ROLES = ["protected", "unprotected", "scratch"]
+FILES = ["README.md", "config.json", "model.safetensors", "sophon.json"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which pretrain, protect and audit have run; never written to again."""
+    folder = tmp_path_factory.mktemp("made")
+    make(folder)
+    result = sophon(folder, *AUDIT)
+    assert result.code == 0, result
+    return folder
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copied"))
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
+
+
+def manifest(folder: Path, verb: str) -> dict:
+    return load(folder / RUNS / verb / "checkpoint" / "sophon.json")
+
+
+def without_seconds(summary: dict) -> dict:
+    return {key: value for key, value in summary.items() if key != "seconds_total"}
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "protect"])
+def test_a_checkpoint_is_whole_and_says_what_it_is(made: Path, verb: str) -> None:
+    checkpoint = made / RUNS / verb / "checkpoint"
+    assert sorted(path.name for path in checkpoint.iterdir()) == FILES
+    found = manifest(made, verb)
+    assert found["format_version"] == 1
+    assert found["verb"] == found["config"]["verb"] == verb
+    assert found["name"] == "quickstart"
+    assert found["seed"] == found["config"]["seed"] == 0
+    assert found["weights_sha256"] == weights_sha256(checkpoint)
+    assert found["model"]["architecture"] == "resnet18"
+    assert found["model"]["classes"] == found["domains"]["original"]["classes"] == CLASSES
+    assert {"sophon", "python", "torch", "timm"} <= set(found["versions"])
+    assert set(found["domains"]["original"]["hashes"]) == {"train", "val", "test"}
+    card = (checkpoint / "README.md").read_text()
+    assert found["weights_sha256"] in card
+    for value in found["intactness"]["after"].values():
+        assert f"{value:.2f}" in card
+
+
+def test_the_manifest_of_a_protected_checkpoint(made: Path) -> None:
+    found, reference = manifest(made, "protect"), manifest(made, "pretrain")
+    assert found["parent_sha256"] == reference["weights_sha256"]
+    assert reference["parent_sha256"] is None
+    assert reference["method"] is reference["sampler_support"] is None
+    assert found["weights_sha256"] != reference["weights_sha256"]
+    assert found["method"]["name"] == "sophon_klu"
+    assert found["method"] == found["config"]["method"]
+    restricted = found["domains"]["restricted"]
+    assert restricted["classes"] == OTHERS
+    assert set(restricted["hashes"]) == {"adapt", "query", "attack", "select", "test"}
+    digests = [digest for domain in found["domains"].values() for digest in domain["hashes"].values()]
+    assert len(set(digests)) == len(digests) == 8
+    assert found["domains"]["original"] == reference["domains"]["original"]
+    assert found["history"] == {"rounds": 3, "good_round": 3, "rollbacks": 0}
+
+
+def test_the_manifest_states_the_support_that_attackers_were_drawn_from(made: Path) -> None:
+    support = manifest(made, "protect")["sampler_support"]
+    assert support["steps"] == [1, 2]
+    assert support["batch_size"] == [16]
+    assert support["head"] == ["fresh", "kept", "probed"]
+    assert set(support["optimizer"]) >= {"sgd", "momentum", "adam"}
+    assert fields_outside(support, FineTuneStrategy("sgd", 0.1, steps=2, batch_size=16)) == ()
+    assert fields_outside(support, FineTuneStrategy("sgd", 0.1, steps=3, batch_size=16)) == ("steps",)
+
+
+def test_intactness_is_measured_before_and_after_on_both_splits(made: Path) -> None:
+    found, reference = manifest(made, "protect")["intactness"], manifest(made, "pretrain")["intactness"]
+    assert (found["metric"], found["unit"], found["higher_is_better"]) == ("accuracy", "%", True)
+    assert found["tolerance"] == 100
+    assert set(found["before"]) == set(found["after"]) == {"val", "test"}
+    assert found["before"] == reference["after"]
+    assert found["before"]["test"] > 40, "the reference did not learn, so the other tests would show nothing"
+    assert all(0 <= value <= 100 for value in found["after"].values())
+
+
+def test_a_checkpoint_loads_without_sophon(made: Path) -> None:
+    import timm  # after sophon, which mends torchvision where torch has no CUDA
+
+    checkpoint = made / RUNS / "protect" / "checkpoint"
+    model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True).eval()
+    stored = load_file(checkpoint / "model.safetensors")
+    assert model.state_dict().keys() == stored.keys()
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, len(CLASSES))
+
+
+def test_nothing_is_pickled_and_nothing_temporary_stays(made: Path) -> None:
+    names = list(tree(made))
+    assert not [name for name in names if name.endswith((".tmp", ".old", ".pt", ".pth", ".pkl", ".bin", ".ckpt"))]
+    assert not [name for name in names if "outputs" in name or ".hydra" in name or "wandb" in name]
+
+
+def test_protection_moved_the_weights_and_kept_them_finite(made: Path) -> None:
+    before, after = (load_file(made / RUNS / verb / "checkpoint/model.safetensors") for verb in ("pretrain", "protect"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(value.isfinite().all() for value in after.values())
+
+
+# ---- the audit ------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_whole_attempt_of_each_attack_against_each_role(made: Path) -> None:
+    records = [load(path) for path in (made / RUNS / "audit" / "attempts").iterdir()]
+    assert {(r["attack"], r["role"]) for r in records} == {(attack, role) for attack in ATTACKS for role in ROLES}
+    assert len(records) == 9
+    for record in records:
+        assert record["schema_version"] == 1
+        assert record["metric"] == {"name": "accuracy", "unit": "%", "higher_is_better": True}
+        steps = [point["step"] for point in record["curve"]]
+        assert steps[0] == 0
+        assert steps[-1] == record["steps"] == record["strategy"]["steps"]
+        assert 0 <= record["test"] <= 100
+        assert record["seconds"] > 0
+        assert record["flops"] > 0
+        assert (made / RUNS / "audit" / "attempts" / f"{record['id']}.json").exists()
+
+
+def test_the_audit_decides_which_attacks_were_seen(made: Path) -> None:
+    records = [load(path) for path in (made / RUNS / "audit" / "attempts").iterdir()]
+    found = {record["attack"]: (record["exposure"], record["outside"]) for record in records}
+    assert found == {
+        "momentum_kept": ("seen", []),
+        "adam_fresh": ("longer", ["steps"]),
+        "adam_probed": ("held_out", ["batch_size", "data_budget"]),
+    }
+
+
+def test_audit_json_compares_the_roles(made: Path) -> None:
+    summary = load(made / RUNS / "audit" / "audit.json")
+    assert summary["schema_version"] == 1
+    assert summary["attempts"] == 9
+    assert summary["verdict"]
+    assert {attack["attack"] for attack in summary["attacks"]} == set(ATTACKS)
+    for attack in summary["attacks"]:
+        assert list(attack["roles"]) == ROLES
+        assert all(role["n"] == 1 and math.isfinite(role["mean"]) for role in attack["roles"].values())
+        assert {"gap_closed", "sgrc", "signed_area", "overhead", "exposure", "strategy"} <= set(attack)
+    assert set(summary["worst_case"]) == {"overall", "seen", "longer", "held_out"}
+    protected, reference = manifest(made, "protect"), manifest(made, "pretrain")
+    assert summary["checkpoint"]["sha256"] == protected["weights_sha256"]
+    assert summary["checkpoint"]["method"] == "sophon_klu"
+    assert summary["reference"]["sha256"] == reference["weights_sha256"]
+    assert summary["reference"]["method"] is None
+    assert summary["support"] == protected["sampler_support"]
+    assert summary["domains"] == {"original": "fashion_clothes", "restricted": "fashion_shoes_bags"}
+
+
+def test_the_audit_measures_intactness_itself(made: Path) -> None:
+    found, stated = load(made / RUNS / "audit" / "audit.json")["intactness"], manifest(made, "protect")["intactness"]
+    assert found["metric"] == "accuracy"
+    assert found["before"] == stated["before"]["test"]
+    assert found["after"] == stated["after"]["test"]
+    assert found["loss"] == pytest.approx(found["before"] - found["after"])
+
+
+def test_curves_parquet_holds_every_point(made: Path) -> None:
+    frame = pd.read_parquet(made / RUNS / "audit" / "curves.parquet")
+    assert list(frame) == ["attack", "role", "seed", "step", "select", "exposure"]
+    records = [load(path) for path in (made / RUNS / "audit" / "attempts").iterdir()]
+    expected = {(r["attack"], r["role"], r["seed"], p["step"], p["select"]) for r in records for p in r["curve"]}
+    assert set(frame[["attack", "role", "seed", "step", "select"]].itertuples(index=False, name=None)) == expected
+
+
+def test_the_reports_say_the_verdict_and_need_no_network(made: Path) -> None:
+    folder = made / RUNS / "audit"
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert "<svg" in page
+    assert "<script src" not in page
+    assert "<link" not in page
+    for attack in ATTACKS:
+        assert attack in page
+        assert attack in text
+    assert "one seed" in text
+
+
+# ---- again ----------------------------------------------------------------------------------------------------------
+
+
+def run_again(copied: Path, command: tuple[str, ...]) -> Result:
+    before = tree(copied)
+    result = sophon(copied, *command)
+    assert result.code == 0, result
+    assert tree(copied) == before
+    return result
+
+
+@pytest.mark.parametrize("command", [PRETRAIN, PROTECT])
+def test_a_finished_run_is_left_alone(copied: Path, command: tuple[str, ...]) -> None:
+    assert "already done" in run_again(copied, command).out
+
+
+def test_a_finished_audit_comes_to_the_same_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
+    assert "report.html" in run_again(copied, AUDIT).out
+
+
+def test_report_renders_the_same_bytes_from_disk(copied: Path) -> None:
+    folder = copied / RUNS / "audit"
+    before = tree(copied)
+    for name in ("report.html", "report.md"):
+        (folder / name).unlink()
+    result = sophon(copied, "report", *SMALL)
+    assert result.code == 0, result
+    assert tree(copied) == before
+    assert load(folder / "audit.json")["verdict"] in result.out
+
+
+def test_report_finds_an_audit_by_its_folder(copied: Path, tmp_path: Path) -> None:
+    moved = (copied / RUNS / "audit").rename(tmp_path / "moved")
+    before = tree(moved)
+    result = sophon(tmp_path, "report", "run_dir=moved")
+    assert result.code == 0, result
+    assert tree(moved) == before
+
+
+def test_an_audit_completes_what_is_missing(copied: Path) -> None:
+    folder = copied / RUNS / "audit"
+    before = load(folder / "audit.json")
+    attempts = sorted((folder / "attempts").iterdir())
+    kept = {path.name: path.read_bytes() for path in attempts[::2]}
+    for path in attempts[1::2]:
+        path.unlink()
+    (folder / "audit.json").unlink()
+    result = sophon(copied, *AUDIT)
+    assert result.code == 0, result
+    assert sorted((folder / "attempts").iterdir()) == attempts
+    assert all((folder / "attempts" / name).read_bytes() == data for name, data in kept.items())
+    assert without_seconds(load(folder / "audit.json")) == without_seconds(before)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights_elsewhere(made: Path, tmp_path: Path) -> None:
+    result = sophon(tmp_path, *PRETRAIN, "run_dir=here/reference")
+    assert result.code == 0, result
+    result = sophon(tmp_path, *PROTECT, "reference=here/reference", "run_dir=there")
+    assert result.code == 0, result
+    for verb, folder in (("pretrain", "here/reference"), ("protect", "there")):
+        assert weights_sha256(tmp_path / folder / "checkpoint") == manifest(made, verb)["weights_sha256"]
+
+
+def test_another_seed_gives_other_weights_in_another_folder(copied: Path) -> None:
+    before = tree(copied / RUNS)
+    result = sophon(copied, *PRETRAIN, "seed=1")
+    assert result.code == 0, result
+    other = copied / RUNS.with_name("seed1") / "pretrain" / "checkpoint"
+    assert weights_sha256(other) != manifest(copied, "pretrain")["weights_sha256"]
+    assert tree(copied / RUNS) == before
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+def test_export_copies_a_checkpoint_to_the_byte(copied: Path) -> None:
+    for source in (RUNS / "protect", RUNS / "protect" / "checkpoint"):
+        result = sophon(copied, "export", f"checkpoint={source}", f"out=out-{source.name}")
+        assert result.code == 0, result
+        assert tree(copied / f"out-{source.name}") == tree(copied / RUNS / "protect" / "checkpoint")
+
+
+def test_export_goes_to_its_default_folder_and_again(copied: Path) -> None:
+    for _ in range(2):
+        result = sophon(copied, "export", *SMALL)
+        assert result.code == 0, result
+        assert tree(copied / RUNS / "export") == tree(copied / RUNS / "protect" / "checkpoint")
+
+
+def test_export_of_an_unfinished_run_gives_its_last_good_state(copied: Path) -> None:
+    run = copied / RUNS / "protect"
+    shutil.rmtree(run / "checkpoint")
+    before = tree(run)
+    weights, position = last_good(run)
+    result = sophon(copied, "export", *PROTECT[1:], "out=out")
+    assert result.code == 0, result
+    assert tree(run) == before
+    stored = load_file(copied / "out" / "model.safetensors")
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], value) for name, value in weights.items())
+    found = load(copied / "out" / "sophon.json")
+    assert found["verb"] == "protect"
+    assert found["history"]["good_round"] == position.good_round
+    assert found["weights_sha256"] == weights_sha256(copied / "out")
+    assert found["parent_sha256"] == manifest(copied, "pretrain")["weights_sha256"]
+
+
+def test_export_of_an_unfinished_run_describes_the_run_not_the_export(copied: Path) -> None:
+    finished = manifest(copied, "protect")
+    shutil.rmtree(copied / RUNS / "protect" / "checkpoint")
+    result = sophon(copied, "export", *SMALL, "out=out")  # without the method's overrides
+    if result.code == 0:
+        found = load(copied / "out" / "sophon.json")
+        assert found["method"] == finished["method"]
+        assert found["sampler_support"] == finished["sampler_support"]
+    else:
+        refusal(result)
+
+
+# ---- tracking -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_wandb_offline_writes_below_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    result = sophon(tmp_path, *PRETRAIN, "tracking=offline", "tracking.progress=false", "run_dir=run")
+    assert result.code == 0, result
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_progress_goes_to_stderr_and_changes_nothing(made: Path, tmp_path: Path) -> None:
+    result = sophon(tmp_path, *PRETRAIN, "tracking.progress=true")
+    assert result.code == 0, result
+    assert "pretrain 60/60" in result.err
+    assert "60/60" not in result.out
+    assert weights_sha256(tmp_path / RUNS / "pretrain/checkpoint") == manifest(made, "pretrain")["weights_sha256"]
