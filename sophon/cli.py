@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -83,10 +85,11 @@ def _main(arguments: list[str]) -> int:
     verb = arguments[0]
     if verb not in VERBS:
         return _fail(f"'{verb}' is not a verb; allowed: {', '.join(VERBS)}", 2)
-    sys.argv = [sys.argv[0], *arguments[1:], f"verb={verb}"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own and exits with 1
     signal.signal(signal.SIGTERM, _interrupt)
+    _failed.clear()
     try:
+        sys.argv = [sys.argv[0], *_overrides_first([f"verb={verb}", *arguments[1:]])]
         _run()
         for error in _failed:
             raise error
@@ -97,6 +100,21 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on", 130)
     return 0
+
+
+def _overrides_first(arguments: list[str]) -> list[str]:
+    """Gather the overrides: Hydra's parser takes them from one place only, and answers others with its usage."""
+    parser = get_args_parser()
+    parser.error = _refuse
+    overrides: list[str] = parser.parse_intermixed_args(arguments).overrides
+    flags = list(arguments)
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; `sophon VERB --help` shows what is allowed")
 
 
 def _fail(message: str, code: int) -> int:

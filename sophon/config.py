@@ -250,18 +250,19 @@ def from_omegaconf(config: DictConfig) -> Config:
         raise UserError("the configuration is not a whole sophon configuration")
     typed.pretrain = FineTuneStrategy(**vars(typed.pretrain))
     typed.attack.strategies = {
-        name: _strategy(f"attack.strategies.{name}", values) for name, values in typed.attack.strategies.items()
+        name: strategy_from(f"attack.strategies.{name}", values) for name, values in typed.attack.strategies.items()
     }
     validate(typed)
     return typed
 
 
-def _strategy(key: str, values: Any) -> FineTuneStrategy:
+def strategy_from(key: str, values: Any) -> FineTuneStrategy:
     """Make a strategy of plain data: untyped in `AttackConfig`, so that ``+attack.strategies.NAME.lr=...`` adds one."""
     try:
         strategy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StrategyConfig), values))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        below = getattr(error, "full_key", None)
+        raise UserError(f"{key}{f'.{below}' if below else ''}: {str(error).splitlines()[0]}") from error
     return FineTuneStrategy(**vars(strategy))
 
 
@@ -286,6 +287,7 @@ def validate(config: Config) -> None:
     _within("attack.eval_points", attack.eval_points, 2)
     _within("threads", config.threads, 0)
     choose("method.ntr_augmentation", method.ntr_augmentation, AUGMENTATIONS)
+    choose("tracking.wandb", config.tracking.wandb, ("disabled", "offline", "online"))
     choose("method.engine", method.engine, ("first_order", "second_order"))
     choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
     if not config.name or "/" in config.name or config.name.startswith("."):

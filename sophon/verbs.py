@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from torch import nn
 from sophon import __version__
 from sophon.audit import metrics, report
 from sophon.audit.runner import Runner
-from sophon.config import Config, plain
+from sophon.config import Config, GuardConfig, MethodConfig, plain
 from sophon.domains import Domain, load_original, load_restricted
-from sophon.errors import UserError
+from sophon.errors import UserError, choose
 from sophon.export import Checkpoint, package_versions, read_checkpoint, write_checkpoint
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec, build, load_weights, spec_from_config
 from sophon.protect.trainer import STATE_FILE, Position, Trainer, last_good
 from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all, write_json
-from sophon.strategies import StrategySampler
+from sophon.strategies import SamplerConfig, StrategySampler
 from sophon.tasks import TASKS, Task
 from sophon.tracking import Tracker
 
@@ -35,17 +35,21 @@ def pretrain(config: Config) -> None:
         config.domain.original, image_size=config.model.image_size, channels=config.model.channels
     ).to(device)
     spec = spec_from_config(config.model, original.classes)
+    if config.pretrain.steps == 0 and config.model.weights is None and not config.model.pretrained:
+        raise UserError(
+            "pretrain.steps: 0 needs model.weights or model.pretrained=true; a random model is no reference"
+        )
     identity = {**plain(config, "seed", "task", "model", "pretrain"), "original": original.hashes}
-    folder = RunDirectory.open(_run_dir(config), "pretrain", identity).path
-    if (folder / "checkpoint").exists():
-        print(f"already done: {folder / 'checkpoint'}")
-        return
+    task = _task(config, spec, device)
     seed_all(derive_seed(config.seed, "pretrain"))
     model = build(spec, pretrained=config.model.pretrained)
     if config.model.weights is not None:
         load_weights(model, config.model.weights)
     model.to(device)
-    task = _task(config, spec, device)
+    folder = RunDirectory.open(_run_dir(config), "pretrain", identity).path
+    if (folder / "checkpoint").exists():
+        print(f"already done: {folder / 'checkpoint'}")
+        return
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "pretrain", "batches"))
     with _tracker(config, folder) as tracker, tracker.progress("pretrain", config.pretrain.steps) as advance:
 
@@ -54,7 +58,9 @@ def pretrain(config: Config) -> None:
             advance(f"loss {loss:.3f}")
 
         if not fine_tune(model, config.pretrain, task, original["train"], generator, after_step):
-            raise UserError(f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it")
+            raise UserError(
+                f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it, in a new run_dir"
+            )
     manifest = _manifest(config, "pretrain", {"original": original}, parent=None)
     manifest["intactness"] = {**_metric(task), "after": _both_splits(task, model, original)}
     write_checkpoint(folder / "checkpoint", model, spec, manifest)
@@ -73,11 +79,13 @@ def protect(config: Config) -> None:
         "original": original.hashes,
         "restricted": restricted.hashes,
     }
+    task = _task(config, reference.spec, device)
+    if "kept" in config.sampler.heads:
+        task.start_head(reference.model, "kept", restricted.classes)
     folder = RunDirectory.open(_run_dir(config), "protect", identity).path
     if (folder / "checkpoint").exists():
         print(f"already done: {folder / 'checkpoint'}")
         return
-    task = _task(config, reference.spec, device)
     model = reference.model.to(device)
     with _tracker(config, folder) as tracker:
         trainer = Trainer(
@@ -124,10 +132,24 @@ def export(config: Config) -> None:
 def _export_unfinished(config: Config, run: Path, out: Path) -> None:
     device = resolve_device(config.device)
     reference = _reference(config)
-    if read_json(run / "run.json")["identity"]["reference"] != reference.sha256:
+    identity = read_json(run / "run.json")["identity"]
+    if identity["reference"] != reference.sha256:
         raise UserError(f"reference: not the checkpoint that '{run}' started from; give that one")
     weights, position = last_good(run)
+    # what the manifest says of the run is the run's, whatever this command's configuration has
+    config = replace(
+        config,
+        seed=identity["seed"],
+        method=MethodConfig(**identity["method"]),
+        sampler=SamplerConfig(**identity["sampler"]),
+        guard=GuardConfig(**identity["guard"]),
+    )
     original, restricted = _domains(config, reference.spec, device)
+    for domain, role in ((original, "original"), (restricted, "restricted")):
+        if domain.hashes != identity[role]:
+            raise UserError(
+                f"domain.{role}: not the images that '{run}' started from; give the run's own configuration"
+            )
     task = _task(config, reference.spec, device)
     model = copy.deepcopy(reference.model).to(device)
     model.load_state_dict(weights)
@@ -186,6 +208,12 @@ def render(config: Config) -> None:
     if not (folder / "audit.json").exists():
         raise UserError(f"run_dir: '{folder}' holds no audit.json; run `sophon audit run_dir={folder} ...` first")
     summary = read_json(folder / "audit.json")
+    found = summary.get("schema_version") if isinstance(summary, dict) else None
+    if found != metrics.SCHEMA_VERSION:
+        raise UserError(
+            f"run_dir: '{folder / 'audit.json'}' is of schema version {found}; this sophon reads version "
+            f"{metrics.SCHEMA_VERSION}; run `sophon audit` again"
+        )
     attempts = [read_json(path) for path in sorted((folder / "attempts").glob("*.json"))]
     _write_reports(folder, summary, attempts)
 
@@ -219,6 +247,7 @@ def _reference(config: Config) -> Checkpoint:
 
 
 def _task(config: Config, spec: ModelSpec, device: torch.device) -> Task:
+    choose("task", config.task, TASKS)
     return TASKS[config.task](
         spec,
         suppression_loss=config.method.suppression_loss,

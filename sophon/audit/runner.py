@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sophon.audit.attacks import attack
-from sophon.config import AttackConfig
+from sophon.config import AttackConfig, strategy_from
 from sophon.domains import Domain, few_shot
 from sophon.errors import UserError
 from sophon.models import ModelSpec, build
@@ -50,15 +50,15 @@ def strategies(config: AttackConfig) -> dict[str, FineTuneStrategy]:
         UserError: nothing to run, a name unfit for a file, or a field or value that no strategy has.
     """
     named = dict(config.strategies)
-    for values in itertools.product(*config.grid.values()) if config.grid else ():
-        combination = dict(zip(config.grid, values, strict=True))
+    for key, values in config.grid.items():
+        if not values:
+            raise UserError(f"attack.grid.{key}: empty; give at least one value")
+    for combined in itertools.product(*config.grid.values()) if config.grid else ():
+        combination = dict(zip(config.grid, combined, strict=True))
         name = "-".join(value if isinstance(value, str) else f"{key}{value}" for key, value in combination.items())
         if name in named:
             raise UserError(f"attack.grid: '{name}' is the name of another attack; rename that one")
-        try:
-            named[name] = replace(FineTuneStrategy(), **combination)
-        except TypeError as error:
-            raise UserError(f"attack.grid: {error}; allowed are the fields of a strategy") from error
+        named[name] = strategy_from("attack.grid", combination)
     if not named:
         raise UserError("attack.strategies: empty; give at least one strategy or a grid")
     for name, strategy in named.items():

@@ -65,7 +65,8 @@ class Reinforcer:
             if not math.isfinite(loss.item()):
                 raise UserError(
                     f"method.ntr_lr: the loss on the original domain became {loss.item()} at ntr_lr="
-                    f"{self.config.ntr_lr}, fts_lr={self.config.fts_lr}; lower them (the last good state is kept)"
+                    f"{self.config.ntr_lr}, fts_lr={self.config.fts_lr}; lower them, in a new run_dir "
+                    "(the last good state is kept)"
                 )
             for parameter, gradient in zip(
                 parameters.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True

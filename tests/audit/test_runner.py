@@ -110,15 +110,14 @@ def test_named_strategies_come_first_then_the_grid() -> None:
     ("config", "message"),
     [
         (AttackConfig(), r"attack.strategies: empty"),
-        (AttackConfig(grid={"lr": []}), r"attack.strategies: empty"),
+        (AttackConfig(grid={"lr": []}), r"attack.grid.lr: empty"),
         (AttackConfig(grid={"rate": [0.1]}), r"attack.grid: .*rate"),
         (AttackConfig(grid={"optimizer": ["lion"]}), r"optimizer: 'lion' is not known; allowed: .*sgd"),
         (AttackConfig(grid={"lr": [0.1, -0.1]}), r"lr: -0.1 is not allowed"),
         (AttackConfig(grid={"steps": [0]}), r"steps: 0 is not allowed"),
         (AttackConfig(grid={"lr": ["fast"]}), r"lr: .*fast"),
-        (AttackConfig(grid={"lr": [None]}), r"lr: .*None"),
+        (AttackConfig(grid={"lr": [None]}), r"attack.grid.lr: .*not Optional"),
         (AttackConfig(grid={"steps": [2.5]}), r"steps: .*2\.5"),
-        (AttackConfig(grid={"steps": ["10"]}), r"steps: .*10"),
         (AttackConfig(grid={"augmentation": ["blur"]}), r"augmentation: 'blur' is not known"),
         (AttackConfig(strategies={"bad": replace(FRESH, lr=0.0)}), r"attack.strategies.bad.lr: 0.0 is not allowed"),
         *(
