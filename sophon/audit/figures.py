@@ -150,6 +150,9 @@ def dot_plot(attacks: Sequence[Record], metric: Record) -> str:
         for at, row in enumerate(rows):
             if not isinstance(row, str):
                 _dots(axes, at, row["roles"])
+        if metric["unit"] == "%":  # the intervals of two or three seeds may reach far beyond what there is
+            low, high = axes.get_xlim()
+            axes.set_xlim(max(low, -2.0), min(high, 102.0))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), labels)
         for label, row in zip(axes.get_yticklabels(), rows, strict=True):
