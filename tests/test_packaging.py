@@ -1,0 +1,38 @@
+"""What an installed wheel carries besides modules."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from hatchling.builders.wheel import WheelBuilder
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel_carries_configuration_data_and_licences(tmp_path: Path) -> None:
+    built = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    names = set(zipfile.ZipFile(built).namelist())
+    for path in ROOT.joinpath("conf").rglob("*.yaml"):
+        assert f"sophon/conf/{path.relative_to(ROOT / 'conf')}" in names
+    for path in (
+        "sophon/py.typed",
+        "sophon/domains/data/fashion_mnist.npz",
+        "sophon/domains/data/LICENSE.mnist",
+        "sophon/templates/model_card.md.j2",
+        "sophon/audit/templates/report.html.j2",
+    ):
+        assert path in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests/", "experiments/")) for name in names)
+
+
+def test_ci_runs_what_the_readme_says() -> None:
+    """The README's test command, and nothing else."""
+    commands = [
+        line
+        for line in (ROOT / ".ci" / "run").read_text().splitlines()
+        if line and not line.startswith(("#", "set", "cd"))
+    ]
+    assert commands == ["make test"]
+    assert "    make test  " in (ROOT / "README.md").read_text()
