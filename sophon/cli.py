@@ -98,7 +98,7 @@ def _main(arguments: list[str]) -> int:
     except GuardError as error:
         return _fail(str(error), 3)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on", 130)
+        return _fail(f"interrupted; the same command {'begins anew' if verb == 'pretrain' else 'goes on'}", 130)
     return 0
 
 

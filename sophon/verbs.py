@@ -102,18 +102,7 @@ def protect(config: Config) -> None:
             tracker,
         )
         position = trainer.run()
-    manifest = _protected_manifest(config, reference, {"original": original, "restricted": restricted}, position)
-    manifest["intactness"] |= {
-        **_metric(task),
-        "before": _both_splits(task, model, original),
-        "after": _both_splits(task, trainer.model, original),
-    }
-    write_checkpoint(folder / "checkpoint", trainer.model, reference.spec, manifest)
-    print(
-        f"{folder / 'checkpoint'}: round {position.good_round} of {position.round}, {task.metric.name} on the original "
-        f"domain {_figures(manifest['intactness']['before'])} before, "
-        f"{_figures(manifest['intactness']['after'])} after"
-    )
+    _write_protected(folder / "checkpoint", config, reference, trainer.model, task, original, restricted, position)
 
 
 def export(config: Config) -> None:
@@ -124,9 +113,9 @@ def export(config: Config) -> None:
     if not unfinished:
         checkpoint = read_checkpoint(source)
         write_checkpoint(out, checkpoint.model, checkpoint.spec, checkpoint.manifest)
+        print(f"exported to {out}")
     else:
         _export_unfinished(config, Path(source), out)
-    print(f"exported to {out}")
 
 
 def _export_unfinished(config: Config, run: Path, out: Path) -> None:
@@ -153,13 +142,8 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
     task = _task(config, reference.spec, device)
     model = copy.deepcopy(reference.model).to(device)
     model.load_state_dict(weights)
-    manifest = _protected_manifest(config, reference, {"original": original, "restricted": restricted}, position)
-    manifest["intactness"] |= {
-        **_metric(task),
-        "before": _both_splits(task, reference.model.to(device), original),
-        "after": _both_splits(task, model, original),
-    }
-    write_checkpoint(out, model, reference.spec, manifest)
+    reference.model.to(device)
+    _write_protected(out, config, reference, model, task, original, restricted, position)
 
 
 def audit(config: Config) -> None:
@@ -167,6 +151,11 @@ def audit(config: Config) -> None:
     device = resolve_device(config.device)
     protected = read_checkpoint(_required(config.checkpoint or str(_default(config, "protect")), "checkpoint"))
     reference = _reference(config)
+    if reference.spec != protected.spec:
+        raise UserError(
+            f"reference: its model ({reference.spec.architecture}, {len(reference.spec.classes)} classes) is not built "
+            f"as the checkpoint's ({protected.spec.architecture}, {len(protected.spec.classes)} classes)"
+        )
     original, restricted = _domains(config, protected.spec, device)
     identity = {
         **plain(config, "seed", "task", "attack"),
@@ -308,16 +297,30 @@ def _manifest(config: Config, verb: str, domains: dict[str, Domain], parent: str
     }
 
 
-def _protected_manifest(
-    config: Config, reference: Checkpoint, domains: dict[str, Domain], position: Position
-) -> dict[str, Any]:
-    return {
-        **_manifest(config, "protect", domains, parent=reference.sha256),
+def _write_protected(
+    out: Path,
+    config: Config,
+    reference: Checkpoint,
+    model: nn.Module,
+    task: Task,
+    original: Domain,
+    restricted: Domain,
+    position: Position,
+) -> None:
+    """Measure what the protection cost the original domain, ``test`` read once, and write the checkpoint."""
+    before, after = (_both_splits(task, each, original) for each in (reference.model, model))
+    manifest = {
+        **_manifest(config, "protect", {"original": original, "restricted": restricted}, parent=reference.sha256),
         "method": asdict(config.method),
         "sampler_support": StrategySampler(config.sampler).support(),
-        "intactness": {"tolerance": config.guard.tolerance},
+        "intactness": {**_metric(task), "before": before, "after": after, "tolerance": config.guard.tolerance},
         "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
     }
+    write_checkpoint(out, model, reference.spec, manifest)
+    print(
+        f"{out}: round {position.good_round} of {position.round}, {task.metric.name} on the original domain "
+        f"{_figures(before)} before, {_figures(after)} after"
+    )
 
 
 def _metric(task: Task) -> dict[str, Any]:
