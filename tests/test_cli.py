@@ -88,6 +88,7 @@ def test_version(tmp_path: Path) -> None:
     assert (result.code, result.out, result.err) == (0, f"{__version__}\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verbs_help_lists_groups_and_keys_and_runs_nothing(tmp_path: Path, verb: str) -> None:
     result = sophon(tmp_path, verb, "--help")
@@ -270,6 +271,7 @@ def test_no_verb_takes_weights_that_are_not_those_exported(copied: Path, verb: s
     assert "sha256" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.json", "state.safetensors"])
 def test_a_damaged_run_is_refused_and_kept(copied: Path, name: str) -> None:
     run = copied / RUNS / "protect"
@@ -336,6 +338,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path, folders: tuple[str, ...]) ->
 # ---- folders that are not ours --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "override", "words"),
     [
@@ -390,6 +393,7 @@ def test_a_diverging_pretraining_says_what_to_lower(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_diverging_reinforcement_says_what_to_lower_each_time(copied: Path) -> None:
     for _ in range(2):
         message = refusal(sophon(copied, *PROTECT, NEW, "method.ntr_lr=1e30", "method.ntr_steps=20"))
@@ -421,6 +425,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(made: Path, copied
 # ---- the guard ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_guard_that_accepts_nothing_exits_with_3_and_writes_no_checkpoint(copied: Path) -> None:
     command = (*PROTECT, NEW, "guard.tolerance=0", "guard.repair_steps=0", "method.fts_lr=10")
     for _ in range(2):
@@ -462,6 +467,7 @@ def out_of_space(folder: Path, writes: int, *command: str) -> None:
 
 
 # run.json; the state after each of three rounds; then the checkpoint's weights, config, manifest and card
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", [0, 2, 5, 7])
 def test_protect_goes_on_after_the_disk_was_full(made: Path, copied: Path, writes: int) -> None:
     out_of_space(copied, writes, *PROTECT, NEW)
@@ -481,6 +487,7 @@ def test_pretrain_starts_again_after_the_disk_was_full(made: Path, tmp_path: Pat
     assert weights_sha256(tmp_path / checkpoint) == weights_sha256(made / checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", [0, 1, 3])
 def test_a_full_disk_leaves_an_older_export_whole(copied: Path, writes: int) -> None:
     assert sophon(copied, "export", f"checkpoint={RUNS / 'pretrain'}", "out=out").code == 0
@@ -506,6 +513,7 @@ def test_a_write_that_fails_before_its_end_leaves_no_trace(copied: Path, monkeyp
 # ---- wandb ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wandb_online_without_a_key_is_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -524,6 +532,7 @@ def test_wandb_online_without_a_key_is_wrong_input(tmp_path: Path, monkeypatch: 
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_protection_saves_and_goes_on_to_the_bit(made: Path, copied: Path, number: int) -> None:
     command = (*PROTECT, NEW, "guard.every=3")  # no state is due before the end
@@ -618,6 +627,7 @@ def test_a_sweep_runs_every_value_in_a_folder_of_its_own(made: Path, tmp_path: P
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_wrong_value_exits_with_2(tmp_path: Path) -> None:
     result = sophon(tmp_path, *PRETRAIN, "--multirun", "pretrain.batch_size=16,0")
     assert result.code == 2

@@ -133,6 +133,7 @@ def test_every_domain_composes_in_both_roles(option: str) -> None:
     assert config.domain.original.name == option
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", options("experiment"))
 def test_every_experiment_names_itself_and_its_parts(option: str) -> None:
     config = typed(f"experiment={option}")

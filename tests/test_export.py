@@ -143,6 +143,7 @@ def test_exports_load_where_sophon_does_not_exist(tmp_path):
     assert data["timm"]["crop_pct"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [TIMM, VIT, TORCHVISION], ids=["timm", "vit", "torchvision"])
 def test_a_checkpoint_reads_back_as_it_was(tmp_path, spec):
     model = model_of(spec)
@@ -224,6 +225,7 @@ def test_the_card_of_a_reference_promises_nothing(tmp_path):
         assert text not in card
 
 
+@pytest.mark.slow
 def test_the_loading_snippet_of_the_card_runs(tmp_path):
     for name, spec in (("timm", TIMM), ("torchvision", TORCHVISION)):
         model = model_of(spec)

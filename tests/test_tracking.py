@@ -150,6 +150,7 @@ def test_bar_on_a_terminal() -> None:
     assert "ETA" in shown
 
 
+@pytest.mark.slow
 def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     tracker = Tracker("offline", run_dir=tmp_path, name="n", config={"seed": 1})

@@ -347,6 +347,7 @@ def test_seed_and_key_decide_everything(engine: str) -> None:
     assert after(0, (0, 0))[0] != after(0, (1, 0))[0] != after(0, (0, 1))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_memory_does_not_grow(engine: str) -> None:
     fts = suppressor(tiny_model(), replace(METHOD, engine=engine), heads=["kept", "fresh", "probed"])
