@@ -98,7 +98,8 @@ def _start_wandb(
             project=project,
             entity=entity,
             name=name,
-            dir=run_dir,
+            # absolute: wandb's service keeps the working folder of the process's first run
+            dir=None if run_dir is None else run_dir.resolve(),
             mode=mode,  # type: ignore[arg-type]
             config=dict(config or {}),
             settings=wandb.Settings(silent=True, console="off"),
