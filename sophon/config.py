@@ -164,12 +164,14 @@ class AttackConfig:
 
     Attributes:
         seeds: attempts of each strategy against each role, >= 1.
+        roles: which models are attacked: ``protected``, ``unprotected``, ``scratch``. Comparisons need all three.
         eval_points: points of each curve on the ``select`` split, the start and the end included, >= 2.
         strategies: the attacks by name, each with the fields of `FineTuneStrategy`.
         grid: further attacks: every combination of these lists of `FineTuneStrategy` fields.
     """
 
     seeds: int = 1
+    roles: list[str] = field(default_factory=lambda: ["protected", "unprotected", "scratch"])
     eval_points: int = 6
     strategies: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)

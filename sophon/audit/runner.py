@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from sophon.audit.attacks import attack
+from sophon.audit.verdict import ROLES
 from sophon.config import AttackConfig, strategy_from
 from sophon.domains import Domain, few_shot
-from sophon.errors import UserError
+from sophon.errors import UserError, choose
 from sophon.models import ModelSpec, build
 from sophon.runs import derive_seed, read_json, seed_all, write_json
 from sophon.strategies import FineTuneStrategy, fields_outside
@@ -25,7 +26,6 @@ from sophon.tasks import Task
 from sophon.tracking import Tracker
 
 SCHEMA_VERSION = 1
-ROLES = ("protected", "unprotected", "scratch")
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,10 @@ class Runner:
         self.seed = seed
         self.folder = folder / "attempts"
         self.strategies = strategies(config)
+        if not config.roles:
+            raise UserError(f"attack.roles: empty; allowed: {', '.join(ROLES)}")
+        for role in config.roles:
+            choose("attack.roles", role, ROLES)
         for strategy in self.strategies.values():  # checked now rather than after hours of other attempts
             few_shot(restricted["attack"], strategy.data_budget, torch.Generator())
             if strategy.head == "kept":
@@ -121,7 +125,8 @@ class Runner:
         return [
             Attempt(name, strategy, role, seed)
             for name, strategy in self.strategies.items()
-            for role in (*self.models, "scratch")
+            for role in ROLES
+            if role in self.config.roles
             for seed in range(self.config.seeds)
         ]
 

@@ -350,3 +350,16 @@ def test_tracker_is_told_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[s
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("audit 6/6")
     assert "kept on scratch: " in last
+
+
+def test_only_the_roles_asked_for_are_attacked(tmp_path: Path) -> None:
+    some = runner(tmp_path, replace(CONFIG, roles=["scratch", "protected"]))
+    assert {attempt.role for attempt in some.attempts()} == {"protected", "scratch"}
+    everything = {attempt.identifier("p"): attempt for attempt in runner(tmp_path).attempts()}
+    assert all(everything[attempt.identifier("p")] == attempt for attempt in some.attempts())
+
+
+@pytest.mark.parametrize(("roles", "message"), [([], "attack.roles: empty"), (["victim"], "attack.roles: 'victim'")])
+def test_bad_roles_are_refused(tmp_path: Path, roles: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        runner(tmp_path, replace(CONFIG, roles=roles))
