@@ -2,7 +2,7 @@
 
     python experiments/cifar10_objects/collect.py [runs] [seeds ...]
 
-Reads runs/<recipe>/seed<seed>/{protect/checkpoint/sophon.json,audit/audit.json} and writes beside this file. A mean is
+Reads runs/<recipe>/seed<seed>/{protect/checkpoint/sophon.json,audit*/audit.json} and writes beside this file. A mean is
 taken over all attempts of all seeds; the half width is a 95 % Student interval over them.
 """
 
@@ -34,18 +34,17 @@ def gather(runs: Path, seeds: list[int]) -> dict:
     for recipe, folder in RECIPES.items():
         for seed in seeds:
             base = runs / folder / f"seed{seed}"
-            audit = json.loads((base / "audit" / "audit.json").read_text())
+            audits = [json.loads(path.read_text()) for path in sorted(base.glob("audit*/audit.json"))]
             manifest = json.loads((base / "protect" / "checkpoint" / "sophon.json").read_text())
             kept = {split: manifest["intactness"][split] for split in ("before", "after")}
             intactness[recipe].append({"seed": seed, **kept, "history": manifest["history"]})
-            for row in audit["attacks"]:
+            for row in (row for audit in audits for row in audit["attacks"]):
                 entry = attacks.setdefault(row["attack"], {"strategy": row["strategy"], "exposure": {}, "test": {}})
                 entry["exposure"][recipe] = row["exposure"]
                 for role, values in row["roles"].items():
-                    # the unprotected and the scratch model met the same attackers in both audits: count them once
-                    if role == "protected" or recipe == "sampled":
-                        column = recipe if role == "protected" else role
-                        entry["test"].setdefault(column, []).extend(values["values"])
+                    # both recipes start from one reference: the audit of the first attacks it and scratch for both
+                    column = recipe if role == "protected" else role
+                    entry["test"].setdefault(column, []).extend(values["values"])
     return {"attacks": attacks, "intactness": intactness}
 
 
@@ -58,8 +57,8 @@ def table(results: dict) -> str:
     """Return the Markdown table: test accuracy in percent after each attack."""
     lines = ["| attack | " + " | ".join(COLUMNS) + " | seen by paper / sampled |", "|---|" + "---|" * 5]
     for name, entry in results["attacks"].items():
-        cells = [cell(entry["test"][column]) for column in COLUMNS]
-        seen = " / ".join(entry["exposure"][recipe].replace("_", " ") for recipe in RECIPES)
+        cells = [cell(entry["test"][column]) if column in entry["test"] else "-" for column in COLUMNS]
+        seen = " / ".join(entry["exposure"].get(recipe, "-").replace("_", " ") for recipe in RECIPES)
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {seen} |")
     before = [run["before"]["test"] for run in results["intactness"]["sampled"]]
     after = {r: cell([run["after"]["test"] for run in results["intactness"][r]]) for r in RECIPES}
@@ -69,7 +68,7 @@ def table(results: dict) -> str:
 
 def figure(results: dict, path: Path) -> None:
     """Draw each attack's mean test accuracy against the four models, one row an attack."""
-    attacks = results["attacks"]
+    attacks = {name: entry for name, entry in results["attacks"].items() if set(COLUMNS) <= set(entry["test"])}
     drawing = Figure(figsize=(7.5, 0.36 * len(attacks) + 1.3), layout="constrained")
     axes = drawing.subplots()
     for column in COLUMNS:
