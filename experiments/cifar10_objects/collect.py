@@ -2,8 +2,8 @@
 
     python experiments/cifar10_objects/collect.py [runs] [seeds ...]
 
-Reads runs/<recipe>/seed<seed>/{protect/checkpoint/sophon.json,audit*/audit.json} and writes beside this file. A mean is
-taken over all attempts of all seeds; the half width is a 95 % Student interval over them.
+Reads runs/<recipe>/seed<seed>/{protect/checkpoint/sophon.json,audit*/audit.json} and writes beside this file. Where
+there are more than two attempts, their mean and the half width of its 95 % Student interval; else the values themselves.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def gather(runs: Path, seeds: list[int]) -> dict:
 
 def cell(values: list[float]) -> str:
     half = ci95(values)
-    return f"{statistics.mean(values):.1f}" + ("" if half is None else f" ± {half:.1f}")
+    if len(values) <= 2 or half is None:  # an interval of two values says nothing that they do not say
+        return ", ".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
 
 def table(results: dict) -> str:
