@@ -3,7 +3,7 @@
     python experiments/cifar10_objects/collect.py [runs] [seeds ...]
 
 Reads runs/<recipe>/seed<seed>/{protect/checkpoint/sophon.json,audit*/audit.json} and writes beside this file. Where
-there are more than two attempts, their mean and the half width of its 95 % Student interval; else the values themselves.
+there are more than two attempts: their mean and the half width of its 95 % Student interval; else the values.
 """
 
 from __future__ import annotations
