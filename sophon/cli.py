@@ -86,7 +86,8 @@ def _main(arguments: list[str]) -> int:
     if verb not in VERBS:
         return _fail(f"'{verb}' is not a verb; allowed: {', '.join(VERBS)}", 2)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own and exits with 1
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what runs in its background with SIGINT ignored
+        signal.signal(number, _interrupt)
     _failed.clear()
     try:
         sys.argv = [sys.argv[0], *_overrides_first([f"verb={verb}", *arguments[1:]])]
