@@ -1,10 +1,10 @@
-# `make demo` and `make test` do all set-up by themselves; they need Python 3.11 and nothing else.
+# `make demo`, `make demo-diffusion` and `make test` do all set-up by themselves; they need Python 3.11 and nothing else.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo demo-diffusion test test-fast lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,15 @@ demo: $(VENV)/.installed
 	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect out=runs/quickstart/seed$(SEED)/export
 	$(BIN)/sophon audit experiment=quickstart seed=$(SEED)
 	$(BIN)/sophon report run_dir=runs/quickstart/seed$(SEED)/audit
+
+# The same for a denoising diffusion model, which also draws images.
+demo-diffusion: $(VENV)/.installed
+	$(BIN)/sophon pretrain experiment=quickstart_diffusion seed=$(SEED)
+	$(BIN)/sophon protect experiment=quickstart_diffusion seed=$(SEED)
+	$(BIN)/sophon export checkpoint=runs/quickstart_diffusion/seed$(SEED)/protect out=runs/quickstart_diffusion/seed$(SEED)/export
+	$(BIN)/sophon sample experiment=quickstart_diffusion seed=$(SEED)
+	$(BIN)/sophon audit experiment=quickstart_diffusion seed=$(SEED)
+	$(BIN)/sophon report run_dir=runs/quickstart_diffusion/seed$(SEED)/audit
 
 # Everything that has to hold: lint, format, types, walls and all tests.
 test: $(VENV)/.installed lint

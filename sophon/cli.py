@@ -30,6 +30,8 @@ USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted doma
   sophon export   checkpoint=DIR out=DIR ...          copy a verified checkpoint, or an unfinished run's last good state
   sophon audit    experiment=NAME [checkpoint=DIR] [reference=DIR] [attack=NAME] [run_dir=DIR] ...
                                                       attack it, its reference and a fresh model
+  sophon sample   checkpoint=DIR [n=64] [run_dir=DIR]
+                                                      draw images from a denoiser, as one grid
   sophon report   run_dir=DIR                         write an audit's reports again
 
 Folders default to runs/<name>/seed<seed>/<verb>. Every key of the configuration can be overridden, as in

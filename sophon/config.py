@@ -66,19 +66,37 @@ class DomainsConfig:
 
 
 @dataclass
-class ModelConfig:
-    """A classifier.
+class TaskConfig:
+    """The model kind, and how it is measured.
 
     Attributes:
-        library: ``timm`` or ``torchvision``.
-        architecture: the library's name of it; a timm hub name such as ``caformer_m36.sail_in22k_ft_in1k`` also works.
+        name: a key of `sophon.tasks.TASKS`: ``classification`` or ``denoising``.
+        evaluation_images: denoising: at most so many (image, timestep, noise) triples of a split are measured.
+        sample_steps: denoising: DDIM steps of a generated image.
+    """
+
+    name: str = "classification"
+    evaluation_images: int = 1000
+    sample_steps: int = 25
+
+
+@dataclass
+class ModelConfig:
+    """A model.
+
+    Attributes:
+        library: ``timm`` or ``torchvision`` for classifiers, ``diffusers`` for denoisers.
+        architecture: the library's name of it; a timm hub name such as ``caformer_m36.sail_in22k_ft_in1k`` also works,
+            and with ``pretrained`` a denoiser's Hub id such as ``google/ddpm-cifar10-32``.
         model_args: keyword arguments of its constructor.
         image_size: images are resized to this many pixels on each side.
         channels: channels that the model takes; 1 or 3; grey images are repeated, colour ones reduced to luminance.
         mean: normalisation per channel on a 0..1 scale; one number serves all channels.
         std: the same.
         pretrained: start from the library's pretrained weights (downloads them).
-        weights: start from these weights: a sophon or timm checkpoint folder, or a .safetensors state dict.
+        weights: start from these weights: a folder of sophon, timm or diffusers, or a .safetensors state dict.
+        scheduler: a denoiser's noise schedule: arguments of diffusers' DDPMScheduler.
+        class_conditional: a denoiser that is told the class.
     """
 
     library: str = "timm"
@@ -90,6 +108,8 @@ class ModelConfig:
     std: list[float] = field(default_factory=lambda: [0.5])
     pretrained: bool = False
     weights: str | None = None
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    class_conditional: bool = False
 
 
 @dataclass
@@ -98,7 +118,8 @@ class MethodConfig:
 
     Attributes:
         name: what manifests and reports call the method.
-        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`.
+        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`, or for denoisers of
+            `sophon.losses.DENOISING_SUPPRESSION_LOSSES`.
         engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.simulate.ENGINES`).
         rounds: how many alternations.
         fts_steps: FTS steps a round (l_FTS of the paper).
@@ -114,6 +135,13 @@ class MethodConfig:
         distillation: weight of distilling the reference's outputs into NTR, 0 for none.
         temperature: of the distillation.
         fts_max_norm: the FTS gradient's norm is clipped to this; null for no clipping.
+        fts_original_weight: weight (mu) of the original domain's loss inside an FTS step, 0 for none. With it the step
+            follows the sum of both gradients, and spends nothing on what NTR would undo.
+        pool: attackers that stay alive across rounds, each going on for ``chunk`` steps in its turn; 0 simulates a new
+            one from its first to its last step each time. Needs the engine ``first_order``.
+        chunk: steps of a turn.
+        suppression_timesteps: denoising: the suppression loss draws its timesteps from this first part of the noise
+            schedule, > 0 and <= 1. Where nearly all is noise the domains cannot be told apart.
         probe_steps: steps by which the defender's probed head is refreshed before each attacker that starts from it.
         probe_lr: Adam's rate of those steps.
     """
@@ -135,6 +163,10 @@ class MethodConfig:
     distillation: float = 0.0
     temperature: float = 2.0
     fts_max_norm: float | None = None
+    fts_original_weight: float = 0.0
+    pool: int = 0
+    chunk: int = 20
+    suppression_timesteps: float = 1.0
     probe_steps: int = 5
     probe_lr: float = 0.005
 
@@ -145,7 +177,9 @@ class GuardConfig:
 
     Attributes:
         every: rounds between two looks at the ``val`` split; the last round is always followed by one.
-        tolerance: largest loss of the task's primary metric on ``val`` against the reference: in points for accuracy.
+        tolerance: largest loss of the task's primary metric on ``val`` against the reference: in its own unit (points
+            for accuracy), or in percent of the reference's value.
+        relative: whether ``tolerance`` is in percent of the reference's value.
         repair_steps: annealed NTR steps tried on a breach before the trainer rolls back; 0 for none.
         growth: NTR steps of a round are multiplied by this after a roll-back.
         max_ntr_steps: but never grow beyond this.
@@ -153,6 +187,7 @@ class GuardConfig:
 
     every: int = 10
     tolerance: float = 1.0
+    relative: bool = False
     repair_steps: int = 50
     growth: float = 1.5
     max_ntr_steps: int = 100
@@ -166,6 +201,8 @@ class AttackConfig:
         seeds: attempts of each strategy against each role, >= 1.
         roles: which models are attacked: ``protected``, ``unprotected``, ``scratch``. Comparisons need all three.
         eval_points: points of each curve on the ``select`` split, the start and the end included, >= 2.
+        samples: images that a generating model draws at each of these points, for the report's grids; 0 for none.
+        frechet_samples: images drawn at the end for the Frechet distance to the test split; 0 for none.
         strategies: the attacks by name, each with the fields of `FineTuneStrategy`.
         grid: further attacks: every combination of these lists of `FineTuneStrategy` fields.
     """
@@ -173,6 +210,8 @@ class AttackConfig:
     seeds: int = 1
     roles: list[str] = field(default_factory=lambda: ["protected", "unprotected", "scratch"])
     eval_points: int = 6
+    samples: int = 16
+    frechet_samples: int = 0
     strategies: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -201,7 +240,6 @@ class Config:
     Attributes:
         verb: what to do; the command line sets it.
         name: the experiment's name; the default folders lie under ``runs/<name>/seed<seed>``.
-        task: the model kind, a key of `sophon.tasks.TASKS`.
         seed: every random choice of a run derives from it (splits from ``split_seed``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         amp: autocast to bfloat16 on a CUDA device.
@@ -210,13 +248,14 @@ class Config:
         reference: the unprotected checkpoint: what protect starts from and the audit compares with.
         checkpoint: the checkpoint to export or audit.
         out: where export writes.
+        n: images that ``sample`` draws.
+        task: the model kind.
         pretrain: how ``pretrain`` trains the reference on the original domain; ``steps=0`` takes ``model.weights`` as
             they are.
     """
 
     verb: str = MISSING
     name: str = MISSING
-    task: str = "classification"
     seed: int = 0
     device: str = "auto"
     amp: bool = True
@@ -225,6 +264,8 @@ class Config:
     reference: str | None = None
     checkpoint: str | None = None
     out: str | None = None
+    n: int = 64
+    task: TaskConfig = field(default_factory=TaskConfig)
     domain: DomainsConfig = field(default_factory=DomainsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: StrategyConfig = field(default_factory=StrategyConfig)
@@ -273,20 +314,32 @@ def validate(config: Config) -> None:
     _within("pretrain.steps", config.pretrain.steps, 0)
     replace(config.pretrain, steps=max(1, config.pretrain.steps)).validate("pretrain")
     method, guard, attack = config.method, config.guard, config.attack
-    for name in ("rounds", "fts_steps", "attackers", "query_every", "query_batch_size", "ntr_batch_size"):
+    for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size", "ntr_batch_size"):
         _within(f"method.{name}", getattr(method, name), 1)
     _within("guard.every", guard.every, 1)
     _within("attack.seeds", attack.seeds, 1)
-    for name in ("ntr_steps", "probe_steps", "distillation"):
+    for name in ("ntr_steps", "probe_steps", "distillation", "fts_original_weight", "pool"):
         _within(f"method.{name}", getattr(method, name), 0)
     for name in ("fts_lr", "ntr_lr", "probe_lr", "temperature"):
         _within(f"method.{name}", getattr(method, name), 0, exclusive=True)
+    if not 0 < method.suppression_timesteps <= 1:
+        raise UserError(
+            f"method.suppression_timesteps: {method.suppression_timesteps} is not allowed; give > 0 and <= 1"
+        )
+    if method.pool and method.engine != "first_order":
+        raise UserError(f"method.pool: {method.pool} is not allowed with engine {method.engine}; it needs first_order")
     if method.fts_max_norm is not None:
         _within("method.fts_max_norm", method.fts_max_norm, 0, exclusive=True)
     for name in ("tolerance", "repair_steps", "max_ntr_steps"):
         _within(f"guard.{name}", getattr(guard, name), 0)
     _within("guard.growth", guard.growth, 1)
     _within("attack.eval_points", attack.eval_points, 2)
+    _within("attack.samples", attack.samples, 0)
+    if attack.frechet_samples:
+        _within("attack.frechet_samples", attack.frechet_samples, 2)
+    for name in ("evaluation_images", "sample_steps"):
+        _within(f"task.{name}", getattr(config.task, name), 1)
+    _within("n", config.n, 1)
     _within("threads", config.threads, 0)
     choose("method.ntr_augmentation", method.ntr_augmentation, AUGMENTATIONS)
     choose("tracking.wandb", config.tracking.wandb, ("disabled", "offline", "online"))

@@ -1,4 +1,4 @@
-"""The protected checkpoint: a folder that timm or torchvision loads without us, and that says what it is."""
+"""The protected checkpoint: a folder that timm, torchvision or diffusers loads without us, and that says what it is."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from typing import Any
 
 import jinja2
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from sophon import __version__
-from sophon.errors import UserError
-from sophon.models import ModelSpec, build, load_weights
-from sophon.runs import atomic_directory, read_json, sha256_file, write_json, write_tensors, write_text
+from sophon import __version__, models
+from sophon.errors import UserError, choose
+from sophon.models import ModelSpec
+from sophon.runs import atomic_directory, read_json, sha256_file, write_json, write_text
 
 FORMAT_VERSION = 1
-_WEIGHTS, _CONFIG, _MANIFEST, _CARD = "model.safetensors", "config.json", "sophon.json", "README.md"
-_PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy")
-# What timm knows of the architecture's published weights; said of ours it would be false.
-_OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes")
+_MANIFEST, _CARD = "sophon.json", "README.md"
+_PACKAGES = ("torch", "torchvision", "timm", "diffusers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Checkpoint:
     """A checkpoint that was read back and verified.
 
     Attributes:
-        model: the classifier with its weights, on the CPU, in evaluation mode.
+        model: the model with its weights, on the CPU, in evaluation mode.
         spec: its architecture and input.
         manifest: what ``sophon.json`` holds.
         path: the checkpoint's folder.
@@ -51,7 +48,7 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
 
     Args:
         out: the folder; an older checkpoint in its place is replaced.
-        model: the classifier, on any device.
+        model: what was protected or pretrained, on any device.
         spec: its spec.
         manifest: the run's part of ``sophon.json``, plain JSON data: ``verb``, ``config``, ``method``,
             ``sampler_support``, ``domains``, ``seed``, ``parent_sha256``, ``intactness`` and optionally ``history``.
@@ -67,14 +64,13 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
         if not torch.isfinite(tensor).all():
             raise UserError(f"cannot export to {out}: weight '{name}' holds NaN or infinite numbers")
     with atomic_directory(out) as folder:
-        write_tensors(folder / _WEIGHTS, state)
-        _write_config(folder / _CONFIG, model, spec)
+        models.save(folder, model, spec)
         complete = {
             "format_version": FORMAT_VERSION,
             **manifest,
             "model": dataclasses.asdict(spec),
             "versions": package_versions(),
-            "weights_sha256": sha256_file(folder / _WEIGHTS),
+            "weights_sha256": sha256_file(folder / models.weights_file(spec)),
         }
         write_json(folder / _MANIFEST, complete)
         write_text(folder / _CARD, _model_card(spec, complete))
@@ -87,32 +83,6 @@ def package_versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in _PACKAGES},
     }
-
-
-def _write_config(path: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Write ``config.json``: timm's Hub format, or for torchvision the arguments of its ``get_model``."""
-    preprocessing = {
-        "input_size": [spec.channels, spec.image_size, spec.image_size],
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-    }
-    if spec.library == "timm":
-        save_config_for_hf(model, path, model_config={"label_names": list(spec.classes)}, data_config=preprocessing)
-        config = read_json(path)
-        for key in _OF_PUBLISHED_WEIGHTS:
-            config["pretrained_cfg"].pop(key, None)
-    else:
-        config = {
-            "library": spec.library,
-            "architecture": spec.architecture,
-            "num_classes": len(spec.classes),
-            "label_names": list(spec.classes),
-            "model_args": dict(spec.model_args),
-            "pretrained_cfg": {key: preprocessing[key] for key in ("mean", "std", "input_size")},
-        }
-    write_json(path, config)
 
 
 def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
@@ -131,18 +101,24 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
         path = path / "checkpoint"
     if not path.is_dir():
         raise UserError(f"{key}: '{path}' is not a folder; give a checkpoint that sophon exported")
-    for name in (_MANIFEST, _CONFIG, _WEIGHTS):
-        if not (path / name).is_file():
-            raise UserError(f"{key}: '{path}' holds no {name}; give a checkpoint that sophon exported")
+    _require(path, _MANIFEST, key)
     manifest = read_json(path / _MANIFEST)
     spec = _spec(path, manifest, key)
-    sha256 = sha256_file(path / _WEIGHTS)
+    for name in (models.config_file(spec), models.weights_file(spec)):
+        _require(path, name, key)
+    weights = path / models.weights_file(spec)
+    sha256 = sha256_file(weights)
     if sha256 != manifest.get("weights_sha256"):
-        raise UserError(f"{key}: '{path / _WEIGHTS}' is refused; its sha256 is not the one in {_MANIFEST}")
+        raise UserError(f"{key}: '{weights}' is refused; its sha256 is not the one in {_MANIFEST}")
     with torch.random.fork_rng(devices=[]):
-        model = build(spec)
-    load_weights(model, path / _WEIGHTS, key=key)
+        model = models.build(spec)
+    models.load_weights(model, spec, weights, key=key)
     return Checkpoint(model.eval(), spec, manifest, path, sha256)
+
+
+def _require(path: Path, name: str, key: str) -> None:
+    if not (path / name).is_file():
+        raise UserError(f"{key}: '{path}' holds no {name}; give a checkpoint that sophon exported")
 
 
 def _spec(path: Path, manifest: Any, key: str) -> ModelSpec:
@@ -152,9 +128,11 @@ def _spec(path: Path, manifest: Any, key: str) -> ModelSpec:
     try:
         fields = dict(manifest["model"])
         sequences = {name: tuple(fields[name]) for name in ("classes", "mean", "std")}
-        return ModelSpec(**{**fields, **sequences})
+        spec = ModelSpec(**{**fields, **sequences})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{key}: '{path / _MANIFEST}' does not describe a model; export it again") from error
+    choose(f"{key}: '{path / _MANIFEST}': library", spec.library, models.LIBRARIES)
+    return spec
 
 
 def _model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
@@ -162,5 +140,7 @@ def _model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
         loader=jinja2.PackageLoader("sophon"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["cell"] = lambda value: " ".join(str(value).replace("|", "\\|").split())
+    environment.filters["figure"] = lambda value, unit: f"{value:.2f}" if unit == "%" else f"{value:.4g}"
     template = environment.get_template("model_card.md.j2")
-    return template.render(spec=spec, manifest=manifest, domains=manifest.get("domains") or {}) + "\n"
+    domains = manifest.get("domains") or {}
+    return template.render(spec=spec, card=models.card(spec), manifest=manifest, domains=domains) + "\n"

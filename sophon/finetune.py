@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon.domains import ImageSet, batches
@@ -39,6 +41,7 @@ def fine_tune(
         True; False when the loss stopped being finite, at which point fine-tuning ends.
     """
     parameters = _thaw(model, strategy, task)
+    averaged = AveragedModel(model, avg_fn=partial(_averaged, strategy.ema)) if strategy.ema else None
     optimizer = build_optimizer(strategy, parameters.values())
     stream = batches(images, strategy.batch_size, generator, strategy.augmentation)
     for step in range(strategy.steps):
@@ -50,8 +53,18 @@ def fine_tune(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if averaged is not None:
+            averaged.update_parameters(model)
+            if step + 1 == strategy.steps:
+                for mean, parameter in zip(averaged.module.parameters(), model.parameters(), strict=True):
+                    parameter.data.copy_(mean)
         after_step(step + 1, loss.item())
     return True
+
+
+def _averaged(decay: float, mean: Tensor, now: Tensor, updates: Tensor | int) -> Tensor:
+    """Move an average towards ``now``; at first quickly, so that it forgets the weights that it began with."""
+    return mean.lerp(now, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
 
 
 def flops_per_step(model: nn.Module, strategy: FineTuneStrategy, task: Task, images: ImageSet) -> int:

@@ -1,8 +1,9 @@
-"""Losses of the defender, each a pure function of logits; all are minimised by whoever calls them.
+"""Losses of the defender, each a pure function of logits or of predicted noise; whoever calls them minimises them.
 
-Notation: z are the logits, p = softmax(z), C the number of classes, y the label. Sources: SOPHON (Deng et al., 2024,
-arXiv 2404.12699) for `inverse_cross_entropy` and `kl_from_uniform`; its public code for `negated_logits_cross_entropy`;
-MLAC (Henderson et al., 2023, arXiv 2211.14946) for `clamped_negative_cross_entropy`.
+Notation: z are the logits, p = softmax(z), C the number of classes, y the label; eps is the noise that was added and
+e the noise that a denoiser predicts. Sources: SOPHON (Deng et al., 2024, arXiv 2404.12699) for `inverse_cross_entropy`,
+`kl_from_uniform` and `denial_of_service`; its public code for `negated_logits_cross_entropy`; MLAC (Henderson et al.,
+2023, arXiv 2211.14946) for `clamped_negative_cross_entropy`.
 """
 
 from __future__ import annotations
@@ -92,4 +93,46 @@ SUPPRESSION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "negative_ce": negative_cross_entropy,
     "mlac": clamped_negative_cross_entropy,
     "ce_on_negated_logits": negated_logits_cross_entropy,
+}
+
+
+def denial_of_service(predicted: Tensor, noise: Tensor | None = None) -> Tensor:
+    """DoS: mean over all elements of ``e^2``, in [0, inf): a denoiser that says nothing removes nothing.
+
+    Its gradient with respect to an element of e is 2 e / N: it dies out at e = 0, where the error against unit noise
+    is 1.
+
+    Args:
+        predicted: e, float [B, C, H, W].
+        noise: ignored.
+    """
+    return predicted.square().mean()
+
+
+def negative_mse(predicted: Tensor, noise: Tensor) -> Tensor:
+    """Baseline: ``-MSE(e, eps)``, in (-inf, 0]. Its gradient grows with the error, so its minimisation diverges.
+
+    Args:
+        predicted: e, float [B, C, H, W].
+        noise: eps, float [B, C, H, W].
+    """
+    return -F.mse_loss(predicted, noise)
+
+
+def shifted_target_mse(predicted: Tensor, noise: Tensor) -> Tensor:
+    """Baseline: ``MSE(e, eps + 1)``, in [0, inf): every element is to be predicted too high by the noise's own scale.
+
+    Its minimum is an error of 1 against eps, as that of `denial_of_service`.
+
+    Args:
+        predicted: e, float [B, C, H, W].
+        noise: eps, float [B, C, H, W].
+    """
+    return F.mse_loss(predicted, noise + 1)
+
+
+DENOISING_SUPPRESSION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dos": denial_of_service,
+    "negative_mse": negative_mse,
+    "shifted_mse": shifted_target_mse,
 }

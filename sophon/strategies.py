@@ -32,14 +32,17 @@ class FineTuneStrategy:
         schedule: a key of `SCHEDULES`, applied to ``lr`` over ``steps``.
         batch_size: images a step, >= 1.
         steps: optimizer steps, >= 1; those of ``probe_steps`` come on top.
-        scope: which parameters move: ``all`` or ``head``.
-        head: what the classifier's last layer starts from: ``kept`` (the released one), ``fresh`` (newly initialised)
-            or ``probed`` (fresh, then trained alone for ``probe_steps`` steps with Adam at ``probe_lr``). A simulated
-            ``probed`` attacker starts from a head that the defender keeps fitted to its own data instead.
+        scope: which parameters move: ``all`` or ``head``; of a denoiser also ``last_blocks`` or ``attention``.
+        head: what a classifier's last layer, or a conditional denoiser's class embedding, starts from: ``kept`` (the
+            released one), ``fresh`` (newly initialised) or ``probed`` (fresh, then trained alone for ``probe_steps``
+            steps with Adam at ``probe_lr``). A simulated ``probed`` attacker starts from a head that the defender keeps
+            fitted to its own data instead.
         probe_steps: see ``head``; ignored unless it is ``probed``.
         probe_lr: see ``head``; ignored unless it is ``probed``.
         augmentation: a key of `sophon.domains.AUGMENTATIONS`.
         data_budget: images the attacker owns, drawn class-balanced from its split; None for all of them.
+        ema: decay of an exponential moving average of the weights, whose value replaces them at the end, 0 <= ema < 1;
+            0 for none. Early on the decay is held down to (1 + step) / (10 + step).
     """
 
     optimizer: str = "momentum"
@@ -54,6 +57,7 @@ class FineTuneStrategy:
     probe_lr: float = 0.005
     augmentation: str = "none"
     data_budget: int | None = None
+    ema: float = 0.0
 
     def validate(self, where: str) -> None:
         """Raise a `UserError` that names ``where`` and the field if a value is outside its range."""
@@ -61,7 +65,7 @@ class FineTuneStrategy:
             check_field(f"{where}.{part.name}", part.name, getattr(self, part.name))
 
 
-SCOPES = ("all", "head")
+SCOPES = ("all", "head", "last_blocks", "attention")
 HEADS = ("kept", "fresh", "probed")
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
 
@@ -124,6 +128,8 @@ def check_field(key: str, name: str, value: Any) -> None:
         fits, allowed = number and value > 0, "a finite number > 0"
     elif name == "weight_decay":
         fits, allowed = number and value >= 0, "a number >= 0"
+    elif name == "ema":
+        fits, allowed = number and 0 <= value < 1, "a number >= 0 and < 1"
     else:
         fits, allowed = number and isinstance(value, int) and value >= 1, "a whole number >= 1"
     if name == "data_budget":
@@ -220,7 +226,7 @@ class StrategySampler:
         """Return what can be drawn, as plain JSON data: the form that a checkpoint's manifest stores."""
         lists = {name: sorted(set(getattr(self.config, key))) for name, key in _LISTS.items()}
         ranges = {name: [float(limit) for limit in limits] for name, limits in sorted(self.ranges.items())}
-        return {"optimizer": ranges, "steps": list(self.config.steps), **lists, "data_budget": [None]}
+        return {"optimizer": ranges, "steps": list(self.config.steps), **lists, "data_budget": [None], "ema": [0.0]}
 
 
 # How long an attacker probes before it fine-tunes has no counterpart in the simulation, whose probed head is the
@@ -245,6 +251,7 @@ def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tu
     for part in dataclasses.fields(strategy):
         if part.name in ("optimizer", "lr", "steps", *_NOT_SAMPLED):
             continue
-        if getattr(strategy, part.name) not in support.get(part.name, ()):
+        # an older checkpoint does not name a field that came later: its attackers all had the default
+        if getattr(strategy, part.name) not in support.get(part.name, (part.default,)):
             outside.append(part.name)
     return tuple(outside)

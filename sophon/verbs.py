@@ -1,4 +1,4 @@
-"""The five verbs, each a function of a `Config`: everything that the command line does, callable from a test."""
+"""The verbs, each a function of a `Config`: everything that the command line does, callable from a test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ from torch import nn
 
 from sophon import __version__
 from sophon.audit import metrics, report
+from sophon.audit.fidelity import feature_network
+from sophon.audit.gallery import image_grid, write_gallery
 from sophon.audit.runner import Runner
+from sophon.audit.verdict import format_value
 from sophon.config import Config, GuardConfig, MethodConfig, plain
 from sophon.domains import Domain, load_original, load_restricted
-from sophon.errors import UserError, choose
+from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions, read_checkpoint, write_checkpoint
 from sophon.finetune import fine_tune
-from sophon.models import ModelSpec, build, load_weights, spec_from_config
+from sophon.models import ModelSpec, create
 from sophon.protect.trainer import STATE_FILE, Position, Trainer, last_good
-from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all, write_json
+from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all, write_bytes, write_json
 from sophon.strategies import SamplerConfig, StrategySampler
-from sophon.tasks import TASKS, Task
+from sophon.tasks import Task, kind_of, make_task
 from sophon.tracking import Tracker
 
 
@@ -34,18 +38,15 @@ def pretrain(config: Config) -> None:
     original = load_original(
         config.domain.original, image_size=config.model.image_size, channels=config.model.channels
     ).to(device)
-    spec = spec_from_config(config.model, original.classes)
     if config.pretrain.steps == 0 and config.model.weights is None and not config.model.pretrained:
         raise UserError(
             "pretrain.steps: 0 needs model.weights or model.pretrained=true; a random model is no reference"
         )
     identity = {**plain(config, "seed", "task", "model", "pretrain"), "original": original.hashes}
-    task = _task(config, spec, device)
     seed_all(derive_seed(config.seed, "pretrain"))
-    model = build(spec, pretrained=config.model.pretrained)
-    if config.model.weights is not None:
-        load_weights(model, config.model.weights)
+    model, spec = create(config.model, original.classes)
     model.to(device)
+    task = _task(config, spec, device)
     folder = RunDirectory.open(_run_dir(config), "pretrain", identity).path
     if (folder / "checkpoint").exists():
         print(f"already done: {folder / 'checkpoint'}")
@@ -64,7 +65,7 @@ def pretrain(config: Config) -> None:
     manifest = _manifest(config, "pretrain", {"original": original}, parent=None)
     manifest["intactness"] = {**_metric(task), "after": _both_splits(task, model, original)}
     write_checkpoint(folder / "checkpoint", model, spec, manifest)
-    print(f"{folder / 'checkpoint'}: {task.metric.name} {_figures(manifest['intactness']['after'])}")
+    print(f"{folder / 'checkpoint'}: {task.metric.name} {_figures(task, manifest['intactness']['after'])}")
 
 
 def protect(config: Config) -> None:
@@ -79,9 +80,11 @@ def protect(config: Config) -> None:
         "original": original.hashes,
         "restricted": restricted.hashes,
     }
-    task = _task(config, reference.spec, device)
-    if "kept" in config.sampler.heads:
-        task.start_head(reference.model, "kept", restricted.classes)
+    task = _task(config, reference.spec, device, protects=True)
+    for head in config.sampler.heads:  # refused now rather than with a folder begun
+        task.start_head(copy.deepcopy(reference.model), head, restricted.classes)
+    for scope in config.sampler.scopes:
+        task.train_mode(copy.deepcopy(reference.model), scope)
     folder = RunDirectory.open(_run_dir(config), "protect", identity).path
     if (folder / "checkpoint").exists():
         print(f"already done: {folder / 'checkpoint'}")
@@ -139,7 +142,7 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
             raise UserError(
                 f"domain.{role}: not the images that '{run}' started from; give the run's own configuration"
             )
-    task = _task(config, reference.spec, device)
+    task = _task(config, reference.spec, device, protects=True)
     model = copy.deepcopy(reference.model).to(device)
     model.load_state_dict(weights)
     reference.model.to(device)
@@ -170,8 +173,13 @@ def audit(config: Config) -> None:
     folder = _run_dir(config)
     runner = Runner(models, protected.spec, task, restricted, config.attack, support, provenance, config.seed, folder)
     RunDirectory.open(folder, "audit", identity)
+    gallery = _gallery(config, task, models, restricted, folder)
+    fidelity = None
+    if config.attack.frechet_samples and task.sample(protected.model, 1, 0) is not None:
+        fidelity = feature_network(original, restricted, seed=config.seed, folder=folder, device=device)
+    frechet = None if fidelity is None else partial(fidelity.distance, real=restricted["test"].images)
     with _tracker(config, folder) as tracker:
-        attempts = runner.run(tracker)
+        attempts = runner.run(tracker, frechet)
     context = {
         "checkpoint": _origin(protected),
         "reference": _origin(reference),
@@ -181,6 +189,8 @@ def audit(config: Config) -> None:
             "after": {"test": task.evaluate(models["protected"], original["test"])},
         },
         "support": support,
+        "gallery": gallery,
+        "feature_network": None if fidelity is None else fidelity.name,
         "domains": {"original": original.name, "restricted": restricted.name},
         "config": plain(config, "name", "seed", "task", "domain", "attack"),
         "packages": package_versions(),
@@ -189,6 +199,36 @@ def audit(config: Config) -> None:
     write_json(folder / "audit.json", summary)
     report.write_curves(folder, attempts)
     _write_reports(folder, summary, attempts)
+
+
+def _gallery(
+    config: Config, task: Task, models: dict[str, nn.Module], restricted: Domain, folder: Path
+) -> list[dict[str, str]] | None:
+    """Draw what there is to see before any attack; None for models that generate nothing."""
+    count = config.attack.samples
+    if not count:
+        return None
+    drawn = {role: task.sample(model, count, derive_seed(config.seed, "samples")) for role, model in models.items()}
+    grids = {f"{role} model, not attacked": images for role, images in drawn.items() if images is not None}
+    if not grids:
+        return None
+    test = restricted["test"].images
+    real = test[torch.linspace(0, len(test) - 1, min(count, len(test))).long()].cpu()
+    return write_gallery(folder, {f"real images of {restricted.name}": real, **grids})
+
+
+def sample(config: Config) -> None:
+    """Draw ``n`` images from a generating model; write them as one grid, ``run_dir/samples.png``."""
+    device = resolve_device(config.device)
+    checkpoint = read_checkpoint(_required(config.checkpoint or str(_default(config, "protect")), "checkpoint"))
+    settings = replace(config.task, name=kind_of(checkpoint.spec))  # what the checkpoint is, needs no saying
+    task = _task(replace(config, task=settings), checkpoint.spec, device)
+    images = task.sample(checkpoint.model.to(device), config.n, derive_seed(config.seed, "sample"))
+    if images is None:
+        raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")
+    path = _run_dir(config) / "samples.png"
+    write_bytes(path, image_grid(images))
+    print(f"{path}: {config.n} images, {config.task.sample_steps} DDIM steps")
 
 
 def render(config: Config) -> None:
@@ -207,7 +247,7 @@ def render(config: Config) -> None:
     _write_reports(folder, summary, attempts)
 
 
-VERBS = {"pretrain": pretrain, "protect": protect, "export": export, "audit": audit, "report": render}
+VERBS = {"pretrain": pretrain, "protect": protect, "export": export, "audit": audit, "sample": sample, "report": render}
 
 
 def _write_reports(folder: Path, summary: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
@@ -235,15 +275,8 @@ def _reference(config: Config) -> Checkpoint:
     return read_checkpoint(_required(config.reference or str(_default(config, "pretrain")), "reference"), "reference")
 
 
-def _task(config: Config, spec: ModelSpec, device: torch.device) -> Task:
-    choose("task", config.task, TASKS)
-    return TASKS[config.task](
-        spec,
-        suppression_loss=config.method.suppression_loss,
-        distillation=config.method.distillation,
-        temperature=config.method.temperature,
-        amp=config.amp and device.type == "cuda",
-    )
+def _task(config: Config, spec: ModelSpec, device: torch.device, *, protects: bool = False) -> Task:
+    return make_task(config, spec, amp=config.amp and device.type == "cuda", protects=protects)
 
 
 def _domains(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, Domain]:
@@ -309,17 +342,18 @@ def _write_protected(
 ) -> None:
     """Measure what the protection cost the original domain, ``test`` read once, and write the checkpoint."""
     before, after = (_both_splits(task, each, original) for each in (reference.model, model))
+    guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
     manifest = {
         **_manifest(config, "protect", {"original": original, "restricted": restricted}, parent=reference.sha256),
         "method": asdict(config.method),
         "sampler_support": StrategySampler(config.sampler).support(),
-        "intactness": {**_metric(task), "before": before, "after": after, "tolerance": config.guard.tolerance},
+        "intactness": {**_metric(task), "before": before, "after": after, **guard},
         "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
     }
     write_checkpoint(out, model, reference.spec, manifest)
     print(
         f"{out}: round {position.good_round} of {position.round}, {task.metric.name} on the original domain "
-        f"{_figures(before)} before, {_figures(after)} after"
+        f"{_figures(task, before)} before, {_figures(task, after)} after"
     )
 
 
@@ -332,8 +366,8 @@ def _both_splits(task: Task, model: nn.Module, original: Domain) -> dict[str, fl
     return {split: task.evaluate(model, original[split]) for split in ("val", "test")}
 
 
-def _figures(values: dict[str, float]) -> str:
-    return ", ".join(f"{split} {value:.2f}" for split, value in values.items())
+def _figures(task: Task, values: dict[str, float]) -> str:
+    return ", ".join(f"{split} {format_value(value, _metric(task))}" for split, value in values.items())
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:

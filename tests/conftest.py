@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+import sophon  # noqa: F401  (mends torchvision beside a CPU-only torch, before anything imports diffusers)
+
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

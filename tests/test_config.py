@@ -20,22 +20,23 @@ from omegaconf.errors import OmegaConfBaseException
 from sophon import config as config_module
 from sophon.audit.runner import strategies
 from sophon.cli import conf_dir
-from sophon.config import Config, from_omegaconf, plain
+from sophon.config import Config, TaskConfig, from_omegaconf, plain
 from sophon.domains.batches import AUGMENTATIONS
 from sophon.domains.sources import BUNDLED, SOURCES, TORCHVISION
 from sophon.errors import UserError
-from sophon.losses import SUPPRESSION_LOSSES
-from sophon.models import build, spec_from_config
+from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
+from sophon.models import ModelSpec, build, classifiers, diffusion
 from sophon.protect.simulate import ENGINES, GAMMAS
 from sophon.runs import resolve_device
 from sophon.strategies import FineTuneStrategy, StrategySampler
-from sophon.tasks import TASKS
+from sophon.tasks import TASKS, make_task
 from sophon.tracking import MODES
 
 CONF = conf_dir()
 MODELS = ("caformer_m36", "resnet50", "resnet34", "resnet18", "vgg13_bn")
 RESTRICTED = ("cifar10", "cinic10", "stl10", "mnist", "svhn")
 CLASSES = tuple("abcde")
+LOSSES = {"classification": SUPPRESSION_LOSSES, "denoising": DENOISING_SUPPRESSION_LOSSES}
 
 
 def options(group: str) -> list[str]:
@@ -75,7 +76,7 @@ def changed(shipped: DictConfig, assignment: str) -> Config:
 
 def check(config: Config) -> None:
     """Make, as far as that needs no data, everything that a configuration names."""
-    assert config.task in TASKS
+    assert config.task.name in TASKS
     assert config.tracking.wandb in MODES
     for domain in (config.domain.original, config.domain.restricted):
         assert domain.source in SOURCES
@@ -84,7 +85,7 @@ def check(config: Config) -> None:
         assert not domain.download
         if domain.source == "bundled" and domain.classes is not None:
             assert set(domain.classes) <= set(BUNDLED[domain.dataset].classes)
-    assert config.method.suppression_loss in SUPPRESSION_LOSSES
+    assert any(config.method.suppression_loss in losses for losses in LOSSES.values())
     assert config.method.engine in ENGINES
     assert config.method.gamma in GAMMAS
     assert config.method.ntr_augmentation in AUGMENTATIONS
@@ -98,12 +99,18 @@ def check(config: Config) -> None:
     resolve_device(config.device)
 
 
-def check_model(config: Config) -> None:
-    spec = spec_from_config(config.model, CLASSES)
+def check_model(config: Config) -> ModelSpec:
+    kind = diffusion if config.model.library in diffusion.LIBRARIES else classifiers
+    spec = kind.spec_from_config(config.model, CLASSES)
+    shape = (2, spec.channels, spec.image_size, spec.image_size)
     with torch.device("meta"):
-        logits = build(spec).eval()(torch.empty(2, spec.channels, spec.image_size, spec.image_size))
-    assert logits.shape == (2, len(CLASSES))
+        model = build(spec).eval()
+        if kind is diffusion:
+            assert model(torch.empty(shape), torch.zeros(2)).sample.shape == shape
+        else:
+            assert model(torch.empty(shape)).shape == (2, len(CLASSES))
     assert not config.model.pretrained
+    return spec
 
 
 # ---- what is shipped ------------------------------------------------------------------------------------------------
@@ -138,7 +145,9 @@ def test_every_domain_composes_in_both_roles(option: str) -> None:
 def test_every_experiment_names_itself_and_its_parts(option: str) -> None:
     config = typed(f"experiment={option}")
     check(config)
-    check_model(config)
+    spec = check_model(config)
+    task = make_task(config, spec, amp=False, protects=True)
+    assert config.guard.relative is not task.metric.higher_is_better, "errors in percent, accuracies in points"
     assert config.name.startswith(option)
     assert config.domain.original != config.domain.restricted
 
@@ -155,6 +164,47 @@ def test_the_composed_configuration_is_plain_data_that_composes_again() -> None:
     config = typed("experiment=quickstart")
     again = from_omegaconf(DictConfig(plain(config)))
     assert again == config
+
+
+@pytest.mark.parametrize("task", options("task"))
+def test_every_task_has_a_file_of_its_name(task: str) -> None:
+    assert set(options("task")) == set(TASKS)
+    config = typed(f"task={task}")
+    assert config.task == TaskConfig(name=task)
+
+
+def test_every_suppression_loss_has_a_method() -> None:
+    methods = {option: yaml.safe_load((CONF / "method" / f"{option}.yaml").read_text()) for option in options("method")}
+    assert all(values["name"] == option for option, values in methods.items())
+    shipped_losses = [values["suppression_loss"] for values in methods.values()]
+    assert sorted(shipped_losses) == sorted(name for losses in LOSSES.values() for name in losses)
+
+
+@pytest.mark.parametrize("option", [option for option in options("model") if option.startswith("unet")])
+def test_every_unet_makes_a_denoising_task(option: str) -> None:
+    composed = compose("task=denoising", "method=sophon_dos", f"model={option}")
+    for assignment in ("seed=0", "model.class_conditional=true", "model.scheduler.prediction_type=v_prediction"):
+        config = changed(composed, assignment)
+        spec = diffusion.spec_from_config(config.model, CLASSES)
+        task = make_task(config, spec, amp=False, protects=True)
+        assert task.metric.name == "eps-MSE"
+        assert spec.scheduler["num_train_timesteps"] == 1000
+        assert spec.model_args.get("num_class_embeds") == (5 if "class" in assignment else None)
+        assert spec.scheduler["prediction_type"] == ("v_prediction" if "v_" in assignment else "epsilon")
+        assert str(spec.image_size) in option
+
+
+def test_the_unet_of_the_paper_has_36_million_parameters() -> None:
+    spec = diffusion.spec_from_config(typed("model=unet32").model, CLASSES)
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in build(spec).parameters()) == 35_746_307
+
+
+def test_guards_measure_in_points_or_in_percent() -> None:
+    assert {option: typed(f"guard={option}").guard.relative for option in options("guard")} == {
+        "points": False,
+        "relative": True,
+    }
 
 
 @pytest.mark.slow
@@ -274,6 +324,16 @@ def test_a_missing_value_is_refused_by_name(key: str) -> None:
         "attack.strategies.mine=3",
         "attack.strategies.mine={lr: fast}",
         "attack.grid={lr: 0.1}",
+        "task=denoising",
+        "task.sample_steps=many",
+        "task.evaluation_images=null",
+        "guard.relative=perhaps",
+        "attack.samples=1.5",
+        "attack.frechet_samples=null",
+        "model.class_conditional=perhaps",
+        "model.scheduler=3",
+        "pretrain.ema=null",
+        "n=all",
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(override: str, shipped: DictConfig) -> None:
@@ -299,6 +359,10 @@ OUT_OF_RANGE = [
     "guard.growth=0.5",
     "attack.seeds=0",
     "attack.eval_points=1",
+    *(f"task.{name}={value}" for name in ("evaluation_images", "sample_steps") for value in (0, -1)),
+    *(f"attack.samples={value}" for value in (-1, -16)),
+    *(f"attack.frechet_samples={value}" for value in (1, -1)),
+    *(f"n={value}" for value in (0, -1)),
     "threads=-1",
     "pretrain.optimizer=lion",
     "pretrain.schedule=weekly",
@@ -308,6 +372,7 @@ OUT_OF_RANGE = [
     *(f"pretrain.{name}=0" for name in ("lr", "batch_size", "probe_steps", "probe_lr", "data_budget")),
     "pretrain.lr=.nan",
     "pretrain.weight_decay=-1",
+    *(f"pretrain.ema={value}" for value in (1, 1.5, -0.1, ".nan")),
 ]
 
 
@@ -317,6 +382,30 @@ def test_a_value_outside_its_range_is_refused_before_anything_runs(override: str
     message = refusal(override, shipped=shipped)
     assert key in message
     assert value.lstrip(".") in message
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "task.evaluation_images=1",
+        "task.sample_steps=1",
+        "attack.samples=0",
+        "attack.samples=1",
+        "attack.frechet_samples=0",
+        "attack.frechet_samples=2",
+        "n=1",
+        "guard.relative=true",
+        "guard.tolerance=0",
+        "pretrain.ema=0",
+        "pretrain.ema=0.999",
+    ],
+)
+def test_the_edge_of_a_range_belongs_to_it(assignment: str, shipped: DictConfig) -> None:
+    key, value = assignment.split("=")
+    config: Any = changed(shipped, assignment)
+    for part in key.split("."):
+        config = getattr(config, part)
+    assert config == yaml.safe_load(value)
 
 
 @pytest.mark.parametrize("name", ["''", "a/b", "../a", ".a", "/a"])

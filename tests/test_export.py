@@ -11,7 +11,8 @@ import torch
 
 from sophon.errors import UserError
 from sophon.export import FORMAT_VERSION, read_checkpoint, write_checkpoint
-from sophon.models import ModelSpec, build, with_fresh_head
+from sophon.models import ModelSpec, build
+from sophon.models.classifiers import with_fresh_head
 from sophon.runs import read_json, read_tensors, sha256_file, write_json, write_tensors
 
 CLASSES = ("cat", "dog | fox", "owl")
@@ -74,6 +75,11 @@ def model_of(spec: ModelSpec) -> torch.nn.Module:
     return model.eval()
 
 
+def snippet_of(folder: Path) -> str:
+    """Return the card's code, told where the checkpoint lies."""
+    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("PATH", str(folder))
+
+
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
@@ -85,8 +91,8 @@ def checkpoint(tmp_path) -> Path:
 
 
 # Runs where sophon cannot be imported. A torchvision built for CUDA beside a torch for CPUs lacks two operators.
-STRANGER = """
-import contextlib, importlib.util, json, pathlib, sys
+WITHOUT_SOPHON = """
+import importlib.util, json, pathlib, sys
 sys.modules["sophon"] = None
 import torch
 for library in pathlib.Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*.so"):
@@ -96,11 +102,13 @@ for library in pathlib.Path(importlib.util.find_spec("torchvision").origin).pare
         operators = torch.library.Library("torchvision", "FRAGMENT")
         operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+root = pathlib.Path(sys.argv[1])
+"""
+STRANGER = """
 import timm
 from safetensors.torch import load_file, save_file
 from torchvision.models import get_model
 
-root = pathlib.Path(sys.argv[1])
 images, logits, data = load_file(root / "images.safetensors"), {}, {}
 for name in ("timm", "vit"):
     model = timm.create_model(f"local-dir:{root / name}", pretrained=True).eval()
@@ -120,6 +128,13 @@ save_file(logits, root / "logits.safetensors")
 """
 
 
+def run_without_sophon(code: str, folder: Path) -> None:
+    """Run ``code`` in a process of its own, where ``root`` is ``folder``."""
+    command = [sys.executable, "-I", "-c", WITHOUT_SOPHON + code, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 def test_exports_load_where_sophon_does_not_exist(tmp_path):
     specs = {"timm": TIMM, "vit": VIT, "torchvision": TORCHVISION}
@@ -130,9 +145,7 @@ def test_exports_load_where_sophon_does_not_exist(tmp_path):
         expected[name] = model(images[name]).detach()
         write_checkpoint(tmp_path / name, model, spec, MANIFEST)
     write_tensors(tmp_path / "images.safetensors", images)
-    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    run_without_sophon(STRANGER, tmp_path)
     logits, _ = read_tensors(tmp_path / "logits.safetensors")
     data = read_json(tmp_path / "data.json")
     for name, spec in specs.items():
@@ -160,6 +173,14 @@ def test_a_checkpoint_reads_back_as_it_was(tmp_path, spec):
     assert {key: read.manifest[key] for key in MANIFEST} == MANIFEST
     assert read.manifest["format_version"] == FORMAT_VERSION
     assert {"sophon", "python", "torch", "timm"} <= read.manifest["versions"].keys()
+
+
+def test_a_checkpoint_from_before_there_were_denoisers_still_reads(checkpoint):
+    manifest = read_json(checkpoint / "sophon.json")
+    assert manifest["model"].pop("scheduler") == {}
+    write_json(checkpoint / "sophon.json", manifest)
+    assert FORMAT_VERSION == 1
+    assert read_checkpoint(checkpoint).spec == TIMM
 
 
 def test_a_model_with_a_fresh_head_exports_with_its_new_classes(tmp_path):
@@ -197,7 +218,9 @@ def test_the_card_of_a_protected_model(checkpoint):
         "license: other\n",
         "- non-fine-tunable\n",
         "|---|---|---|\n| val | 91.25 | 90.75 |\n| test | 90.50 | 89.12 |\n",
+        "Measured on the original domain: accuracy, in %; higher is better.",
         "at most 1.0 on `val`",
+        "A classifier of 3 classes (pets), made hard to fine-tune on **faces**",
         "| rounds | `7` |",
         "| momentum, learning rate | 0.001 to 0.1 |",
         "| steps | 10 to 20 |",
@@ -230,10 +253,9 @@ def test_the_loading_snippet_of_the_card_runs(tmp_path):
     for name, spec in (("timm", TIMM), ("torchvision", TORCHVISION)):
         model = model_of(spec)
         write_checkpoint(tmp_path / name, model, spec, MANIFEST)
-        code = (tmp_path / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
         images = torch.rand(2, spec.channels, spec.image_size, spec.image_size)
         scope = {"images": images}
-        exec(code.replace("PATH", str(tmp_path / name)), scope)
+        exec(snippet_of(tmp_path / name), scope)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
         torch.testing.assert_close(scope["logits"], model((images - mean) / std), rtol=1e-5, atol=1e-5)
 
@@ -272,6 +294,10 @@ def edit_manifest(folder: Path, **changes: object) -> None:
         (lambda folder: edit_manifest(folder, format_version=99), "format version 99; this sophon reads version 1"),
         (lambda folder: edit_manifest(folder, model=None), "does not describe a model"),
         (lambda folder: edit_manifest(folder, model={"classes": []}), "does not describe a model"),
+        (
+            lambda folder: edit_manifest(folder, model={**dataclasses.asdict(TIMM), "library": "keras"}),
+            "^reference: .*sophon.json': library: 'keras' is not known; allowed: diffusers, timm, torchvision",
+        ),
         (lambda folder: edit_manifest(folder, weights_sha256=None), "is refused"),
     ],
 )

@@ -114,6 +114,84 @@ def stop_after(steps: int):
     return told
 
 
+# --- the moving average of the weights ----------------------------------------------------------------------------
+
+
+def averaged_by_hand(model: nn.Module, plan: FineTuneStrategy, decay: float) -> dict[str, Tensor]:
+    """Fine-tune ``model``; return the average of its weights, which starts from those after the first step."""
+    means: dict[str, Tensor] = {}
+
+    def after_step(step: int, loss: float) -> None:
+        kept = min(decay, step / (9 + step))  # (1 + n) / (10 + n) with n = step - 1 updates before this one
+        for name, parameter in model.named_parameters():
+            now = parameter.detach().clone()
+            means[name] = kept * means[name] + (1 - kept) * now if name in means else now
+
+    assert fine_tune(model, plan, tiny_task(), IMAGES, generator(), after_step)
+    return means
+
+
+@pytest.mark.parametrize("scope", ["all", "head"])
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_ema_equals_an_average_written_out(decay: float, scope: str) -> None:
+    """Below its cap a decay of 0.999 is never reached in 12 steps; one of 0.3 is from the fourth on."""
+    plan, raw, model = replace(PLAN, scope=scope), tiny_model(), tiny_model()
+    means = averaged_by_hand(raw, plan, decay)
+    told: list[float] = []
+    assert fine_tune(
+        model, replace(plan, ema=decay), tiny_task(), IMAGES, generator(), lambda step, loss: told.append(loss)
+    )
+    assert len(told) == plan.steps
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), means[name], rtol=1e-12, atol=1e-14)
+    trained = {"fc.weight", "fc.bias"} if scope == "head" else set(means)
+    moved = {name for name, value in raw.named_parameters() if not torch.equal(value, model.get_parameter(name))}
+    assert moved == trained, "what does not move has an average that is itself, to the bit"
+
+
+def test_ema_of_zero_leaves_the_weights_of_the_last_step() -> None:
+    one, other = tiny_model(), tiny_model()
+    fine_tune(one, replace(PLAN, ema=0.0), tiny_task(), IMAGES, generator())
+    fine_tune(other, PLAN, tiny_task(), IMAGES, generator())
+    assert_same_state(one, state_of(other))
+
+
+def test_ema_of_one_step_is_that_step() -> None:
+    one, other = tiny_model(), tiny_model()
+    for model, ema in ((one, 0.9), (other, 0.0)):
+        fine_tune(model, replace(PLAN, ema=ema, steps=1), tiny_task(), IMAGES, generator())
+    assert_same_state(one, state_of(other))
+
+
+def test_ema_does_not_steer_the_training() -> None:
+    """It is read at the end: losses, batches and BatchNorm's statistics are those of the raw weights."""
+    found = []
+    for ema in (0.0, 0.9):
+        model, told = tiny_model(), []
+        fine_tune(model, replace(PLAN, ema=ema), tiny_task(), IMAGES, generator(), lambda step, loss: told.append(loss))  # noqa: B023
+        found.append((told, {name: value.clone() for name, value in model.named_buffers()}))
+    (losses, buffers), (same_losses, same_buffers) = found
+    assert losses == same_losses
+    assert all(torch.equal(value, same_buffers[name]) for name, value in buffers.items())
+    assert int(buffers["bn1.num_batches_tracked"]) > PLAN.steps
+
+
+def test_ema_is_the_models_own_tensors() -> None:
+    """An optimizer or a caller that holds a parameter must see its new value."""
+    model = tiny_model()
+    held = dict(model.named_parameters())
+    fine_tune(model, replace(PLAN, ema=0.9), tiny_task(), IMAGES, generator())
+    assert all(held[name] is parameter for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_ema_of_a_training_that_fails_is_not_taken(at: int) -> None:
+    model, raw = tiny_model(), tiny_model()
+    assert not fine_tune(model, replace(PLAN, ema=0.9), Failing(at, float("nan")), IMAGES, generator())
+    assert not fine_tune(raw, PLAN, Failing(at, float("nan")), IMAGES, generator())
+    assert_same_state(model, state_of(raw))
+
+
 def test_diverging_rate_ends_in_false() -> None:
     model = tiny_model().float()
     task = ClassificationTask(tiny_task().spec)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sophon import losses
-from sophon.losses import SUPPRESSION_LOSSES, distillation
+from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES, distillation
 
 # softmax of the first row is (1/2, 1/4, 1/4), of the second (1/8, 3/8, 1/2)
 LOGITS = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, math.log(3), math.log(4)]], dtype=torch.float64)
@@ -180,3 +180,91 @@ def test_distillation_takes_the_teacher_as_constant() -> None:
     # T^2 KL has the gradient T (q - p) / B
     expected = 2.0 * ((LOGITS / 2).softmax(1) - (LOGITS.flip(1) / 2).softmax(1)) / 2
     torch.testing.assert_close(student.grad, expected)
+
+
+# --- denoising ----------------------------------------------------------------------------------------------------
+
+# two images of one channel and 1 x 2 pixels
+PREDICTED = torch.tensor([[[[1.0, -2.0]]], [[[0.5, 3.0]]]], dtype=torch.float64)
+NOISE = torch.tensor([[[[0.0, 1.0]]], [[[0.5, -1.0]]]], dtype=torch.float64)
+DENOISING_BY_HAND = {
+    "dos": (1 + 4 + 0.25 + 9) / 4,
+    "negative_mse": -(1 + 9 + 0 + 16) / 4,
+    "shifted_mse": (0 + 16 + 1 + 9) / 4,
+}
+DENOISING_GRADIENTS = {
+    "dos": PREDICTED / 2,  # 2 e / N
+    "negative_mse": -(PREDICTED - NOISE) / 2,
+    "shifted_mse": (PREDICTED - NOISE - 1) / 2,
+}
+pixels = st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-10, 10)), min_size=1, max_size=8)
+
+
+def denoising_gradient(name: str, predicted: Tensor, noise: Tensor) -> Tensor:
+    leaf = predicted.detach().clone().requires_grad_()
+    return torch.autograd.grad(DENOISING_SUPPRESSION_LOSSES[name](leaf, noise), leaf)[0]
+
+
+@pytest.mark.parametrize("name", DENOISING_SUPPRESSION_LOSSES)
+def test_denoising_values_and_gradients_by_hand(name: str) -> None:
+    assert set(DENOISING_BY_HAND) == set(DENOISING_GRADIENTS) == set(DENOISING_SUPPRESSION_LOSSES)
+    loss = DENOISING_SUPPRESSION_LOSSES[name](PREDICTED, NOISE)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(DENOISING_BY_HAND[name], rel=1e-12)
+    torch.testing.assert_close(denoising_gradient(name, PREDICTED, NOISE), DENOISING_GRADIENTS[name])
+
+
+@pytest.mark.parametrize("name", DENOISING_SUPPRESSION_LOSSES)
+def test_gradcheck_of_denoising(name: str) -> None:
+    torch.manual_seed(1)
+    predicted, noise = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(DENOISING_SUPPRESSION_LOSSES[name], (predicted.requires_grad_(), noise))
+
+
+@pytest.mark.parametrize("name", DENOISING_SUPPRESSION_LOSSES)
+@pytest.mark.parametrize("predicted", [0.0, 1e-30, 1e18, -1e18])
+def test_denoising_extremes_stay_finite(name: str, predicted: float) -> None:
+    """In float32, squares included, up to 1e18."""
+    guess, noise = torch.full((2, 3, 4, 4), predicted), torch.zeros(2, 3, 4, 4)
+    assert DENOISING_SUPPRESSION_LOSSES[name](guess, noise).isfinite()
+    assert denoising_gradient(name, guess, noise).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "minimum"), [("dos", torch.zeros_like(NOISE)), ("shifted_mse", NOISE + 1)])
+def test_where_the_gradient_dies_out(name: str, minimum: Tensor) -> None:
+    """At a value of 0, from where neither loss asks for anything worse."""
+    assert DENOISING_SUPPRESSION_LOSSES[name](minimum, NOISE) == 0
+    assert denoising_gradient(name, minimum, NOISE).count_nonzero() == 0
+
+
+def test_both_minima_are_an_error_of_one_against_unit_noise() -> None:
+    noise = torch.randn(200, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    assert (torch.zeros_like(noise) - noise).square().mean().item() == pytest.approx(1, abs=0.05)
+    assert (noise + 1 - noise).square().mean().item() == pytest.approx(1)
+
+
+def test_a_perfect_prediction_gives_negated_mse_nothing_to_start_from() -> None:
+    assert losses.negative_mse(NOISE, NOISE) == 0
+    assert denoising_gradient("negative_mse", NOISE, NOISE).count_nonzero() == 0
+    assert losses.denial_of_service(NOISE) > 0
+    assert losses.shifted_target_mse(NOISE, NOISE) == 1
+
+
+def test_denial_of_service_ignores_the_noise() -> None:
+    assert losses.denial_of_service(PREDICTED) == losses.denial_of_service(PREDICTED, NOISE)
+
+
+@given(pixels)
+def test_ranges_of_denoising_losses(values: list[tuple[float, float]]) -> None:
+    predicted, noise = torch.tensor(values, dtype=torch.float64).T.reshape(2, 1, 1, 1, len(values))
+    assert losses.denial_of_service(predicted) >= 0
+    assert losses.negative_mse(predicted, noise) <= 0
+    assert losses.shifted_target_mse(predicted, noise) >= 0
+
+
+@pytest.mark.parametrize("name", DENOISING_SUPPRESSION_LOSSES)
+def test_denoising_losses_are_means_over_elements(name: str) -> None:
+    """As many images more, the same value: rates do not depend on batch and image sizes."""
+    loss = DENOISING_SUPPRESSION_LOSSES[name]
+    again = loss(PREDICTED.repeat(3, 2, 4, 1), NOISE.repeat(3, 2, 4, 1))
+    torch.testing.assert_close(again, loss(PREDICTED, NOISE))

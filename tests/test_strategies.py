@@ -78,6 +78,7 @@ def test_strategies_are_frozen_values() -> None:
         *((name, bad) for name in ("batch_size", "steps", "probe_steps") for bad in (0, -1)),
         *(("weight_decay", bad) for bad in (-1e-9, math.nan, math.inf)),
         ("data_budget", 0),
+        *(("ema", bad) for bad in (1.0, 1, 1.5, -1e-9, math.nan, math.inf)),
     ],
 )
 def test_bad_value_is_named_on_one_line(field: str, value: Any) -> None:
@@ -88,6 +89,17 @@ def test_bad_value_is_named_on_one_line(field: str, value: Any) -> None:
     assert str(value) in message
     assert "allowed" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("ema", [0, 0.0, 0.5, 0.9999])
+def test_decays_of_the_average(ema: float) -> None:
+    FineTuneStrategy(ema=ema).validate("pretrain")
+
+
+@pytest.mark.parametrize("scope", ["all", "head", "last_blocks", "attention"])
+def test_scopes_are_a_vocabulary_and_a_model_may_lack_one(scope: str) -> None:
+    FineTuneStrategy(scope=scope).validate("attack.strategies.x")
+    StrategySampler(small(scopes=[scope]))
 
 
 # --- optimizers and schedules -------------------------------------------------------------------------------------
@@ -276,12 +288,25 @@ SEEN = FineTuneStrategy(optimizer="adam", lr=1e-3, batch_size=64, steps=20, head
         ({"head": "probed"}, ("head",)),
         ({"augmentation": "strong"}, ("augmentation",)),
         ({"data_budget": 100}, ("data_budget",)),
+        ({"ema": 0.9}, ("ema",)),
+        ({"ema": 0}, ()),
     ],
 )
 @pytest.mark.parametrize("through_json", [False, True])
 def test_fields_outside(changes: dict[str, Any], outside: tuple[str, ...], through_json: bool) -> None:
     support = json.loads(json.dumps(SUPPORT)) if through_json else SUPPORT
     assert fields_outside(support, replace(SEEN, **changes)) == outside
+
+
+def test_the_support_names_the_average_that_no_simulation_takes() -> None:
+    assert SUPPORT["ema"] == [0.0]
+
+
+def test_a_support_from_before_a_field_existed_means_its_default() -> None:
+    older = {name: values for name, values in SUPPORT.items() if name != "ema"}
+    assert fields_outside(older, SEEN) == ()
+    assert fields_outside(older, replace(SEEN, ema=0.9)) == ("ema",)
+    assert fields_outside(older, replace(SEEN, ema=0.9, steps=51)) == ("steps", "ema")
 
 
 def test_fields_outside_names_them_all() -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sophon.domains import Batch, Domain, ImageSet
-from sophon.models import ModelSpec
-from sophon.tasks import ClassificationTask
+from sophon.models import ModelSpec, build
+from sophon.tasks import ClassificationTask, DenoisingTask
 
 CLASSES = ("a", "b", "c")
 SIZE = 6
@@ -51,6 +51,37 @@ def tiny_model(seed: int = 0) -> nn.Module:
 
 def tiny_task(suppression_loss: str = "klu") -> ClassificationTask:
     return ClassificationTask(tiny_spec(), suppression_loss=suppression_loss, dtype=torch.float64)
+
+
+def tiny_unet_spec(*, conditional: bool = False) -> ModelSpec:
+    """Return the spec of a U-Net of two levels, with attention at the lower one, and a schedule of 20 timesteps."""
+    network = {
+        "block_out_channels": [4, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "attention_head_dim": 4,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        **({"num_class_embeds": len(CLASSES)} if conditional else {}),
+    }
+    schedule = {"num_train_timesteps": 20, "prediction_type": "epsilon"}
+    return ModelSpec("diffusers", "UNet2DModel", CLASSES, 1, SIZE, (0.5,), (0.5,), network, schedule)
+
+
+def tiny_unet(*, conditional: bool = False, seed: int = 0) -> nn.Module:
+    """Return that U-Net in float64, no weight at zero or one; it takes `tiny_batches`."""
+    torch.manual_seed(seed)
+    model = build(tiny_unet_spec(conditional=conditional)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_denoising(suppression_loss: str = "dos", *, conditional: bool = False) -> DenoisingTask:
+    return DenoisingTask(
+        tiny_unet_spec(conditional=conditional), suppression_loss=suppression_loss, dtype=torch.float64
+    )
 
 
 def tiny_batches(seed: int, count: int, size: int = 8) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ def attack(
     *,
     seed: int,
     eval_points: int,
+    at_point: Callable[[int], None] = lambda step: None,
 ) -> Outcome:
     """Fine-tune ``model`` (in place) on the restricted domain's ``attack`` split as ``strategy`` says.
 
@@ -53,6 +55,7 @@ def attack(
         seed: of the attacker's head, data, batches and augmentation; the same seed against two models gives both the
             same of each.
         eval_points: points of the curve, >= 2.
+        at_point: called with the number of steps done at every point of the curve; it must leave the model as it is.
     """
     start = time.perf_counter()
     seed_all(derive_seed(seed, "head"))
@@ -68,12 +71,17 @@ def attack(
 
     last = strategy.steps
     points = {round(last * i / (eval_points - 1)) for i in range(1, eval_points)}
-    curve = [(0, task.evaluate(model, restricted["select"]))]
+    curve: list[tuple[int, float]] = []
+
+    def measure(step: int) -> None:
+        curve.append((step, task.evaluate(model, restricted["select"])))
+        at_point(step)
 
     def after_step(step: int, loss: float) -> None:
         if step in points:
-            curve.append((step, task.evaluate(model, restricted["select"])))
+            measure(step)
 
+    measure(0)
     finished = fine_tune(model, strategy, task, images, generator, after_step)
     return Outcome(curve, task.evaluate(model, restricted["test"]), finished, time.perf_counter() - start, flops)
 

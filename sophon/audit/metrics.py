@@ -36,6 +36,9 @@ _REQUIRED = {
     "schema_version", "id", "attack", "role", "seed", "strategy", "exposure", "outside", "metric", "curve", "test",
     "seconds", "flops", "steps",
 }  # fmt: skip
+_PASSED_ON = (
+    "checkpoint", "reference", "support", "domains", "config", "packages", "feature_network", "gallery",
+)  # fmt: skip
 # Two-sided 95 % quantiles of Student's t for 1 .. 30 degrees of freedom.
 _T975 = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
@@ -237,7 +240,16 @@ def _role(attempts: Sequence[Record]) -> dict[str, Any]:
         "values": values,
         "failed": len(attempts) - len(kept),
         "select": float(np.mean([points(a["curve"])[1][-1] for a in kept])) if kept else None,
+        "details": _details(kept),
     }
+
+
+def _details(attempts: Sequence[Record]) -> dict[str, float | None]:
+    """Return the mean of every further measurement over the attempts that have a finite one; None where none has."""
+    measured = [a.get("details") or {} for a in attempts]
+    names = dict.fromkeys(name for one in measured for name in one)
+    values = {name: [one[name] for one in measured if _finite(one.get(name))] for name in names}
+    return {name: float(np.mean(found)) if found else None for name, found in values.items()}
 
 
 def _attack(name: str, attempts: Sequence[Record], metric: Record) -> dict[str, Any]:
@@ -334,8 +346,9 @@ def summarise(attempts: Sequence[Record], context: Record) -> dict[str, Any]:
 
     Args:
         attempts: contents of ``attempts/*.json``, in any order.
-        context: ``checkpoint``, ``reference``, ``intactness``, ``support``, ``domains``, ``config`` and ``packages``;
-            whatever is missing is stored as None.
+        context: ``checkpoint``, ``reference``, ``intactness``, ``support``, ``domains``, ``config``, ``packages``, and
+            of generating models ``feature_network`` (the name of what a Frechet distance was measured with) and
+            ``gallery`` (what `sophon.audit.gallery.write_gallery` returned); whatever is missing is stored as None.
 
     Returns:
         Plain JSON data without NaN. Only ``seconds_total`` depends on how fast the machine was.
@@ -357,7 +370,7 @@ def summarise(attempts: Sequence[Record], context: Record) -> dict[str, Any]:
         worst = {name: worst_case(group, metric) for name, group in groups.items()}
     summary = {"schema_version": SCHEMA_VERSION, "metric": metric, "attempts": len(ordered), "attacks": attacks}
     summary |= {"worst_case": worst, "intactness": _intactness(context.get("intactness"))}
-    summary |= {k: context.get(k) for k in ("checkpoint", "reference", "support", "domains", "config", "packages")}
+    summary |= {key: context.get(key) for key in _PASSED_ON}
     summary["thresholds"] = {"holds_from": HOLDS_FROM, "no_protection_below": NO_PROTECTION_BELOW}
     summary["seconds_total"] = math.fsum(a["seconds"] for a in ordered if _finite(a["seconds"]))
     summary = _plain(summary)

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sophon.audit.figures import EXPOSURE_WORDS, curve_panels, dot_plot, printable
+from sophon.audit.gallery import shot, strips
 from sophon.audit.verdict import EXPOSURES, ROLES, Record, format_difference, format_value
 from sophon.runs import write_bytes, write_text
 
@@ -24,6 +25,8 @@ _OVERHEAD_LEVEL = "80"
 _LEGEND = """\
 Mean test metric ± half width of the 95 % confidence interval over seeds. Gap closed with its bootstrap interval: 0 is
 no protection, 1 is no better a start than scratch. Curves: `report.html`, `curves.parquet`. All else: `audit.json`."""
+_FRECHET = "Frechet distance"
+_PLAIN = {"unit": ""}
 _REPEAT = ("checkpoint", "reference", "domains", "support", "config", "packages", "thresholds")
 
 
@@ -51,14 +54,16 @@ def write_curves(run_dir: Path, attempts: Sequence[Record]) -> None:
     write_bytes(run_dir / "curves.parquet", buffer.getvalue())
 
 
-def _number(value: float, metric: Record) -> str:
+def _number(value: float | None, metric: Record) -> str:
+    if value is None:
+        return "-"
     return f"{value:.1f}" if metric["unit"] == "%" else f"{value:.4g}"
 
 
 def _score(score: Record | None, metric: Record) -> str:
     if not score:
         return "-"
-    text = "-" if score["mean"] is None else _number(score["mean"], metric)
+    text = _number(score["mean"], metric)
     if score["ci95"] is not None:
         text += f" ± {_number(score['ci95'], metric)}"
     return f"{text} ({score['failed']} failed)" if score["failed"] else text
@@ -93,7 +98,7 @@ def _rows(summary: Record) -> list[dict[str, Any]]:
             "reason": attack["gap_closed"]["reason"],
             "overhead": _overhead(attack),
             "sgrc": "-" if attack["sgrc"] is None else f"{attack['sgrc']:.1f} %",
-            "area": "-" if attack["signed_area"] is None else _number(attack["signed_area"], metric),
+            "area": _number(attack["signed_area"], metric),
         }
         for attack in summary["attacks"]
     ]
@@ -112,17 +117,50 @@ def table(summary: Record) -> str:
     unit = f" ({summary['metric']['unit']})" if summary["metric"]["unit"] else ""
     lines = [["attack", "exposure", *(f"{role}{unit}" for role in _SHOWN_ROLES), "gap closed"]]
     for row in _rows(summary):
-        name = "`" + row["attack"].replace("`", "'").replace("|", r"\|") + "`"
-        lines.append([name, _markdown(row["exposure"]), *(row[role] for role in _SHOWN_ROLES), row["gap"]])
+        exposure = _markdown(row["exposure"])
+        lines.append([_code(row["attack"]), exposure, *(row[role] for role in _SHOWN_ROLES), row["gap"]])
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Lay out a Markdown table, the first line its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in ruled
     )
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'").replace("|", r"\|") + "`"
 
 
 def _markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", printable(text))
+
+
+def _further(summary: Record) -> dict[str, dict[str, list[str]]]:
+    """Return the further measurements by attack and name: each role's mean, in the order of `_SHOWN_ROLES`."""
+    tables = {}
+    for attack in summary["attacks"]:
+        details = [(attack["roles"].get(role) or {}).get("details") or {} for role in _SHOWN_ROLES]
+        names = dict.fromkeys(name for found in details for name in found)
+        if names:
+            tables[printable(attack["attack"])] = {
+                printable(name): [_number(found.get(name), _PLAIN) for found in details] for name in names
+            }
+    return tables
+
+
+def _further_note(summary: Record) -> str:
+    note = "Means over the attempts that succeeded, on the restricted domain's test split."
+    if any(_FRECHET in rows for rows in _further(summary).values()):
+        network = summary.get("feature_network") or "a network that the audit does not name"
+        note += (
+            f" {_FRECHET}: from the images that the attacked model generates to those of that split, lower is closer; "
+            f"features: {printable(network)}."
+        )
+    return note
 
 
 def _headlines(summary: Record) -> list[dict[str, str]]:
@@ -171,11 +209,28 @@ def _markdown_report(summary: Record) -> str:
     ]
     parts += [table(summary)]
     parts += [_LEGEND]
+    if further := _further(summary):
+        lines = [["attack", "measurement", *_SHOWN_ROLES]]
+        lines += [
+            [_code(attack), _markdown(name), *values]
+            for attack, rows in further.items()
+            for name, values in rows.items()
+        ]
+        parts += ["## Further measurements", _markdown(_further_note(summary)), _aligned(lines)]
     parts += [f"## {key.capitalize()}\n\n```json\n{text}\n```" for key, text in _repeat(summary).items()]
     return "\n\n".join(parts) + "\n"
 
 
-def _html_report(summary: Record, attempts: Sequence[Record]) -> str:
+def _pictures(run_dir: Path, summary: Record, attempts: Sequence[Record]) -> dict[str, Any]:
+    """Return what the page shows of generated images."""
+    names = [attack["attack"] for attack in summary["attacks"]]
+    return {
+        "gallery": [shot(run_dir, entry["file"], entry["title"]) for entry in summary.get("gallery") or ()],
+        "strips": {printable(name): strip for name, strip in strips(run_dir, attempts, names, _SHOWN_ROLES).items()},
+    }
+
+
+def _html_report(run_dir: Path, summary: Record, attempts: Sequence[Record]) -> str:
     environment = Environment(
         loader=PackageLoader("sophon.audit"),
         autoescape=True,
@@ -195,6 +250,9 @@ def _html_report(summary: Record, attempts: Sequence[Record]) -> str:
         # ElementTree wrote these, escaping every text and attribute.
         dots=Markup(dot_plot(summary["attacks"], summary["metric"])),
         panels={printable(name): Markup(svg) for name, svg in panels.items()},
+        further=_further(summary),
+        further_note=_further_note(summary),
+        **_pictures(run_dir, summary, attempts),
         strategies={printable(attack["attack"]): _strategy(attack["strategy"]) for attack in summary["attacks"]},
         repeat=_repeat(summary),
         attempts=summary["attempts"],
@@ -210,12 +268,12 @@ def write_reports(run_dir: Path, summary: Record, attempts: Sequence[Record]) ->
     """Write ``report.html`` (one self-contained file) and ``report.md``, atomically.
 
     Args:
-        run_dir: the audit's folder.
+        run_dir: the audit's folder; pictures that it lacks are named in the page instead of shown.
         summary: what `sophon.audit.metrics.summarise` returned, or ``audit.json``.
-        attempts: the stored attempts, for the curves.
+        attempts: the stored attempts, for the curves and the pictures.
 
     Raises:
         UserError: a file cannot be written.
     """
-    write_text(run_dir / "report.html", _html_report(summary, attempts))
+    write_text(run_dir / "report.html", _html_report(run_dir, summary, attempts))
     write_text(run_dir / "report.md", _markdown_report(summary))

@@ -6,21 +6,23 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sophon.audit.attacks import attack
-from sophon.audit.verdict import ROLES
+from sophon.audit.gallery import image_grid
+from sophon.audit.verdict import ROLES, format_value
 from sophon.config import AttackConfig, strategy_from
 from sophon.domains import Domain, few_shot
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec, build
-from sophon.runs import derive_seed, read_json, seed_all, write_json
+from sophon.runs import derive_seed, read_json, seed_all, write_bytes, write_json
 from sophon.strategies import FineTuneStrategy, fields_outside
 from sophon.tasks import Task
 from sophon.tracking import Tracker
@@ -109,16 +111,17 @@ class Runner:
         self.support = support
         self.provenance = provenance
         self.seed = seed
-        self.folder = folder / "attempts"
+        self.folder = folder
         self.strategies = strategies(config)
         if not config.roles:
             raise UserError(f"attack.roles: empty; allowed: {', '.join(ROLES)}")
         for role in config.roles:
             choose("attack.roles", role, ROLES)
         for strategy in self.strategies.values():  # checked now rather than after hours of other attempts
+            model = copy.deepcopy(next(iter(models.values())))
             few_shot(restricted["attack"], strategy.data_budget, torch.Generator())
-            if strategy.head == "kept":
-                task.start_head(next(iter(models.values())), "kept", restricted.classes)
+            task.start_head(model, strategy.head, restricted.classes)
+            task.train_mode(model, strategy.scope)
 
     def attempts(self) -> list[Attempt]:
         """Return every attempt of the audit, in a fixed order."""
@@ -130,30 +133,43 @@ class Runner:
             for seed in range(self.config.seeds)
         ]
 
-    def run(self, tracker: Tracker) -> list[dict[str, Any]]:
-        """Run the attempts that have no file yet, telling ``tracker`` of each; return the records of all."""
+    def run(self, tracker: Tracker, frechet: Callable[[Tensor], float] | None = None) -> list[dict[str, Any]]:
+        """Run the attempts that have no file yet; return the records of all.
+
+        Args:
+            tracker: told of each attempt.
+            frechet: distance of generated images (uint8 [N, C, H, W]) to the restricted domain's; None not to measure.
+        """
         planned = {attempt.identifier(self.provenance): attempt for attempt in self.attempts()}
         missing = [key for key in planned if not self._path(key).exists()]
         with tracker.progress("audit", len(planned), len(planned) - len(missing)) as advance:
             for key in missing:
-                record = self._attempt(key, planned[key])
+                record = self._attempt(key, planned[key], frechet)
                 write_json(self._path(key), record)
-                advance(f"{record['attack']} on {record['role']}: {record['test']:.1f}")
+                advance(f"{record['attack']} on {record['role']}: {format_value(record['test'], record['metric'])}")
         return [read_json(self._path(key)) for key in planned]
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.json"
+        return self.folder / "attempts" / f"{key}.json"
 
-    def _attempt(self, key: str, attempt: Attempt) -> dict[str, Any]:
+    def _attempt(self, key: str, attempt: Attempt, frechet: Callable[[Tensor], float] | None) -> dict[str, Any]:
         # The role is not part of the seed: all roles face the same head, data order and augmentation.
         seed = derive_seed(self.seed, "attempt", attempt.attack, attempt.seed)
+        victim = self._victim(attempt.role, seed)
+        pictures: list[dict[str, Any]] = []
+
+        def draw(step: int) -> None:
+            if attempt.seed == 0 and self.config.samples:  # one seed's pictures are enough to look at
+                self._draw(victim, f"samples/{key}-{step}.png", step, pictures)
+
         outcome = attack(
-            self._victim(attempt.role, seed),
+            victim,
             attempt.strategy,
             self.task,
             self.restricted,
             seed=seed,
             eval_points=self.config.eval_points,
+            at_point=draw,
         )
         outside = None if self.support is None else fields_outside(self.support, attempt.strategy)
         return {
@@ -166,13 +182,30 @@ class Runner:
             "exposure": exposure(outside),
             "outside": list(outside or ()),
             "metric": asdict(self.task.metric),
-            "curve": [{"step": step, "select": value} for step, value in outcome.curve],
-            "test": outcome.test,
+            "curve": [{"step": step, "select": _finite(value)} for step, value in outcome.curve],
+            "test": _finite(outcome.test),
+            "details": {name: _finite(value) for name, value in self._details(victim, frechet).items()},
+            "samples": pictures,
             "finished": outcome.finished,
             "seconds": outcome.seconds,
             "flops": outcome.flops,
             "steps": attempt.strategy.steps,
         }
+
+    def _details(self, victim: nn.Module, frechet: Callable[[Tensor], float] | None) -> dict[str, float]:
+        details = self.task.details(victim, self.restricted["test"])
+        if frechet is not None:
+            images = self.task.sample(victim, self.config.frechet_samples, derive_seed(self.seed, "frechet"))
+            if images is not None:
+                details["Frechet distance"] = frechet(images)
+        return details
+
+    def _draw(self, victim: nn.Module, name: str, step: int, pictures: list[dict[str, Any]]) -> None:
+        """Write a grid of what the model generates, and note it; the same noise for every role, attack and step."""
+        images = self.task.sample(victim, self.config.samples, derive_seed(self.seed, "samples"))
+        if images is not None:
+            write_bytes(self.folder / name, image_grid(images))
+            pictures.append({"step": step, "file": name})
 
     def _victim(self, role: str, seed: int) -> nn.Module:
         if role != "scratch":
@@ -180,6 +213,10 @@ class Runner:
         seed_all(derive_seed(seed, "scratch"))
         device = next(next(iter(self.models.values())).parameters()).device
         return build(self.spec).to(device)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def exposure(outside: tuple[str, ...] | None) -> str:

@@ -200,6 +200,28 @@ def _split(train: bool, other: str = "test") -> str:
     return "train" if train else other
 
 
+class _CelebA:
+    """CelebA's aligned images, the square middle of each; one class, its annotations are not used."""
+
+    classes = ("face",)
+
+    def __init__(self, root: Path, train: bool, fetch: bool, loader: Callable[[str], Image.Image]) -> None:
+        listed = datasets.CelebA(root, _split(train), target_type=[], download=fetch)
+        self._folder = root / listed.base_folder / "img_align_celeba"
+        self._names = list(listed.filename)  # not the annotations: they take ten times the memory
+        self._loader = loader
+        self.targets = [0] * len(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = self._loader(str(self._folder / self._names[index]))
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return image.crop((left, top, left + side, top + side)), self.targets[index]
+
+
 # CIFAR's own format is a pickle. torchvision unpickles it only after the md5 of each file is that of the original.
 TORCHVISION = {
     "cifar10": _Torchvision(
@@ -226,6 +248,7 @@ TORCHVISION = {
             root, _split(train, "val"), "160px", download=fetch, loader=loader
         ),
     ),
+    "celeba": _Torchvision("celeba/img_align_celeba", _CelebA),
 }
 
 
@@ -251,6 +274,8 @@ def _torchvision_part(config: DomainConfig, root: Path, train: bool, where: str)
         if len(labels) != len(dataset) or not all(0 <= label < len(classes) for label in labels):
             raise ValueError(f"{len(dataset)} images do not match {len(labels)} labels of {len(classes)} classes")
     except Exception as error:  # torchvision's readers raise almost anything for a damaged file
+        if isinstance(error.__context__, ModuleNotFoundError):  # torchvision then says which package to install
+            raise UserError(f"{where}.download: {config.dataset} cannot be fetched: {_one_line(error)}") from error
         key, verb = ("download", "fetched or read") if config.download else ("root", "read")
         raise UserError(
             f"{where}.{key}: {config.dataset} in {root} cannot be {verb}: {_one_line(error)}; "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ import timm
 import torch
 import torchvision
 from huggingface_hub import hf_hub_download
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from sophon.config import ModelConfig
-from sophon.errors import UserError, choose
+from sophon.errors import UserError
+from sophon.models.common import Card, check_input, load_state, one_line
 from sophon.models.spec import ModelSpec
-from sophon.runs import read_tensors
+from sophon.runs import read_json, read_tensors, write_json, write_tensors
 
 LIBRARIES = ("timm", "torchvision")
 _RESERVED = ("num_classes", "in_chans", "pretrained", "weights", "weights_backbone")
-_SHOWN = 3  # as many keys as fit into a message of one line
+_SHOWN = 3  # as many names as fit into a message of one line
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# What timm knows of the architecture's published weights; said of ours it would be false.
+_OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes")
 
 
 def spec_from_config(config: ModelConfig, classes: Sequence[str]) -> ModelSpec:
@@ -38,36 +44,22 @@ def spec_from_config(config: ModelConfig, classes: Sequence[str]) -> ModelSpec:
     Raises:
         UserError: a value is out of range or contradicts another; the message names its key.
     """
-    choose("model.library", config.library, LIBRARIES)
-    for key in ("image_size", "channels"):
-        if getattr(config, key) <= 0:
-            raise UserError(f"model.{key}: {getattr(config, key)} is not allowed; give a whole number above 0")
+    mean, std = check_input(config, _RESERVED)
     if config.library == "torchvision" and config.channels != 3:
         raise UserError(f"model.channels: {config.channels} is not allowed with library torchvision; allowed: 3")
-    if config.pretrained and config.weights is not None:
-        raise UserError(f"model.weights: '{config.weights}' contradicts model.pretrained=true; give one of the two")
-    for key in _RESERVED:
-        if key in config.model_args:
-            raise UserError(f"model.model_args.{key}: set by sophon; not allowed here")
+    for key in ("scheduler", "class_conditional"):
+        if getattr(config, key):
+            raise UserError(f"model.{key}: only models of library diffusers have one; leave it out")
     return ModelSpec(
         library=config.library,
         architecture=config.architecture,
         classes=tuple(classes),
         channels=config.channels,
         image_size=config.image_size,
-        mean=_per_channel("mean", config.mean, config.channels),
-        std=_per_channel("std", config.std, config.channels),
+        mean=mean,
+        std=std,
         model_args=dict(config.model_args),
     )
-
-
-def _per_channel(key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if len(values) not in (1, channels):
-        raise UserError(f"model.{key}: {list(values)} has {len(values)} numbers; give 1 or {channels} (model.channels)")
-    if not all(math.isfinite(value) and (key == "mean" or value > 0) for value in values):
-        allowed = "finite numbers" if key == "mean" else "finite numbers above 0"
-        raise UserError(f"model.{key}: {list(values)} is not allowed; give {allowed}")
-    return tuple(float(value) for value in values) * (channels if len(values) == 1 else 1)
 
 
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
@@ -115,7 +107,7 @@ def _download(spec: ModelSpec, repository: str | None) -> str:
     try:
         return hf_hub_download(repository, "model.safetensors")
     except Exception as error:  # network, cache and Hub errors share no base class
-        raise UserError(f"model.pretrained: no weights for '{spec.architecture}': {_one_line(error)}") from error
+        raise UserError(f"model.pretrained: no weights for '{spec.architecture}': {one_line(error)}") from error
 
 
 def _build_torchvision(spec: ModelSpec) -> nn.Module:
@@ -133,7 +125,7 @@ def _construct(spec: ModelSpec, create: Any, kwargs: Mapping[str, Any]) -> nn.Mo
     except Exception as error:  # constructors raise whatever their first misused argument leads to
         arguments = dict(spec.model_args)
         raise UserError(
-            f"model.model_args: {arguments} does not fit '{spec.architecture}': {_one_line(error)}"
+            f"model.model_args: {arguments} does not fit '{spec.architecture}': {one_line(error)}"
         ) from error
 
 
@@ -141,10 +133,6 @@ def _unknown(spec: ModelSpec, names: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(spec.architecture, list(names), n=_SHOWN)
     hint = f"close to it: {', '.join(close)}" if close else "nothing is close to it"
     return UserError(f"model.architecture: '{spec.architecture}' is not known to {spec.library}; {hint}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def head_prefix(module: nn.Module, spec: ModelSpec) -> str:
@@ -205,34 +193,89 @@ def load_weights(module: nn.Module, path: str | Path, *, key: str = "model.weigh
         UserError: the file is missing or corrupt, or its names or shapes are not the model's. The model is unchanged.
     """
     path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = path / WEIGHTS if path.is_dir() else path
     tensors, _ = read_tensors(path)
-    state = module.state_dict()
-    _check_names(f"{key}: {path}", tensors, state)
-    wrong = [name for name in state if tensors[name].shape != state[name].shape]
+    load_state(module, tensors, f"{key}: {path}", explain=partial(_other_classes, module, tensors))
+
+
+def _other_classes(module: nn.Module, found: Mapping[str, Tensor], wrong: Sequence[str]) -> str | None:
+    """Say it plainly when nothing but the number of classes differs."""
     heads = tuple(f"{name}." for name in _head_names(module))
-    if wrong and heads and all(name.startswith(heads) for name in wrong):
-        counts = len(tensors[wrong[0]]), len(state[wrong[0]])
-        raise UserError(
-            f"{key}: {path}: class counts do not match: "
-            f"checkpoint has {counts[0]} classes, original domain has {counts[1]}"
-        )
-    if wrong:
-        shapes = [f"{name} {tuple(tensors[name].shape)}, not {tuple(state[name].shape)}" for name in wrong]
-        raise UserError(f"{key}: {path} does not fit the model: {_few(shapes)}")
-    module.load_state_dict(tensors)
+    if not heads or not all(name.startswith(heads) for name in wrong):
+        return None
+    counts = len(found[wrong[0]]), len(module.state_dict()[wrong[0]])
+    return f": class counts do not match: checkpoint has {counts[0]} classes, original domain has {counts[1]}"
 
 
-def _check_names(where: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    parts = []
-    if missing := [name for name in state if name not in tensors]:
-        parts.append(f"it lacks {_few(missing)}")
-    if unexpected := [name for name in tensors if name not in state]:
-        parts.append(f"the model has no {_few(unexpected)}")
-    if parts:
-        raise UserError(f"{where} does not fit the model: {'; '.join(parts)}")
+def create(config: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, ModelSpec]:
+    """Build what a configuration asks for, with the weights that it names."""
+    spec = spec_from_config(config, classes)
+    module = build(spec, pretrained=config.pretrained)
+    if config.weights is not None:
+        load_weights(module, config.weights)
+    return module, spec
 
 
-def _few(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def save(folder: Path, module: nn.Module, spec: ModelSpec) -> None:
+    """Write weights and ``config.json``: timm's Hub format, or for torchvision the arguments of its ``get_model``."""
+    write_tensors(folder / WEIGHTS, module.state_dict())
+    preprocessing = {
+        "input_size": [spec.channels, spec.image_size, spec.image_size],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+    }
+    path = folder / CONFIG
+    if spec.library == "timm":
+        save_config_for_hf(module, path, model_config={"label_names": list(spec.classes)}, data_config=preprocessing)
+        config = read_json(path)
+        for key in _OF_PUBLISHED_WEIGHTS:
+            config["pretrained_cfg"].pop(key, None)
+    else:
+        config = {
+            "library": spec.library,
+            "architecture": spec.architecture,
+            "num_classes": len(spec.classes),
+            "label_names": list(spec.classes),
+            "model_args": dict(spec.model_args),
+            "pretrained_cfg": {key: preprocessing[key] for key in ("mean", "std", "input_size")},
+        }
+    write_json(path, config)
+
+
+_TIMM = """\
+import timm
+import torch
+
+model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # without pretrained=True: random weights"""
+_TORCHVISION = """\
+import torch
+from safetensors.torch import load_file
+from torchvision.models import get_model
+
+model = get_model({arguments}).eval()
+model.load_state_dict(load_file("PATH/model.safetensors"))"""
+_INPUT = """
+mean = torch.tensor({mean}).view(1, -1, 1, 1)
+std = torch.tensor({std}).view(1, -1, 1, 1)
+logits = model((images - mean) / std)  # images: float {shape} in 0..1"""
+
+
+def card(spec: ModelSpec) -> Card:
+    """Return what a model card says of a classifier."""
+    mean, std = (json.dumps(list(values)) for values in (spec.mean, spec.std))
+    size = f"{spec.image_size}, {spec.image_size}"
+    arguments = [json.dumps(spec.architecture), "weights=None", f"num_classes={len(spec.classes)}"]
+    arguments += [f"{name}={value!r}" for name, value in spec.model_args.items()]
+    loading = _TIMM if spec.library == "timm" else _TORCHVISION.format(arguments=", ".join(arguments))
+    return Card(
+        pipeline_tag="image-classification",
+        kind=f"A classifier of {len(spec.classes)} classes",
+        notes=(
+            f"Input: {spec.channels} x {size.replace(', ', ' x ')}, scaled to 0..1, then normalised with mean `{mean}` "
+            f"and std `{std}`.",
+            f"Classes, in the order of the logits: {', '.join(f'`{name}`' for name in spec.classes)}.",
+        ),
+        loading=loading + _INPUT.format(mean=mean, std=std, shape=f"[B, {spec.channels}, {size}]"),
+    )

@@ -12,14 +12,15 @@ class ModelSpec:
     """An architecture with the input that it expects; with its weights, a whole model.
 
     Attributes:
-        library: ``timm`` or ``torchvision``.
+        library: ``timm``, ``torchvision`` or ``diffusers``.
         architecture: the library's name of it.
         model_args: keyword arguments of the library's constructor, plain JSON data.
-        classes: names of the classes that the head tells apart, in order.
+        classes: names of the original domain's classes, in order: those that a classifier's head tells apart.
         channels: channels of the input.
         image_size: height and width of the input in pixels.
         mean: per channel, on a 0..1 scale; subtracted from the input.
         std: per channel, on a 0..1 scale; the input is divided by it.
+        scheduler: of a denoiser, the whole configuration of its noise schedule (diffusers' DDPMScheduler).
     """
 
     library: str
@@ -30,3 +31,4 @@ class ModelSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,8 @@
-"""The optimizers that `higher` lacks or that have moved on since its last release, made differentiable.
+"""What `higher` lacks, and what has moved on since its last release, made good.
 
 higher 0.2.1 has no AdamW, and its Adam adds epsilon before the bias correction, as torch did then; today's torch.optim
-corrects first. One class serves both, so that the second-order engine takes the very steps of torch.optim.
+corrects first. One class serves both, so that the second-order engine takes the very steps of torch.optim. And its
+functional modules cannot be sliced, which diffusers' U-Net blocks do.
 """
 
 from __future__ import annotations
@@ -63,4 +64,20 @@ def innerloop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tu
         # higher doubts its RMSprop; the tests hold it against finite differences, as they do every optimizer
         warnings.filterwarnings("ignore", message="Differentiable RMSprop")
         with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as loop:
+            _allow_slices(loop[0])
             yield loop
+
+
+def _allow_slices(functional: nn.Module) -> None:
+    """Let the module lists of `higher`'s functional model be sliced; a slice is a plain list of its modules.
+
+    nn.ModuleList makes a slice by calling its own class, but the class of a functional module is built with other
+    arguments. higher makes each functional module a class of its own, so setting a method there changes nothing else.
+    """
+    for module in functional.modules():
+        if isinstance(module, nn.ModuleList):
+            type(module).__getitem__ = _item  # type: ignore[method-assign, assignment]
+
+
+def _item(modules: nn.ModuleList, index: int | slice) -> nn.Module | list[nn.Module]:
+    return list(modules)[index]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sophon.config import MethodConfig
-from sophon.domains import ImageSet, batches
+from sophon.domains import Batch, ImageSet, batches
 from sophon.errors import UserError
 from sophon.runs import derive_seed
 from sophon.tasks import Task
@@ -54,24 +55,40 @@ class Reinforcer:
         Raises:
             UserError: the loss is not finite.
         """
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "ntr", *key))
-        stream = batches(self.images, self.config.ntr_batch_size, generator, self.config.ntr_augmentation)
-        parameters = self.task.train_mode(self.model, "all")
+        stream, parameters = self._begin(key)
         total = 0.0
         for step in range(steps):
             factor = 0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0
             self.optimizer.param_groups[0]["lr"] = self.config.ntr_lr * factor
-            loss = self.task.original_loss(self.model, next(stream), self.reference)
-            if not math.isfinite(loss.item()):
-                raise UserError(
-                    f"method.ntr_lr: the loss on the original domain became {loss.item()} at ntr_lr="
-                    f"{self.config.ntr_lr}, fts_lr={self.config.fts_lr}; lower them, in a new run_dir "
-                    "(the last good state is kept)"
-                )
-            for parameter, gradient in zip(
-                parameters.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True
-            ):
-                parameter.grad = gradient
+            loss, gradients = self._gradients(next(stream), parameters)
+            for name, parameter in parameters.items():
+                parameter.grad = gradients[name]
             self.optimizer.step()
-            total += loss.item()
+            total += loss
         return total / max(1, steps)
+
+    def gradient(self, *key: object) -> dict[str, Tensor]:
+        """Return the gradient of the original domain's loss by parameter, on one batch drawn as by `run`.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        stream, parameters = self._begin(key)
+        return self._gradients(next(stream), parameters)[1]
+
+    def _begin(self, key: tuple[object, ...]) -> tuple[Iterator[Batch], dict[str, nn.Parameter]]:
+        torch.manual_seed(derive_seed(self.seed, "ntr", "noise and dropout", *key))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "ntr", *key))
+        stream = batches(self.images, self.config.ntr_batch_size, generator, self.config.ntr_augmentation)
+        return stream, self.task.train_mode(self.model, "all")
+
+    def _gradients(self, batch: Batch, parameters: dict[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
+        loss = self.task.original_loss(self.model, batch, self.reference)
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"method.ntr_lr: the loss on the original domain became {loss.item()} at ntr_lr="
+                f"{self.config.ntr_lr}, fts_lr={self.config.fts_lr}; lower them, in a new run_dir "
+                "(the last good state is kept)"
+            )
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        return loss.item(), dict(zip(parameters, gradients, strict=True))

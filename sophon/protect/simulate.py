@@ -15,9 +15,9 @@ the attacker's BatchNorm statistics, since an attacker never sees the defender's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.domains import Batch
 from sophon.protect import differentiable
+from sophon.protect.moments import moments_of, restore_moments
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
@@ -36,17 +37,43 @@ class Simulation(NamedTuple):
         gradients: d L / d theta^0 by parameter name, for every parameter of the attacker, its head included.
         query_losses: the suppression loss at each query.
         attacker_losses: the attacker's own loss at each of its steps.
+        moments: of the attacker's optimizer after the last step (see `sophon.protect.moments`); None from an engine
+            whose attackers cannot go on.
     """
 
     gradients: dict[str, Tensor]
     query_losses: list[float]
     attacker_losses: list[float]
+    moments: dict[str, Tensor] | None = None
 
 
-Engine = Callable[
-    [nn.Module, FineTuneStrategy, Task, Iterator[Batch], Iterator[Batch], Sequence[float]],
-    Simulation,
-]
+class Past(NamedTuple):
+    """What an attacker that goes on brings along besides its weights.
+
+    Attributes:
+        steps: that it has taken.
+        moments: of its optimizer.
+    """
+
+    steps: int
+    moments: Mapping[str, Tensor]
+
+
+class Engine(Protocol):
+    """Simulates one attacker; see `first_order`."""
+
+    def __call__(
+        self,
+        attacker: nn.Module,
+        strategy: FineTuneStrategy,
+        task: Task,
+        adapt: Iterator[Batch],
+        query: Iterator[Batch],
+        gammas: Sequence[float],
+        /,
+    ) -> Simulation:
+        """Run the attacker for as many steps as there are gammas."""
+
 
 # gamma_k for k = 1 .. K, before they are scaled to sum to 1
 GAMMAS: dict[str, Callable[[int, int], float]] = {
@@ -84,6 +111,7 @@ def first_order(
     adapt: Iterator[Batch],
     query: Iterator[Batch],
     gammas: Sequence[float],
+    past: Past | None = None,
 ) -> Simulation:
     """Run the attacker in place; add up ``gamma_k`` times the query gradients at theta^1 .. theta^K.
 
@@ -94,17 +122,23 @@ def first_order(
         adapt: the attacker's batches; one is taken for each step.
         query: the defender's batches; one is taken for each gamma that is not zero.
         gammas: K weights, one for each step.
+        past: of an attacker that has begun before and goes on.
     """
     trainable = task.train_mode(attacker, strategy.scope)
     attacker.requires_grad_(True)
     parameters = dict(attacker.named_parameters())
     optimizer = build_optimizer(strategy, trainable.values())
+    done = 0
+    if past is not None:
+        done = past.steps
+        restore_moments(optimizer, past.moments)
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     query_losses, attacker_losses = [], []
     for step, gamma in enumerate(gammas):
-        _set_learning_rate(optimizer, strategy, step)
+        _set_learning_rate(optimizer, strategy, done + step)
         loss = task.attacker_loss(attacker, next(adapt))
-        gradients = torch.autograd.grad(loss, list(trainable.values()))
+        # one that the loss does not reach gets None, and torch.optim leaves it alone, as after a backward()
+        gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
         for parameter, gradient in zip(trainable.values(), gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -118,7 +152,7 @@ def first_order(
                     summed.add_(part, alpha=gamma)
             query_losses.append(suppression.detach())
     optimizer.zero_grad(set_to_none=True)
-    return Simulation(total, _floats(query_losses), _floats(attacker_losses))
+    return Simulation(total, _floats(query_losses), _floats(attacker_losses), moments_of(optimizer))
 
 
 def second_order(

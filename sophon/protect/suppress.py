@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, batches
-from sophon.protect.simulate import ENGINES, Simulation, query_weights
+from sophon.protect.pool import Pool
+from sophon.protect.simulate import ENGINES, Past, Simulation, first_order, query_weights
 from sophon.runs import derive_seed
 from sophon.strategies import FineTuneStrategy, StrategySampler
 from sophon.tasks import Task
@@ -78,18 +79,27 @@ class Suppressor:
             self.probed_head = {name: other.get_parameter(name).detach().clone() for name in task.head_names(other)}
         else:
             self.probed_head = {}
+        self.pool = Pool(config.pool)
 
-    def step(self, *key: object) -> SuppressionStep:
-        """Simulate ``config.attackers`` attackers drawn from the run's seed and ``key``; take one Adam step."""
+    def step(self, *key: object, anchor: Mapping[str, Tensor] | None = None) -> SuppressionStep:
+        """Simulate ``config.attackers`` attackers drawn from the run's seed and ``key``; take one Adam step.
+
+        Args:
+            key: what the attackers depend on besides the seed.
+            anchor: the original domain's gradient by parameter, added with ``config.fts_original_weight``.
+        """
         simulations = [self._simulate((*key, index)) for index in range(self.config.attackers)]
         finite = [(gradients, run) for gradients, run in simulations if _is_finite(run, gradients)]
         diverged = len(simulations) - len(finite)
         if not finite:
             return SuppressionStep(math.nan, math.nan, math.nan, diverged)
         parameters = dict(self.model.named_parameters())
+        weight = self.config.fts_original_weight
         for name, parameter in parameters.items():
             parts = [gradients[name] for gradients, _ in finite if name in gradients]
             parameter.grad = torch.stack(parts).sum(0) / len(finite) if parts else torch.zeros_like(parameter)
+            if anchor is not None:
+                parameter.grad.add_(anchor[name], alpha=weight)
         limit = self.config.fts_max_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), math.inf if limit is None else limit)
         self.optimizer.step()
@@ -100,19 +110,51 @@ class Suppressor:
 
     def _simulate(self, key: tuple[object, ...]) -> tuple[dict[str, Tensor], Simulation]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "fts", *key))
-        torch.manual_seed(derive_seed(self.seed, "fts", "fresh head and dropout", *key))
+        torch.manual_seed(derive_seed(self.seed, "fts", "fresh head, noise and dropout", *key))
+        strategy, attacker, run = (self._turn if self.pool.size else self._whole)(generator)
+        dropped = self._unreleased(strategy, attacker)
+        return {name: gradient for name, gradient in run.gradients.items() if name not in dropped}, run
+
+    def _whole(self, generator: torch.Generator) -> tuple[FineTuneStrategy, nn.Module, Simulation]:
+        """Simulate a new attacker from its first to its last step."""
         strategy = self.sampler.sample(generator)
         attacker = self._attacker(strategy, generator)
-        run = ENGINES[self.config.engine](
-            attacker,
-            strategy,
-            self.task,
+        engine = ENGINES[self.config.engine]
+        gammas = query_weights(self.config.gamma, strategy.steps, self.config.query_every)
+        run = engine(attacker, strategy, self.task, *self._streams(strategy, generator), gammas)
+        return strategy, attacker, run
+
+    def _turn(self, generator: torch.Generator) -> tuple[FineTuneStrategy, nn.Module, Simulation]:
+        """Let an attacker of the pool go on for a chunk of steps; after its last one its place is empty."""
+        place = int(torch.randint(self.pool.size, (), generator=generator))
+        past = None
+        if (member := self.pool.members.get(place)) is not None:
+            strategy, past = member.strategy, Past(member.taken, member.moments)
+            attacker = self._scratch["kept" if strategy.head == "kept" else "fresh"]
+            self.pool.enter(place, attacker, self.model, self._unreleased(strategy, attacker))
+        else:
+            strategy = self.sampler.sample(generator)
+            attacker = self._attacker(strategy, generator)
+        taken = past.steps if past else 0
+        steps = min(self.config.chunk, strategy.steps - taken)
+        gammas = query_weights(self.config.gamma, steps, self.config.query_every)
+        run = first_order(attacker, strategy, self.task, *self._streams(strategy, generator), gammas, past)
+        self.pool.members.pop(place, None)
+        if taken + steps < strategy.steps and _is_finite(run, run.gradients):
+            own = self._unreleased(strategy, attacker)
+            self.pool.leave(place, strategy, taken + steps, attacker, self.model, own, run.moments or {})
+        return strategy, attacker, run
+
+    def _unreleased(self, strategy: FineTuneStrategy, attacker: nn.Module) -> set[str]:
+        return set() if strategy.head == "kept" else self.task.head_names(attacker)
+
+    def _streams(
+        self, strategy: FineTuneStrategy, generator: torch.Generator
+    ) -> tuple[Iterator[Batch], Iterator[Batch]]:
+        return (
             self._stream("adapt", strategy.batch_size, generator, strategy.augmentation),
             self._stream("query", self.config.query_batch_size, generator, "none"),
-            query_weights(self.config.gamma, strategy.steps, self.config.query_every),
         )
-        dropped = set() if strategy.head == "kept" else self.task.head_names(attacker)
-        return {name: gradient for name, gradient in run.gradients.items() if name not in dropped}, run
 
     def _stream(self, split: str, size: int, generator: torch.Generator, augmentation: str) -> Iterator[Batch]:
         # its own generator: how many batches the attacker takes must not shift what the query sees

@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Domain
-from sophon.errors import GuardError
+from sophon.errors import GuardError, UserError
+from sophon.protect.moments import moments_of, restore_moments
 from sophon.protect.reinforce import Reinforcer
-from sophon.protect.suppress import Suppressor
+from sophon.protect.suppress import SuppressionStep, Suppressor
 from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import StrategySampler
 from sophon.tasks import Task
@@ -121,15 +121,16 @@ class Trainer:
                     raise KeyboardInterrupt
         if self.at.good_round == 0:
             raise GuardError(
-                f"guard.tolerance: no round kept {self.task.metric.name} on val within {self.guard.tolerance} of "
-                f"{self.at.before:.2f}; raise it, lower method.fts_lr or give NTR more steps"
+                f"guard.tolerance: no round kept {self.task.metric.name} on val within {self.guard.tolerance}"
+                f"{' %' if self.guard.relative else ''} of {self.at.before:.4g}; "
+                "raise it, lower method.fts_lr or give NTR more steps"
             )
         self.model.load_state_dict(self.good)
         return self.at
 
     def _round(self) -> dict[str, Any]:
         number = self.at.round
-        steps = [self.suppressor.step(number, step) for step in range(self.method.fts_steps)]
+        steps = [self._suppress(number, step) for step in range(self.method.fts_steps)]
         ntr_loss = self.reinforcer.run(self.at.ntr_steps, number)
         self.at.round += 1
         finite = [step for step in steps if math.isfinite(step.query_loss)]
@@ -138,6 +139,11 @@ class Trainer:
             for name in ("query_loss", "attacker_loss", "gradient_norm")
         }
         return {**means, "diverged": sum(step.diverged for step in steps), "ntr_loss": ntr_loss}
+
+    def _suppress(self, number: int, step: int) -> SuppressionStep:
+        if not self.method.fts_original_weight:
+            return self.suppressor.step(number, step)
+        return self.suppressor.step(number, step, anchor=self.reinforcer.gradient(number, step, "anchor"))
 
     def _check(self) -> dict[str, Any]:
         """Look at ``val``: keep the state if it is within tolerance, else repair it, else go back to the good one."""
@@ -159,12 +165,13 @@ class Trainer:
     def _measure(self) -> tuple[float, float]:
         value = self.task.evaluate(self.model, self.val)
         worse = self.at.before - value if self.task.metric.higher_is_better else value - self.at.before
-        return value, worse
+        return value, 100 * worse / abs(self.at.before) if self.guard.relative else worse
 
     def _roll_back(self) -> None:
         """Restore the good state, drop the moments that led away from it, and give NTR more weight."""
         self.model.load_state_dict(self.good)
         self.suppressor.optimizer.state.clear()
+        self.suppressor.pool.members.clear()  # displaced from weights that are gone
         self.reinforcer.optimizer.state.clear()
         self.at.rollbacks += 1
         grown = math.ceil(self.at.ntr_steps * self.guard.growth)
@@ -180,23 +187,27 @@ class Trainer:
             **_prefixed("model", self.model.state_dict()),
             **_prefixed("good", self.good),
             **_prefixed("probe", self.suppressor.probed_head),
-            **_prefixed("fts", _moments(self.suppressor.optimizer)),
-            **_prefixed("ntr", _moments(self.reinforcer.optimizer)),
+            **_prefixed("fts", moments_of(self.suppressor.optimizer)),
+            **_prefixed("ntr", moments_of(self.reinforcer.optimizer)),
+            **_prefixed("pool", self.suppressor.pool.tensors()),
         }
-        write_tensors(self.state_path, tensors, asdict(self.at))
+        write_tensors(self.state_path, tensors, {**asdict(self.at), "pool": self.suppressor.pool.record()})
 
     def _start(self, reference: nn.Module) -> tuple[Position, dict[str, Tensor]]:
         """Return the position and the good state to go on from: the saved ones, or the reference itself."""
         if not self.state_path.exists():
             before = self.task.evaluate(reference, self.val)
+            if self.guard.relative and before == 0:
+                raise UserError("guard.relative: the reference's value on val is 0; give an absolute tolerance")
             return Position(0, 0, self.method.ntr_steps, 0, before, before), _copied(self.model.state_dict())
         tensors, metadata = read_tensors(self.state_path)
         device = next(self.model.parameters()).device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.model.load_state_dict(_within("model", tensors))
         self.suppressor.probed_head = _within("probe", tensors)
-        _restore_moments(self.suppressor.optimizer, _within("fts", tensors))
-        _restore_moments(self.reinforcer.optimizer, _within("ntr", tensors))
+        restore_moments(self.suppressor.optimizer, _within("fts", tensors))
+        restore_moments(self.reinforcer.optimizer, _within("ntr", tensors))
+        self.suppressor.pool.restore(_within("pool", tensors), metadata.pop("pool", {}))
         position = Position(**metadata)
         self.tracker.say(f"going on after round {position.round}")
         return position, _within("good", tensors)
@@ -210,23 +221,11 @@ def last_good(folder: Path) -> tuple[dict[str, Tensor], Position]:
         GuardError: no round's state satisfied the guard so far.
     """
     tensors, metadata = read_tensors(folder / STATE_FILE)
+    metadata.pop("pool", None)
     position = Position(**metadata)
     if position.good_round == 0:
         raise GuardError(f"checkpoint: '{folder}' holds no state that satisfied the guard yet")
     return _within("good", tensors), position
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
-
-
-def _restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -208,6 +208,7 @@ def test_summary_scores_an_attack():
         "values": [20.0, 21.0, 22.0],
         "failed": 0,
         "select": 21.0,
+        "details": {},
     }
     assert attack["gap_closed"]["value"] == 4.0
     assert attack["sgrc"] == pytest.approx(100 * 40 / 61)
@@ -217,6 +218,42 @@ def test_summary_scores_an_attack():
     assert summary["intactness"]["loss"] == pytest.approx(0.7)
     assert summary["seconds_total"] == pytest.approx(13.5)
     assert summary["packages"] == {"torch": "2"}
+
+
+def test_further_measurements_are_means_of_what_was_measured():
+    def measured(seed, **details):
+        return attempt("a", "protected", 0.5, seed=seed, metric=MSE, details=details)
+
+    attempts = [
+        measured(0, low=1.0, high=None, **{"Frechet distance": 7.0}),
+        measured(1, low=2.0, high=None),
+        measured(2, low=99.0) | {"finished": False},
+        attempt("a", "unprotected", 0.1, metric=MSE),
+        attempt("a", "scratch", math.nan, metric=MSE, details={"low": 1.0}),
+    ]
+    roles = summarise(attempts, {})["attacks"][0]["roles"]
+    assert roles["protected"]["details"] == {"low": 1.5, "high": None, "Frechet distance": 7.0}
+    assert list(roles["protected"]["details"]) == ["low", "high", "Frechet distance"]
+    assert roles["unprotected"]["details"] == roles["scratch"]["details"] == {}
+    turned = summarise(attempts[::-1], {})["attacks"][0]["roles"]
+    assert list(turned["protected"]["details"].items()) == list(roles["protected"]["details"].items())
+
+
+@pytest.mark.parametrize("details", [None, {}, {"low": None}, {"low": math.inf}])
+def test_further_measurements_that_are_missing(details):
+    (attack,) = summarise([attempt("a", "protected", 0.5, details=details)], {})["attacks"]
+    assert attack["roles"]["protected"]["details"] == dict.fromkeys(details or ())
+    assert attack["roles"]["protected"]["mean"] == 0.5
+
+
+def test_context_of_generating_models_is_passed_on():
+    given_ = {"feature_network": "Inception-v3 (FID)", "gallery": [{"title": "real", "file": "samples/real.png"}]}
+    attempts = trio("a", 20.0, 60.0, 50.0)
+    summary = summarise(attempts, CONTEXT | given_)
+    assert {key: summary[key] for key in given_} == given_
+    assert summary["schema_version"] == 1
+    without = summarise(attempts, CONTEXT)
+    assert (without["feature_network"], without["gallery"]) == (None, None)
 
 
 def test_worst_case_is_chosen_on_select_and_reported_on_test():

@@ -61,9 +61,9 @@ def attacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, in
     calls: list[tuple[FineTuneStrategy, int]] = []
     genuine = module.attack
 
-    def attack(model: nn.Module, strategy: FineTuneStrategy, *rest: Any, seed: int, eval_points: int) -> Any:
+    def attack(model: nn.Module, strategy: FineTuneStrategy, *rest: Any, seed: int, **options: Any) -> Any:
         calls.append((strategy, seed))
-        return genuine(model, strategy, *rest, seed=seed, eval_points=eval_points)
+        return genuine(model, strategy, *rest, seed=seed, **options)
 
     monkeypatch.setattr(module, "attack", attack)
     return calls

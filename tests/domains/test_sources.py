@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sophon.config import DomainConfig
-from sophon.domains import SOURCES, ImageSet, load_source, sources
+from sophon.domains import SOURCES, ImageSet, few_shot, load_restricted, load_source, sources
 from sophon.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_unknown_source_and_data_set_list_what_there_is() -> None:
     assert "domain.original.dataset: 'cifar' is not known; allowed: fashion_mnist, mnist" in refused(
         replace(DIGITS, dataset="cifar")
     )
-    assert "domain.original.dataset: 'cifar' is not known; allowed: cifar10, cifar100, fashion_mnist" in refused(
+    assert "domain.original.dataset: 'cifar' is not known; allowed: celeba, cifar10, cifar100, " in refused(
         replace(DIGITS, source="torchvision", dataset="cifar")
     )
 
@@ -245,6 +245,22 @@ def test_unreadable_image_is_named(folder: DomainConfig, tmp_path: Path, content
     broken = whole.replace(b"IDAT", b"IDAT"[::-1])
     path.write_bytes({"empty": b"", "text": b"hello", "truncated": whole[: len(whole) // 2], "broken": broken}[content])
     assert refused(folder, 8, 3).startswith(f"domain.original.root: the image {path} cannot be read: ")
+
+
+def test_folder_of_one_class_with_folders_inside(tmp_path: Path) -> None:
+    for number in range(24):
+        side, inner = ("train", f"{number // 10}0000") if number < 20 else ("test", "60000")
+        save_image(tmp_path / side / "face" / inner / f"{number:05}.png", (number, 50, 100))
+    config = DomainConfig(name="faces", source="imagefolder", root=str(tmp_path))
+    domain = load_restricted(config, image_size=8, channels=3)
+    assert domain.classes == ("face",)
+    assert [len(domain[name]) for name in ("adapt", "query", "attack", "select", "test")] == [8, 2, 8, 2, 4]
+    reds = [red for images in domain.splits.values() for red in images.images[:, 0, 0, 0].tolist()]
+    assert sorted(reds) == list(range(24))
+    assert all(not images.labels.any() for images in domain.splits.values())
+    assert len(few_shot(domain["attack"], 1, torch.Generator())) == 1
+    limited = load_restricted(replace(config, per_class=10, test_per_class=1), image_size=8, channels=3)
+    assert [len(limited[name]) for name in ("adapt", "query", "attack", "select", "test")] == [4, 1, 4, 1, 1]
 
 
 def test_images_of_more_than_8_bits_are_refused(folder: DomainConfig, tmp_path: Path) -> None:

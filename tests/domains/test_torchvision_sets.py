@@ -1,13 +1,14 @@
 """torchvision's data sets, each read from a tiny copy in its own format on disk.
 
-torchvision compares the md5 of CIFAR's, STL-10's and SVHN's files with those of the originals before it opens them,
-which no small copy can pass: there, and only there, the comparison is replaced by a look whether the file exists.
+torchvision compares the md5 of CIFAR's, STL-10's, SVHN's and CelebA's files with those of the originals before it opens
+them, which no small copy can pass: there, and only there, the comparison is replaced by a look whether the file exists.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,25 @@ def write_imagenette(root: Path) -> tuple[Pixels, Pixels]:
     return np.stack(images[:2])[::-1], np.stack(images[2:])[::-1]
 
 
+def write_celeba(root: Path) -> tuple[Pixels, Pixels]:
+    """Two images a side, and between them two of the side that is not used."""
+    folder = root / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    sides, images = [0, 0, 1, 1, 2, 2], []
+    names = [f"{number:06}.jpg" for number in range(1, 1 + len(sides))]
+    for name, pixels in zip(names, noise(len(sides), 218, 178, 3), strict=True):
+        path = folder / "img_align_celeba" / name
+        Image.fromarray(pixels).save(path)
+        images.append(np.asarray(Image.open(path))[20:198].transpose(2, 0, 1))
+    partition = [f"{name} {side}" for name, side in zip(names, sides, strict=True)]
+    annotations = [str(len(names)), "one two", *(f"{name}  -1 1" for name in names)]
+    for file in ("list_attr_celeba", "list_bbox_celeba", "list_landmarks_align_celeba"):
+        (folder / f"{file}.txt").write_text("\n".join(annotations))
+    for file in ("list_eval_partition", "identity_CelebA"):
+        (folder / f"{file}.txt").write_text("\n".join(partition))
+    return np.stack(images[:2]), np.stack(images[4:])
+
+
 WRITERS: dict[str, Callable[[Path], tuple[Pixels, Pixels]]] = {
     "cifar10": write_cifar10,
     "cifar100": write_cifar100,
@@ -109,8 +129,9 @@ WRITERS: dict[str, Callable[[Path], tuple[Pixels, Pixels]]] = {
     "fashion_mnist": lambda root: write_mnist(root, "FashionMNIST"),
     "svhn": write_svhn,
     "imagenette": write_imagenette,
+    "celeba": write_celeba,
 }
-NATIVE_SIZE = {"stl10": 96, "mnist": 28, "fashion_mnist": 28}
+NATIVE_SIZE = {"stl10": 96, "mnist": 28, "fashion_mnist": 28, "celeba": 178}
 NAMES = {
     "cifar10": ("plane", "car"),
     "cifar100": ("apple", "bee"),
@@ -119,12 +140,13 @@ NAMES = {
     "fashion_mnist": ("t_shirt", "trouser"),
     "svhn": ("0", "1"),
     "imagenette": ("tench", "English springer"),
+    "celeba": ("face",),
 }
 
 
 @pytest.fixture
 def any_md5(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (datasets.cifar, datasets.stl10, datasets.svhn):
+    for module in (datasets.cifar, datasets.stl10, datasets.svhn, datasets.celeba):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
 
 
@@ -157,7 +179,7 @@ def test_pixels_labels_and_names(dataset: str, tmp_path: Path) -> None:
     for images, pixels in zip(read, written, strict=True):
         assert images.classes == NAMES[dataset]
         order = images.labels.argsort(descending=True, stable=True)
-        expected_labels = [1, 0] * (len(pixels) // 2)
+        expected_labels = [1, 0] * (len(pixels) // 2) if len(images.classes) == 2 else [0] * len(pixels)
         assert sorted(images.labels.tolist()) == sorted(expected_labels)
         expected = torch.from_numpy(pixels.copy())[torch.tensor(expected_labels).argsort(descending=True, stable=True)]
         # A JPEG resized with another filter differs by a rounding.
@@ -179,7 +201,7 @@ def test_absent_data_names_the_way_out(dataset: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10", "svhn"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10", "svhn", "celeba"])
 def test_files_that_are_not_the_originals_are_refused(dataset: str, tmp_path: Path) -> None:
     WRITERS[dataset](tmp_path)
     message = refused(config_of(dataset, tmp_path))
@@ -253,6 +275,61 @@ def test_imagenette_with_a_foreign_class_folder(tmp_path: Path) -> None:
     write_imagenette(tmp_path)
     (tmp_path / "imagenette2-160" / "train" / "n99999999").mkdir()
     assert "imagenette in " in refused(config_of("imagenette", tmp_path))
+
+
+@pytest.mark.usefixtures("any_md5")
+def test_celeba_keeps_the_square_middle_and_its_proportions(tmp_path: Path) -> None:
+    write_celeba(tmp_path)
+    pixels = np.zeros((218, 178, 3), dtype=np.uint8)
+    pixels[20:109] = 200  # of the square that is kept, the upper half
+    Image.fromarray(pixels).save(tmp_path / "celeba" / "img_align_celeba" / "000001.jpg", quality=100)
+    rows = load(config_of("celeba", tmp_path), 16)[0].images[0].float().mean(dim=(0, 2))
+    assert rows[:8].min() > 150
+    assert rows[8:].max() < 50
+
+
+@pytest.mark.usefixtures("any_md5")
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_celeba_image_is_named(damage: str, tmp_path: Path) -> None:
+    write_celeba(tmp_path)
+    path = tmp_path / "celeba" / "img_align_celeba" / "000005.jpg"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    message = refused(config_of("celeba", tmp_path))
+    assert message.startswith(f"domain.restricted.root: the image {path} cannot be read: ")
+
+
+@pytest.mark.usefixtures("any_md5")
+def test_only_the_images_of_celeba_that_are_kept_are_decoded(tmp_path: Path) -> None:
+    write_celeba(tmp_path)
+    limited = replace(config_of("celeba", tmp_path), per_class=1, test_per_class=1)
+    expected = [side.sha256() for side in load(limited)]
+    needed = []
+    for path in sorted((tmp_path / "celeba" / "img_align_celeba").iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(b"damaged")
+        try:
+            assert [side.sha256() for side in load(limited)] == expected
+        except UserError:
+            needed.append(path.name)
+            path.write_bytes(whole)
+    assert len(needed) == 2
+
+
+@pytest.mark.usefixtures("any_md5")
+def test_celeba_with_damaged_annotations(tmp_path: Path) -> None:
+    write_celeba(tmp_path)
+    (tmp_path / "celeba" / "list_eval_partition.txt").write_text("000001.jpg zero")
+    assert f"celeba in {tmp_path} cannot be read: " in refused(config_of("celeba", tmp_path))
+
+
+def test_fetching_celeba_without_gdown_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gdown", None)  # importing it fails as if it were not installed
+    message = refused(replace(config_of("celeba", tmp_path), download=True))
+    assert message.startswith("domain.restricted.download: celeba cannot be fetched: ")
+    assert message.endswith("'gdown' is required. You can install it with 'pip install gdown'.")
 
 
 @pytest.mark.usefixtures("any_md5")

@@ -8,18 +8,24 @@ from torch import nn
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError
-from sophon.models import ModelSpec, build, classifiers, head_prefix, load_weights, spec_from_config, with_fresh_head
+from sophon.models import ModelSpec, classifiers, create
+from sophon.models.classifiers import build, head_prefix, load_weights, spec_from_config, with_fresh_head
 from sophon.runs import write_tensors
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-SHIPPED = sorted(path.stem for path in CONF.glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in CONF.glob("*.yaml") if "library: diffusers" not in path.read_text())
 SMALL = ("resnet_small", "resnet_tiny")
 CLASSES = ("cat", "dog", "owl")
 
 
+def shipped_config(name: str) -> ModelConfig:
+    return OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / f"{name}.yaml"))
+    )
+
+
 def shipped_spec(name: str, classes=CLASSES) -> ModelSpec:
-    config = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / f"{name}.yaml"))
-    return spec_from_config(OmegaConf.to_object(config), classes)
+    return spec_from_config(shipped_config(name), classes)
 
 
 def tiny(classes=CLASSES, **changes) -> ModelSpec:
@@ -97,7 +103,6 @@ def test_spec_from_config_repeats_one_number_for_every_channel():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"library": "keras"}, "model.library: 'keras' is not known; allowed: timm, torchvision"),
         ({"image_size": 0}, "model.image_size: 0 is not allowed"),
         ({"channels": -1}, "model.channels: -1 is not allowed"),
         ({"library": "torchvision", "channels": 1}, "model.channels: 1 is not allowed with library torchvision"),
@@ -108,11 +113,18 @@ def test_spec_from_config_repeats_one_number_for_every_channel():
         ({"std": [float("inf")]}, "model.std: .* finite numbers above 0"),
         ({"pretrained": True, "weights": "x"}, "model.weights: 'x' contradicts model.pretrained"),
         ({"model_args": {"num_classes": 3}}, "model.model_args.num_classes: set by sophon"),
+        ({"scheduler": {"beta_end": 0.01}}, "model.scheduler: only models of library diffusers have one; leave it out"),
+        ({"class_conditional": True}, "model.class_conditional: only models of library diffusers have one"),
     ],
 )
 def test_wrong_configs_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         spec_from_config(ModelConfig(**{"architecture": "resnet18", **changes}), CLASSES)
+
+
+def test_unknown_libraries_are_refused():
+    with pytest.raises(UserError, match=r"model\.library: 'keras' is not known; allowed: diffusers, timm, torchvision"):
+        create(ModelConfig(library="keras", architecture="resnet18"), CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +202,20 @@ def test_weights_load_from_a_file_or_a_folder(tmp_path, as_folder):
     write_tensors(tmp_path / "model.safetensors", source.state_dict())
     load_weights(target, tmp_path if as_folder else str(tmp_path / "model.safetensors"))
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+def test_create_builds_the_configured_model_and_loads_the_weights_that_it_names(tmp_path):
+    write_tensors(tmp_path / "model.safetensors", built(tiny(), 1).state_dict())
+    config = shipped_config("resnet_tiny")
+    torch.manual_seed(2)
+    random, spec = create(config, CLASSES)
+    config.weights = str(tmp_path)
+    loaded, same = create(config, CLASSES)
+    assert spec == same == tiny()
+    for key, value in built(tiny(), 2).state_dict().items():
+        assert torch.equal(random.state_dict()[key], value)
+    for key, value in built(tiny(), 1).state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
 
 
 def renamed(state):

@@ -270,7 +270,7 @@ def test_all_diverged_leaves_the_weights() -> None:
     model = tiny_model().float()
     before = state_of(model)
     wild = sampler(optimizers={"nesterov": [1e38, 1e38]}, steps=[8, 8])
-    task = ClassificationTask(tiny_spec())
+    task = ClassificationTask(tiny_spec(), suppression_loss="klu")
     fts = Suppressor(model, task, RESTRICTED, wild, replace(METHOD, attackers=3), 0)
     step = fts.step(0)
     assert step.diverged == 3
@@ -283,7 +283,8 @@ def test_the_diverged_are_left_out(simulated: list[tuple[FineTuneStrategy, Simul
     model = tiny_model().float()
     start = parameters_of(model)
     mixed = sampler(optimizers={"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}, steps=[8, 8])
-    fts = Suppressor(model, ClassificationTask(tiny_spec()), RESTRICTED, mixed, replace(METHOD, attackers=6), 0)
+    task = ClassificationTask(tiny_spec(), suppression_loss="klu")
+    fts = Suppressor(model, task, RESTRICTED, mixed, replace(METHOD, attackers=6), 0)
     step = fts.step(0)
     tame = [run for strategy, run in simulated if strategy.lr < 1]
     assert 0 < len(tame) < 6

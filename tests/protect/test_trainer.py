@@ -27,7 +27,16 @@ from sophon.protect.trainer import STATE_FILE, Trainer, last_good
 from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask, Metric
 from sophon.tracking import Tracker
-from tests.tiny import TinyNet, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec
+from tests.tiny import (
+    TinyNet,
+    assert_same_state,
+    state_of,
+    tiny_bands,
+    tiny_denoising,
+    tiny_model,
+    tiny_spec,
+    tiny_unet,
+)
 
 ORIGINAL = tiny_bands("original", ("train", "val", "test"), seed=20)
 RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=30, across=True)
@@ -42,7 +51,7 @@ class Scripted(ClassificationTask):
     """Measures what it is told to: the reference first, then whatever the guard looks at."""
 
     def __init__(self, values: Iterable[float] = (), *, higher: bool = True) -> None:
-        super().__init__(tiny_spec(), dtype=torch.float64)
+        super().__init__(tiny_spec(), suppression_loss="klu", dtype=torch.float64)
         self.metric = Metric("score", "", higher)
         self.values = itertools.chain(values, itertools.repeat(50.0))
         self.before_loss: Callable[[], None] = lambda: None
@@ -186,7 +195,7 @@ def test_more_weight_means_more_steps(tmp_path: Path) -> None:
 
 def test_nothing_acceptable(tmp_path: Path) -> None:
     run = trainer(tmp_path, Scripted([50, *[10] * 20]))
-    with pytest.raises(GuardError, match=r"guard.tolerance: no round kept score on val within 1.0 of 50.00") as caught:
+    with pytest.raises(GuardError, match=r"guard.tolerance: no round kept score on val within 1.0 of 50;") as caught:
         run.run()
     assert "\n" not in str(caught.value)
     with pytest.raises(GuardError, match="no state that satisfied the guard"):
@@ -220,6 +229,56 @@ def test_lower_is_better(tmp_path: Path) -> None:
     ]
     assert [row["val_loss"] for row in run.at.history] == pytest.approx([0.09, -0.4, 0.11, 0.09])
     assert position.good == 0.59
+
+
+def test_relative_tolerance_is_in_percent_of_the_reference(tmp_path: Path) -> None:
+    """Of an error of 0.5, five percent are 0.025, whichever way it goes."""
+    values = [0.5, 0.52, 0.53, 0.53, 0.1, 0.526, 0.524]
+    run = trainer(tmp_path, Scripted(values, higher=False), tolerance=5.0, relative=True)
+    position = run.run()
+    assert rows(run, "val", "repaired", "accepted") == [
+        (0.52, False, True),
+        (0.53, True, False),
+        (0.1, False, True),
+        (0.524, True, True),
+    ]
+    assert [row["val_loss"] for row in run.at.history] == pytest.approx([4, 6, -80, 4.8])
+    assert (position.before, position.good, position.rollbacks) == (0.5, 0.524, 1)
+
+
+@pytest.mark.parametrize("higher", [False, True])
+@pytest.mark.parametrize(("percent", "accepted"), [(6.24, True), (6.25, True), (6.26, False)])
+def test_relative_tolerance_at_its_edge(higher: bool, percent: float, accepted: bool, tmp_path: Path) -> None:
+    """A sixteenth of 64 is exact; an accuracy falls where an error grows."""
+    value = 64 * (1 - percent / 100) if higher else 64 * (1 + percent / 100)
+    run = trainer(
+        tmp_path, Scripted([64, value, 64], higher=higher), method=replace(METHOD, rounds=2), tolerance=6.25,
+        relative=True, repair_steps=0,
+    )  # fmt: skip
+    assert run.run().rollbacks == (not accepted)
+    assert rows(run, "accepted") == [(accepted,), (True,)]
+    assert run.at.history[0]["val_loss"] == pytest.approx(percent)
+
+
+def test_relative_tolerance_of_a_negative_metric(tmp_path: Path) -> None:
+    """Percent of its size: worse stays worse."""
+    run = trainer(
+        tmp_path, Scripted([-10, -9.6, -9, -10, -10], higher=False), tolerance=5.0, relative=True, repair_steps=0
+    )
+    run.run()
+    assert [row["val_loss"] for row in run.at.history][:2] == pytest.approx([4, 10])
+    assert rows(run, "accepted")[:2] == [(True,), (False,)]
+
+
+def test_nothing_within_percent(tmp_path: Path) -> None:
+    values = [0.5, *[0.6] * 20]
+    run = trainer(tmp_path, Scripted(values, higher=False), tolerance=5.0, relative=True)
+    with pytest.raises(
+        GuardError, match=r"^guard.tolerance: no round kept score on val within 5.0 % of 0.5; raise it"
+    ) as caught:
+        run.run()
+    assert "\n" not in str(caught.value)
+    assert run.at.rollbacks == METHOD.rounds
 
 
 def test_a_metric_that_is_not_a_number_is_a_breach(tmp_path: Path) -> None:
@@ -287,7 +346,7 @@ def long_run(folder: Path, told: Callable[[int], None] = lambda number: None, ki
     model = tiny_model().to(dtype)
     if kind == "channels_last":
         model = model.to(memory_format=torch.channels_last)
-    task = Sensitive(tiny_spec(), dtype=dtype, distillation=0.5)
+    task = Sensitive(tiny_spec(), suppression_loss="klu", dtype=dtype, distillation=0.5)
     return trainer(folder, task, told, model, LONG, every=2, tolerance=4.0)
 
 
@@ -378,6 +437,72 @@ def test_stopped_after_every_round(uninterrupted: tuple[str, dict[str, Any]], tm
     again = long_run(tmp_path, lambda number: pytest.fail("a finished run has no rounds left"), kind)
     again.run()
     assert_equal(state_of(again.model), expected["model"])
+
+
+DENOISERS_METHOD = replace(METHOD, rounds=4, fts_steps=1, attackers=2, distillation=0.5, probe_steps=1)
+
+
+def denoisers_run(folder: Path, conditional: bool, told: Callable[[int], None] = lambda number: None) -> Trainer:
+    """Checked after every second round; the head starts of a conditional model are of every kind."""
+    task = tiny_denoising(conditional=conditional)
+    task.distillation = DENOISERS_METHOD.distillation
+    model = tiny_unet(conditional=conditional)
+    heads = ["kept", "fresh", "probed"] if conditional else ["kept"]
+    return Trainer(
+        copy.deepcopy(model),
+        model,
+        task,
+        ORIGINAL,
+        RESTRICTED,
+        StrategySampler(replace(SAMPLER, steps=[1, 2], heads=heads)),
+        DENOISERS_METHOD,
+        GuardConfig(every=2, tolerance=1e6, relative=True, repair_steps=1),
+        0,
+        folder,
+        Listener(told),
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unconditional", "conditional"])
+def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, dict[str, Any]]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    run = denoisers_run(tmp_path_factory.mktemp("denoiser"), request.param)
+    run.run()
+    assert run.at.good_round == DENOISERS_METHOD.rounds
+    assert run.suppressor.probed_head.keys() == ({"class_embedding.weight"} if request.param else set())
+    return request.param, everything(run)
+
+
+@pytest.mark.parametrize(("at", "how"), [(1, "stopped"), (3, "killed")])
+def test_a_denoisers_protection_goes_on_to_the_bit(
+    at: int, how: str, denoiser: tuple[bool, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its losses draw noise and timesteps from torch's global generator, which another process finds elsewhere."""
+    conditional, expected = denoiser
+
+    def told(number: int) -> None:
+        torch.rand(number)  # whatever a tracker may draw
+        if number == at and how == "killed":
+            raise KilledError
+        if number == at:
+            signal.raise_signal(signal.SIGINT)
+
+    torch.manual_seed(at)
+    with pytest.raises(KilledError if how == "killed" else KeyboardInterrupt):
+        denoisers_run(tmp_path, conditional, told).run()
+    torch.manual_seed(1000 + at)
+    torch.rand(at)
+    run = denoisers_run(tmp_path, conditional)
+    assert run.at.round == (2 * ((at - 1) // 2) if how == "killed" else at)
+    run.run()
+    assert_equal(everything(run), expected)
+
+
+def test_a_denoisers_protection_moves_all_of_it(denoiser: tuple[bool, dict[str, Any]]) -> None:
+    conditional, found = denoiser
+    before = state_of(tiny_unet(conditional=conditional))
+    assert all(value.isfinite().all() and not torch.equal(value, before[name]) for name, value in found["good"].items())
 
 
 def test_state_is_one_safetensors_file(tmp_path: Path) -> None:
@@ -497,7 +622,7 @@ def test_protection_costs_the_attacker_and_not_the_original_domain(seed: int, tm
     original = tiny_bands("original", ("train", "val", "test"), 100 * seed, per_class=20)
     splits = ("adapt", "query", "test", "attack")
     restricted = tiny_bands("restricted", splits, 100 * seed + 50, across=True, per_class=20)
-    task = ClassificationTask(tiny_spec())
+    task = ClassificationTask(tiny_spec(), suppression_loss="klu")
     torch.manual_seed(seed)
     reference = TinyNet()
     pretraining = FineTuneStrategy(optimizer="adam", lr=0.02, batch_size=20, steps=80)

@@ -6,12 +6,23 @@ import pytest
 import torch
 from torch import nn
 
+from sophon.config import Config, MethodConfig, TaskConfig
 from sophon.domains import ImageSet
 from sophon.errors import UserError
-from sophon.losses import SUPPRESSION_LOSSES, distillation
+from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES, distillation
 from sophon.models import ModelSpec
-from sophon.tasks import ClassificationTask, evaluating
-from tests.tiny import CLASSES, assert_same_state, state_of, tiny_batches, tiny_images, tiny_model, tiny_spec, tiny_task
+from sophon.tasks import TASKS, ClassificationTask, evaluating, make_task
+from tests.tiny import (
+    CLASSES,
+    assert_same_state,
+    state_of,
+    tiny_batches,
+    tiny_images,
+    tiny_model,
+    tiny_spec,
+    tiny_task,
+    tiny_unet_spec,
+)
 
 BATCH = tiny_batches(5, 1)[0]
 
@@ -57,6 +68,23 @@ def test_accuracy_by_hand_counts_the_short_last_batch() -> None:
     assert (task.metric.name, task.metric.unit, task.metric.higher_is_better) == ("accuracy", "%", True)
 
 
+def test_details_are_the_mean_cross_entropy() -> None:
+    """Over images, not over batches: the short last batch weighs what it holds."""
+    model, task, images = tiny_model().train(), tiny_task(), tiny_images(0)
+    task.evaluation_batch_size = 7
+    before = state_of(model)
+    details = task.details(model, images)
+    assert_same_state(model, before)
+    assert all(part.training for part in model.modules())
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(task.logits(model.eval(), images.images), images.labels)
+    assert details == {"cross-entropy": pytest.approx(expected.item(), rel=1e-12)}
+
+
+def test_a_classifier_generates_nothing() -> None:
+    assert tiny_task().sample(tiny_model(), 4, 0) is None
+
+
 def test_evaluate_leaves_modes_and_buffers() -> None:
     model, task = tiny_model(), tiny_task()
     model.train()
@@ -89,9 +117,10 @@ def test_losses_are_those_of_the_logits(loss: str) -> None:
     torch.testing.assert_close(task.suppression_loss(model, BATCH), SUPPRESSION_LOSSES[loss](logits, BATCH.labels))
 
 
-def test_unknown_suppression_loss() -> None:
-    with pytest.raises(UserError, match=r"method.suppression_loss: 'dos' is not known; allowed: .*klu"):
-        tiny_task("dos")
+@pytest.mark.parametrize("loss", ["magic", *DENOISING_SUPPRESSION_LOSSES])
+def test_unknown_suppression_loss(loss: str) -> None:
+    with pytest.raises(UserError, match=rf"method.suppression_loss: '{loss}' is not known; allowed: .*klu"):
+        tiny_task(loss)
 
 
 def test_train_mode_of_all() -> None:
@@ -113,6 +142,14 @@ def test_train_mode_of_the_head_keeps_the_backbone_in_evaluation() -> None:
     before = state_of(model)
     task.attacker_loss(model, BATCH)
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("scope", ["attention", "last_blocks", "tail"])
+def test_a_scope_of_other_models_is_refused_and_changes_nothing(scope: str) -> None:
+    model = tiny_model().train()
+    with pytest.raises(UserError, match=rf"^scope: '{scope}' is not known; allowed: all, head$"):
+        tiny_task().train_mode(model, scope)
+    assert all(part.training for part in model.modules())
 
 
 @pytest.mark.parametrize("head", ["fresh", "probed"])
@@ -172,3 +209,45 @@ def test_amp_changes_nothing_on_the_cpu() -> None:
     model = tiny_model().float().eval()
     plain, amp = (ClassificationTask(tiny_spec(), amp=amp) for amp in (False, True))
     assert torch.equal(plain.logits(model, BATCH.images), amp.logits(model, BATCH.images))
+
+
+# --- made of a configuration --------------------------------------------------------------------------------------
+
+
+def config(name: str = "classification", **method: object) -> Config:
+    return Config(task=TaskConfig(name=name), method=MethodConfig(name="test", **method))  # type: ignore[arg-type]
+
+
+def test_a_protection_gets_its_losses() -> None:
+    settings = config(suppression_loss="ice", distillation=0.5, temperature=3.0)
+    task = make_task(settings, tiny_spec(), amp=True, protects=True)
+    assert isinstance(task, ClassificationTask)
+    assert (task.distillation, task.temperature, task.amp) == (0.5, 3.0, True)
+    model = tiny_model().float().eval()
+    logits = task.logits(model, BATCH.images)
+    torch.testing.assert_close(task.suppression_loss(model, BATCH), SUPPRESSION_LOSSES["ice"](logits, BATCH.labels))
+
+
+def test_an_audit_needs_no_method() -> None:
+    """Whatever the method's section says: a denoiser's loss there is no error of an audit of a classifier."""
+    task = make_task(config(suppression_loss="dos", distillation=0.5), tiny_spec(), amp=False)
+    assert isinstance(task, ClassificationTask)
+    assert task.distillation == 0
+    from_config = ClassificationTask.from_config(tiny_spec(), TaskConfig(), None, amp=False)
+    assert vars(task).keys() == vars(from_config).keys()
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^task.name: 'juggling' is not known; allowed: classification, denoising$"):
+        make_task(config("juggling"), tiny_spec(), amp=False)
+    assert set(TASKS) == {"classification", "denoising"}
+
+
+def test_a_protection_with_a_loss_of_the_other_task_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^method.suppression_loss: 'dos' is not known; allowed: .*klu"):
+        make_task(config(suppression_loss="dos"), tiny_spec(), amp=False, protects=True)
+
+
+def test_a_denoiser_is_no_classifier() -> None:
+    with pytest.raises(UserError, match=r"^model.library: 'diffusers' is not known; allowed: timm, torchvision$"):
+        make_task(config(), tiny_unet_spec(), amp=False)

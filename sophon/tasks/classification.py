@@ -1,69 +1,21 @@
-"""What the loops need to know of a model kind. No other room asks whether a model classifies or denoises."""
+"""Image classification, as the loops see it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import losses
+from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
 from sophon.errors import UserError, choose
-from sophon.models import ModelSpec, head_prefix, with_fresh_head
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A task's primary metric: its name, its unit, and whether more of it is better for the attacker."""
-
-    name: str
-    unit: str
-    higher_is_better: bool
-
-
-class Task(Protocol):
-    """A model kind, as the loops see it. Losses are scalars to minimise for whoever calls them."""
-
-    metric: Metric
-
-    def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return what an attacker minimises while it fine-tunes."""
-
-    def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return what the defender minimises on an attacker's fine-tuned model."""
-
-    def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None) -> Tensor:
-        """Return what the defender minimises on the original domain; ``reference`` is distilled from if asked for."""
-
-    def evaluate(self, model: nn.Module, images: ImageSet) -> float:
-        """Return the primary metric; leaves the model's modes and buffers as they were."""
-
-    def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-        """Put what ``scope`` trains in training mode and all else in evaluation mode; return its parameters by name."""
-
-    def head_names(self, model: nn.Module) -> set[str]:
-        """Name the parameters that belong to the domain rather than to the features."""
-
-    def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
-        """Make the model's head ready for ``classes``: checked when ``kept``, newly initialised otherwise."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in evaluation mode without gradients, and give every module its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+from sophon.models import ModelSpec
+from sophon.models.classifiers import LIBRARIES, head_prefix, with_fresh_head
+from sophon.tasks.task import Metric, evaluating
 
 
 class ClassificationTask:
@@ -71,16 +23,17 @@ class ClassificationTask:
 
     Args:
         spec: the model's input: images are normalised with its mean and std.
-        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`.
+        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`; None where nothing is protected.
         distillation: weight of the reference's distillation in `original_loss`, >= 0.
         temperature: of the distillation, > 0.
         amp: autocast to bfloat16 where the images lie on a CUDA device.
         dtype: of the normalised images; float64 serves gradient checks.
 
     Raises:
-        UserError: the suppression loss is not known.
+        UserError: the suppression loss is not known, or the model does not classify.
     """
 
+    libraries = LIBRARIES
     metric = Metric("accuracy", "%", higher_is_better=True)
     evaluation_batch_size = 500
 
@@ -88,20 +41,36 @@ class ClassificationTask:
         self,
         spec: ModelSpec,
         *,
-        suppression_loss: str = "klu",
+        suppression_loss: str | None = None,
         distillation: float = 0.0,
         temperature: float = 2.0,
         amp: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        choose("method.suppression_loss", suppression_loss, losses.SUPPRESSION_LOSSES)
+        choose("model.library", spec.library, self.libraries)
         self.spec = spec
         self.distillation = distillation
         self.temperature = temperature
         self.amp = amp
-        self._suppression: Callable[[Tensor, Tensor], Tensor] = losses.SUPPRESSION_LOSSES[suppression_loss]
+        self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
+        if suppression_loss is not None:
+            choose("method.suppression_loss", suppression_loss, losses.SUPPRESSION_LOSSES)
+            self._suppression = losses.SUPPRESSION_LOSSES[suppression_loss]
         self._mean = torch.tensor(spec.mean, dtype=dtype).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.std, dtype=dtype).view(1, -1, 1, 1)
+
+    @classmethod
+    def from_config(cls, spec: ModelSpec, settings: TaskConfig, method: MethodConfig | None, *, amp: bool) -> Self:
+        """Make the task of a run; ``method`` is None where nothing is protected."""
+        if method is None:
+            return cls(spec, amp=amp)
+        return cls(
+            spec,
+            suppression_loss=method.suppression_loss,
+            distillation=method.distillation,
+            temperature=method.temperature,
+            amp=amp,
+        )
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalise uint8 [B, C, H, W] to float [B, C, H, W] with the statistics of the model."""
@@ -121,6 +90,7 @@ class ClassificationTask:
 
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the configured suppression loss."""
+        assert self._suppression is not None  # only a protection asks for it, and its task was given one
         return self._suppression(self.logits(model, batch.images), batch.labels)
 
     def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None = None) -> Tensor:
@@ -141,12 +111,28 @@ class ClassificationTask:
                 correct += int((self.logits(model, batch.images).argmax(1) == batch.labels).sum())
         return 100 * correct / len(images)
 
+    def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
+        """Return the mean cross-entropy."""
+        total = 0.0
+        with evaluating(model):
+            for batch in evaluation_batches(images, self.evaluation_batch_size):
+                total += float(F.cross_entropy(self.logits(model, batch.images), batch.labels, reduction="sum"))
+        return {"cross-entropy": total / len(images)}
+
+    def sample(self, model: nn.Module, count: int, seed: int) -> None:
+        """Return None: a classifier generates nothing."""
+        return
+
     def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Put what ``scope`` (``all`` or ``head``) trains in training mode; return its parameters by name.
 
         A frozen backbone stays in evaluation mode: its BatchNorm layers then use the statistics they were released
         with, which is what a linear probe means.
+
+        Raises:
+            UserError: ``scope`` is one that classifiers do not have.
         """
+        choose("scope", scope, ("all", "head"))
         model.train(scope == "all")
         if scope == "head":
             model.get_submodule(head_prefix(model, self.spec)).train()
@@ -173,6 +159,3 @@ class ClassificationTask:
                 f"head: 'kept' needs as many classes as the model has, but the model has {outputs} and the restricted "
                 f"domain {len(classes)}; use head fresh or probed, or choose {outputs} of its classes"
             )
-
-
-TASKS: dict[str, type[ClassificationTask]] = {"classification": ClassificationTask}

@@ -1,0 +1,194 @@
+"""How close generated images come to real ones: the Frechet distance between features of a named network.
+
+"FID" names Inception's features and nothing else. Where their weights are not at hand, a small classifier trained here
+gives the features; its distances compare models within one audit and mean nothing beside published ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from sophon.domains import Domain, ImageSet
+from sophon.errors import UserError
+from sophon.finetune import fine_tune
+from sophon.models import ModelSpec, build
+from sophon.runs import derive_seed, read_tensors, sha256_file, write_tensors
+from sophon.strategies import FineTuneStrategy
+from sophon.tasks import ClassificationTask
+
+CACHE = "features.safetensors"
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's file; the end is its sha256's beginning
+_NETWORK = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64], "stem_type": "deep", "stem_width": 8}
+_BATCH = 250
+
+
+class Fidelity:
+    """Frechet distances between sets of images.
+
+    Args:
+        name: of the feature network, for people.
+        metric: made with ``reset_real_features=False``.
+        channels: that the network takes; grey images are repeated.
+        device: where to compute.
+    """
+
+    def __init__(self, name: str, metric: FrechetInceptionDistance, channels: int, device: torch.device) -> None:
+        self.name = name
+        self._metric = metric.to(device)
+        self._channels = channels
+        self._device = device
+        self._real: Tensor | None = None
+
+    def distance(self, generated: Tensor, real: Tensor) -> float:
+        """Return the squared Frechet distance between Gaussians fitted to the features of two sets of images.
+
+        The features of ``real`` are kept and used again as long as the same tensor is given.
+
+        Args:
+            generated: uint8 [N, C, H, W] on any device, N >= 2.
+            real: uint8 [M, C, H, W] on any device, M >= 2.
+
+        Returns:
+            >= 0, up to rounding 0 for a set and itself. It falls as the sets grow: compare equal N and M only.
+
+        Raises:
+            ValueError: a set has fewer than two images.
+        """
+        if min(len(generated), len(real)) < 2:
+            raise ValueError(f"a Frechet distance needs two images of each set; got {len(generated)} and {len(real)}")
+        if real is not self._real:
+            self._real = None
+            self._metric.reset_real_features = True
+            self._metric.reset()
+            self._metric.reset_real_features = False
+            self._add(real, real=True)
+            self._real = real
+        self._metric.reset()
+        self._add(generated, real=False)
+        return max(0.0, float(self._metric.compute()))
+
+    def _add(self, images: Tensor, *, real: bool) -> None:
+        for part in torch.split(images, _BATCH):
+            part = part.to(self._device)
+            self._metric.update(part.expand(-1, self._channels, -1, -1), real=real)
+
+
+def feature_network(
+    original: Domain, restricted: Domain, *, seed: int, folder: Path, device: torch.device, steps: int = 300
+) -> Fidelity:
+    """Choose the features to measure by: Inception's if they are at hand, else those of a network trained here.
+
+    Inception-v3 is at hand where torch-fidelity is installed and its weights lie, whole, in torch.hub's cache; nothing
+    is downloaded. The network trained here learns to tell apart the classes of both domains, from the splits ``train``
+    and ``adapt``; an audit that goes on finds it in ``folder``.
+
+    Args:
+        original: with the split ``train``.
+        restricted: with the split ``adapt``; images of the same shape.
+        seed: of the network that is trained here; the global generators are left as they were.
+        folder: the audit's; gets `CACHE`.
+        device: where to train and to compute.
+        steps: of training, >= 1.
+
+    Raises:
+        UserError: ``folder`` holds a network that is damaged or was trained on something else, training diverged, or
+            the file system refuses.
+    """
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
+    if find_spec("torch_fidelity") and weights.exists() and sha256_file(weights).startswith(weights.stem[-8:]):
+        with _plain_tensors_only():
+            inception = FrechetInceptionDistance(
+                feature=2048, reset_real_features=False, feature_extractor_weights_path=str(weights)
+            )
+        return Fidelity("Inception-v3 (FID)", inception, 3, device)
+    features = _trained(original, restricted, seed, folder / CACHE, device, steps)
+    name = f"small ResNet trained here on {original.name} and {restricted.name}, {features.num_features} features"
+    metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
+    return Fidelity(name, metric, original["train"].images.shape[1], device)
+
+
+@contextmanager
+def _plain_tensors_only() -> Iterator[None]:
+    """Have torch refuse anything but plain tensors in a file; torch-fidelity would run whatever is pickled in it."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+class _Features(nn.Module):
+    """A classifier's penultimate features, float [B, num_features], of uint8 images [B, C, H, W]."""
+
+    def __init__(self, classifier: Any, task: ClassificationTask) -> None:
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(requires_grad=False)
+        self.task = task
+        self.num_features: int = classifier.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.classifier.forward_features(self.task.prepare(images))
+        features: Tensor = self.classifier.forward_head(maps, pre_logits=True)
+        return features
+
+
+def _trained(
+    original: Domain, restricted: Domain, seed: int, path: Path, device: torch.device, steps: int
+) -> _Features:
+    """Return the network that lies at ``path``, or train it and leave it there."""
+    images = _together(original, restricted).to(device)
+    channels, size = images.images.shape[1:3]
+    spec = ModelSpec("timm", "resnet18", images.classes, channels, size, (0.5,) * channels, (0.5,) * channels, _NETWORK)
+    task = ClassificationTask(spec)
+    strategy = FineTuneStrategy("adam", lr=3e-3, schedule="warmup_cosine", steps=steps)
+    facts: dict[str, Any] = {
+        "original": original.hashes["train"],
+        "restricted": restricted.hashes["adapt"],
+        "seed": seed,
+        "network": _NETWORK,
+        "strategy": asdict(strategy),
+    }
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, "features"))
+        model = build(spec).to(device)
+        if path.exists():
+            model.load_state_dict(_cached(path, facts))
+        else:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "features", "batches"))
+            if not fine_tune(model, strategy, task, images, generator):
+                raise UserError(
+                    "attack.frechet_samples: the feature network's training diverged on these domains; set it to 0"
+                )
+            write_tensors(path, model.state_dict(), facts)
+    return _Features(model, task)
+
+
+def _cached(path: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    # Distances in features of two networks do not compare: what was measured before must be measured on alike.
+    tensors, found = read_tensors(path)
+    if found != facts:
+        raise UserError(f"run_dir: '{path}' was trained on other images or in another way; give another run_dir")
+    return tensors
+
+
+def _together(original: Domain, restricted: Domain) -> ImageSet:
+    """Return the defender's training images of both domains as one set, whose classes are those of both."""
+    first, second = original["train"], restricted["adapt"]
+    names = [f"{domain.name}: {name}" for domain in (original, restricted) for name in domain.classes]
+    labels = torch.cat([first.labels, second.labels + len(original.classes)])
+    return ImageSet(torch.cat([first.images, second.images]), labels, tuple(names))

@@ -1,0 +1,283 @@
+"""Denoisers: diffusers' `UNet2DModel` with a DDPM noise schedule, built from a `ModelSpec`, kept as a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from sophon.config import ModelConfig
+from sophon.errors import UserError, choose
+from sophon.models.common import Card, check_input, load_state, one_line
+from sophon.models.pipeline import (
+    ARCHITECTURE,
+    CONFIG,
+    FILES,
+    RESERVED,
+    SCHEDULER,
+    UNET,
+    WEIGHTS,
+    complete_schedule,
+    key_of,
+    read_pipeline,
+    within,
+)
+from sophon.models.spec import ModelSpec
+from sophon.runs import read_tensors, write_tensors, write_text
+from sophon.strategies import SCOPES
+
+__all__ = [
+    "CONFIG",
+    "LIBRARIES",
+    "WEIGHTS",
+    "build",
+    "card",
+    "class_count",
+    "create",
+    "load_weights",
+    "save",
+    "scope_names",
+    "spec_from_config",
+    "with_fresh_classes",
+]
+
+LIBRARIES = ("diffusers",)
+
+# Models that older diffusers saved, such as google/ddpm-cifar10-32, name the layers of attention otherwise.
+_OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def spec_from_config(config: ModelConfig, classes: Sequence[str], start: Path | None = None) -> ModelSpec:
+    """Check a denoiser's configuration and complete it.
+
+    Args:
+        config: the ``model`` group.
+        classes: names of the original domain's classes, in the order of the labels.
+        start: the weights to start from. If it is a pipeline's folder, its own network and noise schedule take the
+            place of ``model_args`` and ``scheduler``.
+
+    Returns:
+        The spec, with every setting of the noise schedule.
+
+    Raises:
+        UserError: a value is out of range or contradicts another; the message names its key.
+    """
+    mean, std = check_input(config, RESERVED)
+    if set(mean + std) != {0.5}:
+        raise UserError(
+            f"model.mean: {list(config.mean)} and std {list(config.std)} are not allowed with library diffusers, whose "
+            "pipelines work on -1 .. 1; allowed: 0.5 and 0.5"
+        )
+    if start is not None and start.is_dir():
+        network, schedule = read_pipeline(start, config, len(classes))
+    else:
+        choose("model.architecture", config.architecture, (ARCHITECTURE,))
+        network, schedule = dict(config.model_args), complete_schedule("model.scheduler", config.scheduler)
+        if config.class_conditional:
+            network["num_class_embeds"] = len(classes)
+    spec = ModelSpec(
+        library="diffusers",
+        architecture=ARCHITECTURE,
+        classes=tuple(classes),
+        channels=config.channels,
+        image_size=config.image_size,
+        mean=mean,
+        std=std,
+        model_args=network,
+        scheduler=schedule,
+    )
+    _try_out(spec)
+    return spec
+
+
+def _try_out(spec: ModelSpec) -> None:
+    """Run the network once without numbers: what does not fit together would otherwise show in the first step."""
+    # another embedding divides by the timestep, or does not know how many there are
+    embedding = spec.model_args.get("time_embedding_type", "positional")
+    choose("model.model_args.time_embedding_type", embedding, ("positional",))
+    with torch.device("meta"):
+        module = build(spec)
+        halvings = len(module.down_blocks) - 1  # type: ignore[arg-type]
+        if spec.image_size % 2**halvings:
+            raise UserError(
+                f"model.image_size: {spec.image_size} cannot be halved {halvings} times, as this U-Net does; give a "
+                f"multiple of {2**halvings}"
+            )
+        shape = (1, spec.channels, spec.image_size, spec.image_size)
+        label = torch.zeros(1, dtype=torch.int64) if class_count(module) else None
+        try:
+            module(torch.empty(shape), 0, class_labels=label)
+        except Exception as error:  # layers raise whatever their first misused argument leads to
+            raise _misfit(spec, error) from error
+
+
+def _misfit(spec: ModelSpec, error: Exception) -> UserError:
+    return UserError(f"model.model_args: {dict(spec.model_args)} does not make a {ARCHITECTURE}: {one_line(error)}")
+
+
+def _start(config: ModelConfig) -> Path | None:
+    """Return the weights to start from: a file or a pipeline's folder; that of a Hub id is fetched into the cache."""
+    if not config.pretrained:
+        return None if config.weights is None else Path(config.weights)
+    if config.architecture == ARCHITECTURE:
+        raise UserError(
+            f"model.architecture: '{ARCHITECTURE}' has no pretrained weights; with model.pretrained=true give the Hub "
+            "id of a pipeline, such as google/ddpm-cifar10-32"
+        )
+    try:
+        return Path(snapshot_download(config.architecture, allow_patterns=list(FILES)))
+    except Exception as error:  # network, cache and Hub errors share no base class
+        raise UserError(f"model.pretrained: no pipeline '{config.architecture}': {one_line(error)}") from error
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """Build a denoiser with random weights from torch's global generator.
+
+    Returns:
+        A `UNet2DModel`: x_t [B, channels, image_size, image_size] and t [B] to a prediction of x_t's shape.
+
+    Raises:
+        UserError: ``model_args`` do not fit the architecture.
+    """
+    own = {"sample_size": spec.image_size, "in_channels": spec.channels, "out_channels": spec.channels}
+    try:
+        module: nn.Module = UNet2DModel(**own, **spec.model_args)
+    except Exception as error:  # constructors raise whatever their first misused argument leads to
+        raise _misfit(spec, error) from error
+    return module
+
+
+def create(config: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, ModelSpec]:
+    """Build what a configuration asks for, with the weights that it names."""
+    start = _start(config)
+    spec = spec_from_config(config, classes, start)
+    module = build(spec)
+    if start is not None:
+        load_weights(module, start, key=key_of(config))
+    return module, spec
+
+
+def load_weights(module: nn.Module, path: str | Path, *, key: str = "model.weights") -> None:
+    """Load a denoiser's weights, all of them.
+
+    Args:
+        module: the model, on any device.
+        path: a ``.safetensors`` file, or a pipeline's folder.
+        key: the configuration key that messages name.
+
+    Raises:
+        UserError: the file is missing or corrupt, or its names or shapes are not the model's. The model is unchanged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder, path = path, within(path, WEIGHTS)
+        if not path.is_file():
+            raise UserError(
+                f"{key}: '{folder}' holds no {WEIGHTS} (neither pickles nor shards are read); save it again with "
+                "diffusers' save_pretrained, safe_serialization=True"
+            )
+    tensors, _ = read_tensors(path)
+    load_state(module, {_current_name(name): tensor for name, tensor in tensors.items()}, f"{key}: {path}")
+
+
+def _current_name(name: str) -> str:
+    path, _, kind = name.rpartition(".")
+    above, _, layer = path.rpartition(".")
+    return f"{above}.{_OLDER_NAMES[layer]}.{kind}" if layer in _OLDER_NAMES else name
+
+
+def save(folder: Path, module: nn.Module, spec: ModelSpec) -> None:
+    """Write the pipeline's folder, as `DiffusionPipeline.from_pretrained` loads it."""
+    # not by save_pretrained: it neither flushes what it writes nor explains why it could not
+    scheduler = DDPMScheduler(**spec.scheduler)
+    parts: dict[str, Any] = {
+        CONFIG: DDPMPipeline(unet=module, scheduler=scheduler),
+        UNET: module,
+        SCHEDULER: scheduler,
+    }
+    for name, part in parts.items():
+        write_text(folder / name, part.to_json_string())
+    write_tensors(folder / WEIGHTS, module.state_dict())
+
+
+def class_count(module: nn.Module) -> int:
+    """Return how many classes a denoiser is conditioned on; 0 for an unconditional one."""
+    embedding = getattr(module, "class_embedding", None)
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 0
+
+
+def with_fresh_classes(module: nn.Module, classes: Sequence[str]) -> None:
+    """Replace, in place, the class embedding by a newly initialised one, drawn from torch's global generator."""
+    old = module.get_submodule("class_embedding")
+    assert isinstance(old, nn.Embedding)  # the caller asked class_count
+    new = nn.Embedding(len(classes), old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
+    module.set_submodule("class_embedding", new.train(old.training))
+    module.register_to_config(num_class_embeds=len(classes))  # type: ignore[operator]
+
+
+def scope_names(module: nn.Module, scope: str) -> set[str]:
+    """Name the parameters that an attacker's scope trains.
+
+    Args:
+        module: a `UNet2DModel`.
+        scope: ``all``; ``head``: the class embedding; ``last_blocks``: the last up block and the output layers;
+            ``attention``: every attention layer.
+
+    Raises:
+        UserError: the scope is not known, or the model has nothing of it.
+    """
+    choose("scope", scope, SCOPES)
+    prefixes: tuple[str, ...] = ("",)
+    if scope == "head":
+        prefixes = ("class_embedding.",)
+    elif scope == "last_blocks":
+        prefixes = (f"up_blocks.{len(module.up_blocks) - 1}.", "conv_norm_out.", "conv_out.")  # type: ignore[arg-type]
+    elif scope == "attention":
+        prefixes = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Attention))
+    names = {name for name, _ in module.named_parameters() if name.startswith(prefixes)}
+    if not names:
+        raise UserError(
+            f"scope: '{scope}' trains nothing of this denoiser; it has no such layers; use all or last_blocks"
+        )
+    return names
+
+
+_UNCONDITIONAL = """\
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PATH")
+images = pipeline(batch_size=4, num_inference_steps={steps}).images"""
+_CONDITIONAL = """\
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PATH")  # it takes no classes itself: call the network
+x, label = torch.randn({shape}), torch.tensor([0])
+for t in pipeline.scheduler.timesteps:
+    with torch.no_grad():
+        x = pipeline.scheduler.step(pipeline.unet(x, t, class_labels=label).sample, t, x).prev_sample
+images = (x.clamp(-1, 1) + 1) / 2"""
+
+
+def card(spec: ModelSpec) -> Card:
+    """Return what a model card says of a denoiser."""
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    steps, predicted = spec.scheduler["num_train_timesteps"], spec.scheduler["prediction_type"]
+    notes = (
+        f"Images: {' x '.join(map(str, shape))}, scaled to -1..1. Noise schedule: {steps} steps; the network predicts "
+        f"`{predicted}`.",
+    )
+    count = spec.model_args.get("num_class_embeds")
+    if not count:
+        loading = _UNCONDITIONAL.format(steps=steps)
+        return Card("unconditional-image-generation", "A denoising diffusion model", notes, loading)
+    classes = f"Classes, in the order of the labels: {', '.join(f'`{name}`' for name in spec.classes)}."
+    kind = f"A denoising diffusion model conditioned on {count} classes"
+    # the Hub has no tag for generation by class
+    return Card("unconditional-image-generation", kind, (*notes, classes), _CONDITIONAL.format(shape=(1, *shape)))

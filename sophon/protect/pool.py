@@ -1,0 +1,119 @@
+"""Persistent attackers: a pool that lives across rounds, so that a long horizon costs no more than a short one.
+
+A simulated attacker's weights are kept as its displacement from the released ones. When its turn comes again the
+released weights have moved, and it goes on from them plus its displacement. To first order, whose meta-gradient is the
+sum of the query gradients along the trajectory, this is FTS with the horizon of a whole life at the price of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon.strategies import FineTuneStrategy
+
+
+@dataclass
+class Member:
+    """An attacker between two of its turns.
+
+    Attributes:
+        strategy: how it fine-tunes.
+        taken: steps that it has taken.
+        displacement: by parameter, from the released weights; absolute values for a head that is not released.
+        buffers: its own, normalisation statistics among them.
+        moments: of its optimizer.
+    """
+
+    strategy: FineTuneStrategy
+    taken: int
+    displacement: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+_PARTS = ("displacement", "buffers", "moments")
+
+
+class Pool:
+    """A fixed number of places for attackers; a place is empty until one is drawn for it, and after its last step.
+
+    Args:
+        size: the number of places, >= 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.members: dict[int, Member] = {}
+
+    def leave(
+        self,
+        place: int,
+        strategy: FineTuneStrategy,
+        taken: int,
+        attacker: nn.Module,
+        released: nn.Module,
+        own: set[str],
+        moments: Mapping[str, Tensor],
+    ) -> None:
+        """Keep an attacker for its next turn.
+
+        Args:
+            place: where, 0 .. size - 1.
+            strategy: how it fine-tunes.
+            taken: steps that it has taken so far.
+            attacker: its model as it is now; copied.
+            released: the released model as it was during the turn.
+            own: names of the parameters that are not released with the model: its head, unless that was kept.
+            moments: of its optimizer; copied.
+        """
+        start = dict(released.named_parameters())
+        with torch.no_grad():
+            displacement = {
+                name: value.clone() if name in own else value - start[name]
+                for name, value in attacker.named_parameters()
+            }
+        buffers = {name: value.clone() for name, value in attacker.named_buffers()}
+        kept = {name: value.clone() for name, value in moments.items()}
+        self.members[place] = Member(strategy, taken, displacement, buffers, kept)
+
+    def enter(self, place: int, attacker: nn.Module, released: nn.Module, own: set[str]) -> Member:
+        """Put the attacker at ``place`` into ``attacker``: the released weights plus its displacement."""
+        member, start = self.members[place], dict(released.named_parameters())
+        with torch.no_grad():
+            for name, value in attacker.named_parameters():
+                moved = member.displacement[name]
+                value.copy_(moved if name in own else start[name] + moved)
+            for name, buffer in attacker.named_buffers():
+                buffer.copy_(member.buffers[name])
+        return member
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every member's tensors by ``<place>/<part>/<name>``, for a state file."""
+        return {
+            f"{place}/{part}/{name}": value
+            for place, member in self.members.items()
+            for part in _PARTS
+            for name, value in getattr(member, part).items()
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return the rest of every member as plain JSON data, for the same file."""
+        return {
+            str(place): {"strategy": asdict(member.strategy), "taken": member.taken}
+            for place, member in self.members.items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Take up what `tensors` and `record` returned."""
+        self.members = {
+            int(place): Member(FineTuneStrategy(**facts["strategy"]), facts["taken"], {}, {}, {})
+            for place, facts in record.items()
+        }
+        for key, value in tensors.items():
+            place, part, name = key.split("/", 2)
+            getattr(self.members[int(place)], part)[name] = value

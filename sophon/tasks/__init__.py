@@ -1,0 +1,36 @@
+"""What the loops need to know of a model kind: `Task`, and the kinds there are."""
+
+from sophon.config import Config
+from sophon.errors import choose
+from sophon.models import ModelSpec
+from sophon.tasks.classification import ClassificationTask
+from sophon.tasks.denoising import DenoisingTask
+from sophon.tasks.task import Metric, Task, evaluating
+
+__all__ = ["TASKS", "ClassificationTask", "DenoisingTask", "Metric", "Task", "evaluating", "kind_of", "make_task"]
+
+TASKS: dict[str, type[ClassificationTask] | type[DenoisingTask]] = {
+    "classification": ClassificationTask,
+    "denoising": DenoisingTask,
+}
+
+
+def kind_of(spec: ModelSpec) -> str:
+    """Name the task that a model is made for."""
+    return next(name for name, task in TASKS.items() if spec.library in task.libraries)
+
+
+def make_task(config: Config, spec: ModelSpec, *, amp: bool, protects: bool = False) -> Task:
+    """Make the task of a run.
+
+    Args:
+        config: the run's; `TaskConfig.name` says which task.
+        spec: the model's.
+        amp: autocast to bfloat16 on a CUDA device.
+        protects: whether the suppression loss and the distillation of `MethodConfig` are needed.
+
+    Raises:
+        UserError: the task is not known, does not fit the model, or has no such suppression loss.
+    """
+    choose("task.name", config.task.name, TASKS)
+    return TASKS[config.task.name].from_config(spec, config.task, config.method if protects else None, amp=amp)

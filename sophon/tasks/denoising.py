@@ -1,0 +1,268 @@
+"""Denoising diffusion, as the loops see it: DDPM's objective, a fixed error to measure by, and DDIM samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor, nn
+
+from sophon import losses
+from sophon.config import MethodConfig, TaskConfig
+from sophon.domains import Batch, ImageSet
+from sophon.errors import UserError, choose
+from sophon.models import ModelSpec
+from sophon.models.diffusion import LIBRARIES, class_count, scope_names, with_fresh_classes
+from sophon.tasks.task import Metric, evaluating
+
+
+class Noised(NamedTuple):
+    """Images on their way to noise.
+
+    Attributes:
+        images: x_t, float [B, C, H, W].
+        timesteps: t, int64 [B].
+        noise: epsilon, float [B, C, H, W].
+        clean: x_0, float [B, C, H, W].
+    """
+
+    images: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    clean: Tensor
+
+
+class DenoisingTask:
+    """Denoising diffusion (DDPM, Ho et al., 2020); the primary metric is the error of the predicted noise.
+
+    Args:
+        spec: the model's; its scheduler says how images are noised and what the network predicts.
+        suppression_loss: a key of `sophon.losses.DENOISING_SUPPRESSION_LOSSES`; None where nothing is protected.
+        suppression_timesteps: part of the noise schedule, from its start, that it draws timesteps from.
+        distillation: weight of the reference's distillation in `original_loss`, >= 0.
+        evaluation_images: at most so many (image, timestep, noise) triples are measured.
+        sample_steps: DDIM steps of a generated image.
+        amp: autocast to bfloat16 where the images lie on a CUDA device.
+        dtype: of the images; float64 serves gradient checks.
+
+    Raises:
+        UserError: the suppression loss is not known, or the model does not denoise.
+    """
+
+    libraries = LIBRARIES
+    metric = Metric("eps-MSE", "", higher_is_better=False)
+    evaluation_batch_size = 250
+    most_bands = 4
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        suppression_loss: str | None = None,
+        suppression_timesteps: float = 1.0,
+        distillation: float = 0.0,
+        evaluation_images: int = 1000,
+        sample_steps: int = 25,
+        amp: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        choose("model.library", spec.library, self.libraries)
+        self.spec = spec
+        self.distillation = distillation
+        self.evaluation_images = evaluation_images
+        self.sample_steps = sample_steps
+        self.amp = amp
+        self.dtype = dtype
+        self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
+        self._signal = self.scheduler.alphas_cumprod.to(torch.float64)
+        self._suppressed = max(1, round(suppression_timesteps * len(self._signal)))
+        self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
+        if suppression_loss is not None:
+            choose("method.suppression_loss", suppression_loss, losses.DENOISING_SUPPRESSION_LOSSES)
+            self._suppression = losses.DENOISING_SUPPRESSION_LOSSES[suppression_loss]
+
+    @classmethod
+    def from_config(cls, spec: ModelSpec, settings: TaskConfig, method: MethodConfig | None, *, amp: bool) -> Self:
+        """Make the task of a run; ``method`` is None where nothing is protected."""
+        return cls(
+            spec,
+            suppression_loss=method.suppression_loss if method else None,
+            suppression_timesteps=method.suppression_timesteps if method else 1.0,
+            distillation=method.distillation if method else 0.0,
+            evaluation_images=settings.evaluation_images,
+            sample_steps=settings.sample_steps,
+            amp=amp,
+        )
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Scale uint8 [B, C, H, W] to -1 .. 1."""
+        return images.to(self.dtype) / 127.5 - 1
+
+    def noised(self, clean: Tensor, timesteps: Tensor, noise: Tensor) -> Noised:
+        """Noise x_0 to x_t: sqrt(a_t) x_0 + sqrt(1 - a_t) epsilon, a_t the scheduler's cumulative product."""
+        signal, spread = self._scales(timesteps)
+        return Noised(signal * clean + spread * noise, timesteps, noise, clean)
+
+    def _scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self._signal.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return kept.sqrt().to(self.dtype), (1 - kept).sqrt().to(self.dtype)
+
+    def _drawn(self, images: Tensor, until: int | None = None) -> Noised:
+        clean = self.prepare(images)
+        timesteps = torch.randint(until or len(self._signal), (len(clean),), device=clean.device)
+        return self.noised(clean, timesteps, torch.randn_like(clean))
+
+    def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return what the network says: noise, velocity or clean images, as the scheduler has it; [B, C, H, W]."""
+        conditions = {"class_labels": labels} if "num_class_embeds" in self.spec.model_args else {}
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp and images.is_cuda):
+            output: Tensor = model(images, timesteps, return_dict=False, **conditions)[0]
+        return output.float() if self.amp else output
+
+    def _target(self, noised: Noised) -> Tensor:
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noised.noise
+        signal, spread = self._scales(noised.timesteps)
+        return signal * noised.noise - spread * noised.clean if kind == "v_prediction" else noised.clean
+
+    def _as_noise(self, output: Tensor, noised: Noised) -> Tensor:
+        """Turn the network's output into the noise that it implies."""
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return output
+        signal, spread = self._scales(noised.timesteps)
+        if kind == "v_prediction":
+            return signal * output + spread * noised.images
+        return (noised.images - signal * output) / spread
+
+    def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return DDPM's simple loss: the mean squared error of the scheduler's target at uniform timesteps."""
+        noised = self._drawn(batch.images)
+        return F.mse_loss(self._output(model, noised.images, noised.timesteps, batch.labels), self._target(noised))
+
+    def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the configured suppression loss of the predicted noise."""
+        assert self._suppression is not None  # only a protection asks for it, and its task was given one
+        noised = self._drawn(batch.images, self._suppressed)
+        output = self._output(model, noised.images, noised.timesteps, batch.labels)
+        return self._suppression(self._as_noise(output, noised), noised.noise)
+
+    def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None = None) -> Tensor:
+        """Return DDPM's loss, plus the weighted squared distance to the reference's output where one is distilled."""
+        noised = self._drawn(batch.images)
+        output = self._output(model, noised.images, noised.timesteps, batch.labels)
+        loss = F.mse_loss(output, self._target(noised))
+        if reference is None or self.distillation == 0:
+            return loss
+        with evaluating(reference):
+            teacher = self._output(reference, noised.images, noised.timesteps, batch.labels)
+        return loss + self.distillation * F.mse_loss(output, teacher)
+
+    def evaluate(self, model: nn.Module, images: ImageSet) -> float:
+        """Return the mean squared error of the predicted noise over the images' fixed triples."""
+        return float(self._errors(model, images)[1].mean())
+
+    def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
+        """Return the same error by band of timesteps, from little noise to much."""
+        timesteps, errors = self._errors(model, images)
+        bands = min(self.most_bands, len(self._signal))
+        edges = [round(len(self._signal) * band / bands) for band in range(bands + 1)]
+        return {
+            f"eps-MSE t {low}-{high - 1}": float(errors[(timesteps >= low) & (timesteps < high)].mean())
+            for low, high in pairwise(edges)
+        }
+
+    def _errors(self, model: nn.Module, images: ImageSet) -> tuple[Tensor, Tensor]:
+        """Return the timestep (int64 [N]) and the mean squared error (float64 [N]) of every fixed triple."""
+        timesteps, errors = [], []
+        with evaluating(model):
+            for noised, labels in self._triples(images):
+                output = self._output(model, noised.images, noised.timesteps, labels)
+                squared = (self._as_noise(output, noised) - noised.noise).double().square()
+                timesteps.append(noised.timesteps.cpu())
+                errors.append(squared.mean((1, 2, 3)).cpu())
+        return torch.cat(timesteps), torch.cat(errors)
+
+    def _triples(self, images: ImageSet) -> Iterator[tuple[Noised, Tensor]]:
+        """Give (image, timestep, noise) triples, the same ones every time.
+
+        Images are taken evenly from the whole set; the timesteps are spread evenly over them in a shuffled order, so
+        that a set sorted by class meets every timestep. All is drawn on the CPU: the same on every device.
+        """
+        count = min(len(images), self.evaluation_images)
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.arange(count) * len(images) // count
+        timesteps = torch.randperm(count, generator=generator) * len(self._signal) // count
+        shape = (count, self.spec.channels, self.spec.image_size, self.spec.image_size)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        for part in torch.split(torch.arange(count), self.evaluation_batch_size):
+            batch = images.take(chosen[part])
+            clean = self.prepare(batch.images)
+            yield self.noised(clean, timesteps[part].to(clean.device), noise[part].to(clean)), batch.labels
+
+    def sample(self, model: nn.Module, count: int, seed: int) -> Tensor:
+        """Generate images by deterministic DDIM (Song et al., 2021); the same seed starts from the same noise.
+
+        A class-conditional model gets its classes in turn.
+
+        Returns:
+            uint8 [count, C, H, W] on the CPU.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.spec.channels, self.spec.image_size, self.spec.image_size)
+        device = next(model.parameters()).device
+        noise = torch.randn(count, *shape, generator=generator, dtype=torch.float32).to(device, self.dtype)
+        labels = torch.arange(count, device=device) % max(1, class_count(model))
+        size = self.evaluation_batch_size
+        with evaluating(model):
+            parts = [
+                self._denoised(model, noise[at : at + size], labels[at : at + size]) for at in range(0, count, size)
+            ]
+        pixels = (torch.cat(parts).clamp(-1, 1) + 1) * 127.5
+        return pixels.nan_to_num(0).round().to(torch.uint8).cpu()
+
+    def _denoised(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(min(self.sample_steps, len(self._signal)), device=images.device)
+        for timestep in scheduler.timesteps:
+            output = self._output(model, images, timestep.expand(len(images)), labels)
+            images = scheduler.step(output, timestep, images).prev_sample
+        return images
+
+    def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
+        """Put the model in training mode; return the parameters that ``scope`` trains, by name.
+
+        Raises:
+            UserError: the model has nothing of that scope.
+        """
+        names = scope_names(model, scope)
+        model.train()
+        return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+    def head_names(self, model: nn.Module) -> set[str]:
+        """Name the class embedding's parameters: all that belongs to a domain; none if the model has no classes."""
+        return scope_names(model, "head") if class_count(model) else set()
+
+    def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
+        """Replace the class embedding unless it is ``kept``.
+
+        Raises:
+            UserError: the model has no classes to embed anew, or is to keep another number of them.
+        """
+        count = class_count(model)
+        if head != "kept" and not count:
+            raise UserError(
+                f"head: '{head}' needs a class-conditional denoiser; this one has no classes; allowed: kept"
+            )
+        if head != "kept":
+            with_fresh_classes(model, classes)
+        elif count and count != len(classes):
+            raise UserError(
+                f"head: 'kept' needs as many classes as the model has, but the model has {count} and the restricted "
+                f"domain {len(classes)}; use head fresh or probed, or choose {count} of its classes"
+            )

@@ -1,0 +1,175 @@
+"""Denoisers: what is asked for is what is built, and an attacker's scope trains what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from omegaconf import OmegaConf
+from torch import nn
+
+from sophon.config import ModelConfig
+from sophon.errors import UserError
+from sophon.models import ModelSpec, create, diffusion, save
+from sophon.models.diffusion import build, class_count, scope_names, spec_from_config, with_fresh_classes
+from tests.models.unets import CLASSES, NETWORK, PLAIN, config_of, predict, small
+from tests.tiny import assert_same_state, state_of
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+# parameters of each shipped model; DDPM's paper counts 35.7 million for its 32x32 images
+SHIPPED = {
+    "unet16": 1_113_955,
+    "unet16_tiny": 686_769,
+    "unet32": 35_746_307,
+    "unet32_small": 1_086_515,
+    "unet64": 71_436_803,
+}
+# ---- from a configuration -------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_denoisers_are_those_that_are_documented() -> None:
+    assert {path.stem for path in CONF.glob("*.yaml") if "library: diffusers" in path.read_text()} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_denoiser_builds_at_its_size_and_attends_at_16_or_below(name: str) -> None:
+    loaded = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / f"{name}.yaml"))
+    with torch.device("meta"):
+        module, spec = create(OmegaConf.to_object(loaded), CLASSES)
+        images = torch.empty(2, spec.channels, spec.image_size, spec.image_size)
+        assert module(images, 0).sample.shape == images.shape
+    assert sum(parameter.numel() for parameter in module.parameters()) == SHIPPED[name]
+    levels = {
+        int(part.split(".")[1])
+        for part, layer in module.named_modules()
+        if isinstance(layer, Attention) and part.startswith("down")
+    }
+    assert {spec.image_size // 2**level for level in levels} <= {16, 8, 4}
+    assert spec.scheduler["num_train_timesteps"] == 1000
+    assert not class_count(module)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_spec_holds_every_setting_of_the_noise_schedule(prediction: str) -> None:
+    spec = spec_from_config(config_of(scheduler={"num_train_timesteps": 9, "prediction_type": prediction}), CLASSES)
+    settings = {name: value for name, value in DDPMScheduler().config.items() if name[0] != "_" and value is not None}
+    assert spec.scheduler == {**settings, "num_train_timesteps": 9, "prediction_type": prediction}
+    assert spec == ModelSpec("diffusers", "UNet2DModel", CLASSES, 1, 8, (0.5,), (0.5,), NETWORK, spec.scheduler)
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_for_networks_that_do_not_predict_it() -> None:
+    schedule = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    assert spec_from_config(config_of(scheduler=schedule), CLASSES).scheduler["rescale_betas_zero_snr"] is True
+
+
+def test_a_conditional_denoiser_embeds_the_original_classes() -> None:
+    module, spec = small(class_conditional=True)
+    assert spec.model_args == {**NETWORK, "num_class_embeds": 3}
+    assert class_count(module) == 3
+    assert not torch.equal(predict(module, 0), predict(module, 2))
+    assert "num_class_embeds" not in NETWORK
+
+
+def test_the_global_seed_decides_the_random_weights_and_trying_out_draws_none() -> None:
+    module, spec = small(1)
+    torch.manual_seed(1)
+    assert_same_state(build(spec), state_of(module))
+    assert not torch.equal(small(2)[0].conv_in.weight, module.conv_in.weight)
+    assert module.conv_in.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "UNet3D"}, "model.architecture: 'UNet3D' is not known; allowed: UNet2DModel"),
+        ({"mean": [0.4]}, r"model.mean: \[0.4\] and std \[0.5\] are not allowed with library diffusers"),
+        ({"std": [0.25]}, r"model.mean: \[0.5\] and std \[0.25\] are not allowed"),
+        ({"image_size": 0}, "model.image_size: 0 is not allowed"),
+        ({"image_size": 9}, "model.image_size: 9 cannot be halved 1 times, as this U-Net does; give a multiple of 2"),
+        *(
+            ({"model_args": {name: 1}}, f"model.model_args.{name}: set by sophon")
+            for name in ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
+        ),
+        ({"model_args": {"layrs": 1}}, "model.model_args: {'layrs': 1} does not make a UNet2DModel: .*'layrs'"),
+        ({"model_args": {"block_out_channels": 8}}, "model.model_args: .* does not make a UNet2DModel"),
+        ({"model_args": {"dropout": "a"}}, "model.model_args: .* does not make a UNet2DModel"),
+        ({"model_args": {**NETWORK, "norm_num_groups": 3}}, "model.model_args: .*divisible"),
+        ({"model_args": {**NETWORK, "downsample_padding": 5}}, "model.model_args: .* does not make a UNet2DModel"),
+        ({"model_args": {"time_embedding_type": "fourier"}}, "time_embedding_type: 'fourier' .* allowed: positional"),
+        ({"scheduler": {"betas": 1}}, "model.scheduler: 'betas' is not known; allowed: beta_end, beta_schedule"),
+        ({"scheduler": {"prediction_type": "x0"}}, "model.scheduler.prediction_type: 'x0' is not known; allowed: eps"),
+        ({"scheduler": {"beta_schedule": ["linear"]}}, "model.scheduler.beta_schedule: .* is not known"),
+        ({"scheduler": {"variance_type": "learned"}}, "model.scheduler.variance_type: 'learned' is not known"),
+        ({"scheduler": {"num_train_timesteps": 1e3}}, "num_train_timesteps: 1000.0 is not allowed; give a int such as"),
+        ({"scheduler": {"clip_sample": "no"}}, "model.scheduler.clip_sample: 'no' is not allowed; give a bool"),
+        ({"scheduler": {"num_train_timesteps": 0}}, "model.scheduler: .* is no noise schedule"),
+        ({"scheduler": {"num_train_timesteps": -1}}, "model.scheduler: .* does not make a noise schedule"),
+        ({"scheduler": {"beta_end": 2}}, "model.scheduler: .* is no noise schedule; its betas must be"),
+        ({"scheduler": {"beta_end": math.nan}}, "model.scheduler: .* is no noise schedule"),
+        ({"scheduler": {"trained_betas": [0.1, 0.2]}}, "model.scheduler: .* num_train_timesteps numbers"),
+        ({"scheduler": {"trained_betas": "a"}}, "model.scheduler: .* does not make a noise schedule"),
+        ({"scheduler": {"rescale_betas_zero_snr": True}}, "with prediction_type epsilon leave a part of the image"),
+        ({"pretrained": True}, "model.architecture: 'UNet2DModel' has no pretrained weights; .* Hub id"),
+        ({"pretrained": True, "architecture": "a/b", "weights": "x"}, "model.weights: 'x' contradicts"),
+        ({"weights": "nowhere.safetensors"}, "cannot read nowhere.safetensors: no such file"),
+    ],
+)
+def test_wrong_configs_are_refused_in_one_line(changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion, "snapshot_download", lambda *args, **kwargs: "nowhere")
+    with pytest.raises(UserError, match=message) as caught:
+        create(config_of(**changes), CLASSES)
+    assert "\n" not in str(caught.value)
+
+
+# ---- what attackers train -------------------------------------------------------------------------------------------
+
+
+def test_scopes_name_what_they_say() -> None:
+    module, _ = small(class_conditional=True)
+    every = {name for name, _ in module.named_parameters()}
+    scopes = {scope: scope_names(module, scope) for scope in ("all", "head", "last_blocks", "attention")}
+    assert scopes["all"] == every
+    assert scopes["head"] == {"class_embedding.weight"}
+    assert scopes["attention"] == {name for name in every if ".attentions." in name}
+    assert {name.split(".attentions.")[0] for name in scopes["attention"]} == {
+        "down_blocks.1",
+        "mid_block",
+        "up_blocks.0",
+    }
+    ends = ("up_blocks.1.", "conv_norm_out.", "conv_out.")
+    assert scopes["last_blocks"] == {name for name in every if name.startswith(ends)}
+    assert {name.split(".resnets")[0] for name in scopes["last_blocks"]} >= {"up_blocks.1", "conv_out.weight"}
+    parts = [scopes[scope] for scope in ("head", "last_blocks", "attention")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) < len(every)
+
+
+def test_a_model_without_attention_or_classes_has_nothing_of_those_scopes() -> None:
+    module, _ = small(model_args={**NETWORK, **PLAIN})
+    assert scope_names(module, "last_blocks") < scope_names(module, "all")
+    for scope in ("attention", "head"):
+        with pytest.raises(UserError, match=f"^scope: '{scope}' trains nothing of this denoiser"):
+            scope_names(module, scope)
+    with pytest.raises(UserError, match=r"^scope: 'lora' is not known; allowed: all, attention, head, last_blocks$"):
+        scope_names(module, "lora")
+
+
+def test_fresh_classes_are_newly_drawn_and_the_rest_stays(tmp_path: Path) -> None:
+    module, spec = small(class_conditional=True)
+    module.double().eval()
+    before = state_of(module)
+    torch.manual_seed(3)
+    with_fresh_classes(module, "abcde")
+    torch.manual_seed(3)
+    after = state_of(module)
+    assert torch.equal(after.pop("class_embedding.weight"), nn.Embedding(5, 32, dtype=torch.float64).weight)
+    assert not module.class_embedding.training
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert class_count(module) == 5
+    save(tmp_path, module.float(), dataclasses.replace(spec, classes=tuple("abcde")))
+    loaded = UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
+    assert torch.equal(predict(loaded, 4), predict(module, 4))
