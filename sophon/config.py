@@ -10,7 +10,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon.errors import UserError, choose
-from sophon.strategies import AUGMENTATIONS, FineTuneStrategy, SamplerConfig
+from sophon.strategies import AUGMENTATIONS, SCHEDULES, FineTuneStrategy, SamplerConfig
 
 if TYPE_CHECKING:
     StrategyConfig = FineTuneStrategy
@@ -126,6 +126,7 @@ class MethodConfig:
         ntr_steps: NTR steps a round (l_NTR).
         fts_lr: Adam's rate of FTS (alpha).
         ntr_lr: Adam's rate of NTR (beta).
+        schedule: a key of `sophon.strategies.SCHEDULES`: how both rates go over the rounds.
         attackers: attackers simulated for each FTS step (N).
         gamma: weights of the inner steps' query losses, a key of `sophon.protect.simulate.GAMMAS`; they sum to 1.
         query_every: a query after every so many inner steps (and after the last).
@@ -154,6 +155,7 @@ class MethodConfig:
     ntr_steps: int = 10
     fts_lr: float = 3e-4
     ntr_lr: float = 5e-4
+    schedule: str = "constant"
     attackers: int = 1
     gamma: str = "uniform"
     query_every: int = 1
@@ -181,6 +183,8 @@ class GuardConfig:
             for accuracy), or in percent of the reference's value.
         relative: whether ``tolerance`` is in percent of the reference's value.
         repair_steps: annealed NTR steps tried on a breach before the trainer rolls back; 0 for none.
+        patience: breaches in a row that are let pass, unaccepted, before the trainer rolls back: for methods whose
+            rates fall towards the end, where the original work comes back by itself.
         growth: NTR steps of a round are multiplied by this after a roll-back.
         max_ntr_steps: but never grow beyond this.
     """
@@ -189,6 +193,7 @@ class GuardConfig:
     tolerance: float = 1.0
     relative: bool = False
     repair_steps: int = 50
+    patience: int = 0
     growth: float = 1.5
     max_ntr_steps: int = 100
 
@@ -330,7 +335,7 @@ def validate(config: Config) -> None:
         raise UserError(f"method.pool: {method.pool} is not allowed with engine {method.engine}; it needs first_order")
     if method.fts_max_norm is not None:
         _within("method.fts_max_norm", method.fts_max_norm, 0, exclusive=True)
-    for name in ("tolerance", "repair_steps", "max_ntr_steps"):
+    for name in ("tolerance", "repair_steps", "patience", "max_ntr_steps"):
         _within(f"guard.{name}", getattr(guard, name), 0)
     _within("guard.growth", guard.growth, 1)
     _within("attack.eval_points", attack.eval_points, 2)
@@ -344,6 +349,7 @@ def validate(config: Config) -> None:
     choose("method.ntr_augmentation", method.ntr_augmentation, AUGMENTATIONS)
     choose("tracking.wandb", config.tracking.wandb, ("disabled", "offline", "online"))
     choose("method.engine", method.engine, ("first_order", "second_order"))
+    choose("method.schedule", method.schedule, SCHEDULES)
     choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise UserError(f"name: '{config.name}' is not allowed; it names a folder")

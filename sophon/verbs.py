@@ -17,7 +17,7 @@ from sophon import __version__
 from sophon.audit import metrics, report
 from sophon.audit.fidelity import feature_network
 from sophon.audit.gallery import image_grid, write_gallery
-from sophon.audit.runner import Runner
+from sophon.audit.runner import Frechet, Runner
 from sophon.audit.verdict import format_value
 from sophon.config import Config, GuardConfig, MethodConfig, plain
 from sophon.domains import Domain, load_original, load_restricted
@@ -177,7 +177,8 @@ def audit(config: Config) -> None:
     fidelity = None
     if config.attack.frechet_samples and task.sample(protected.model, 1, 0) is not None:
         fidelity = feature_network(original, restricted, seed=config.seed, folder=folder, device=device)
-    frechet = None if fidelity is None else partial(fidelity.distance, real=restricted["test"].images)
+    real = restricted["test"].images
+    frechet = None if fidelity is None else Frechet(fidelity.name, partial(fidelity.distance, real=real))
     with _tracker(config, folder) as tracker:
         attempts = runner.run(tracker, frechet)
     context = {

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,18 @@ def strategies(config: AttackConfig) -> dict[str, FineTuneStrategy]:
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+")
 
 
+class Frechet(NamedTuple):
+    """How generated images are measured.
+
+    Attributes:
+        network: whose features.
+        distance: of generated images, uint8 [N, C, H, W], to the restricted domain's.
+    """
+
+    network: str
+    distance: Callable[[Tensor], float]
+
+
 class Runner:
     """Runs what is missing of an audit.
 
@@ -133,14 +145,16 @@ class Runner:
             for seed in range(self.config.seeds)
         ]
 
-    def run(self, tracker: Tracker, frechet: Callable[[Tensor], float] | None = None) -> list[dict[str, Any]]:
+    def run(self, tracker: Tracker, frechet: Frechet | None = None) -> list[dict[str, Any]]:
         """Run the attempts that have no file yet; return the records of all.
 
         Args:
             tracker: told of each attempt.
-            frechet: distance of generated images (uint8 [N, C, H, W]) to the restricted domain's; None not to measure.
+            frechet: how to measure generated images; None not to.
         """
-        planned = {attempt.identifier(self.provenance): attempt for attempt in self.attempts()}
+        # distances in the features of two networks do not compare
+        provenance = self.provenance if frechet is None else f"{self.provenance} {frechet.network}"
+        planned = {attempt.identifier(provenance): attempt for attempt in self.attempts()}
         missing = [key for key in planned if not self._path(key).exists()]
         with tracker.progress("audit", len(planned), len(planned) - len(missing)) as advance:
             for key in missing:
@@ -152,7 +166,7 @@ class Runner:
     def _path(self, key: str) -> Path:
         return self.folder / "attempts" / f"{key}.json"
 
-    def _attempt(self, key: str, attempt: Attempt, frechet: Callable[[Tensor], float] | None) -> dict[str, Any]:
+    def _attempt(self, key: str, attempt: Attempt, frechet: Frechet | None) -> dict[str, Any]:
         # The role is not part of the seed: all roles face the same head, data order and augmentation.
         seed = derive_seed(self.seed, "attempt", attempt.attack, attempt.seed)
         victim = self._victim(attempt.role, seed)
@@ -192,12 +206,12 @@ class Runner:
             "steps": attempt.strategy.steps,
         }
 
-    def _details(self, victim: nn.Module, frechet: Callable[[Tensor], float] | None) -> dict[str, float]:
+    def _details(self, victim: nn.Module, frechet: Frechet | None) -> dict[str, float]:
         details = self.task.details(victim, self.restricted["test"])
         if frechet is not None:
             images = self.task.sample(victim, self.config.frechet_samples, derive_seed(self.seed, "frechet"))
             if images is not None:
-                details["Frechet distance"] = frechet(images)
+                details["Frechet distance"] = frechet.distance(images)
         return details
 
     def _draw(self, victim: nn.Module, name: str, step: int, pictures: list[dict[str, Any]]) -> None:

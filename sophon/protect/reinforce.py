@@ -44,12 +44,13 @@ class Reinforcer:
         self.seed = seed
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.ntr_lr)
 
-    def run(self, steps: int, *key: object, anneal: bool = False) -> float:
+    def run(self, steps: int, *key: object, factor: float = 1.0, anneal: bool = False) -> float:
         """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
 
         Args:
             steps: how many.
             key: what the batches depend on besides the seed.
+            factor: on the rate.
             anneal: let the rate fall along a half cosine, so that the last steps settle instead of wandering.
 
         Raises:
@@ -58,8 +59,8 @@ class Reinforcer:
         stream, parameters = self._begin(key)
         total = 0.0
         for step in range(steps):
-            factor = 0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0
-            self.optimizer.param_groups[0]["lr"] = self.config.ntr_lr * factor
+            annealed = 0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0
+            self.optimizer.param_groups[0]["lr"] = self.config.ntr_lr * factor * annealed
             loss, gradients = self._gradients(next(stream), parameters)
             for name, parameter in parameters.items():
                 parameter.grad = gradients[name]

@@ -81,11 +81,12 @@ class Suppressor:
             self.probed_head = {}
         self.pool = Pool(config.pool)
 
-    def step(self, *key: object, anchor: Mapping[str, Tensor] | None = None) -> SuppressionStep:
+    def step(self, *key: object, factor: float = 1.0, anchor: Mapping[str, Tensor] | None = None) -> SuppressionStep:
         """Simulate ``config.attackers`` attackers drawn from the run's seed and ``key``; take one Adam step.
 
         Args:
             key: what the attackers depend on besides the seed.
+            factor: on the rate.
             anchor: the original domain's gradient by parameter, added with ``config.fts_original_weight``.
         """
         simulations = [self._simulate((*key, index)) for index in range(self.config.attackers)]
@@ -102,6 +103,7 @@ class Suppressor:
                 parameter.grad.add_(anchor[name], alpha=weight)
         limit = self.config.fts_max_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), math.inf if limit is None else limit)
+        self.optimizer.param_groups[0]["lr"] = self.config.fts_lr * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         queries = [loss for _, run in finite for loss in run.query_losses]

@@ -25,7 +25,7 @@ from sophon.protect.moments import moments_of, restore_moments
 from sophon.protect.reinforce import Reinforcer
 from sophon.protect.suppress import SuppressionStep, Suppressor
 from sophon.runs import read_tensors, write_tensors
-from sophon.strategies import StrategySampler
+from sophon.strategies import SCHEDULES, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
 
@@ -41,6 +41,7 @@ class Position:
         good_round: the last round after which the guard was satisfied; 0 is the unprotected start.
         ntr_steps: NTR steps of a round, grown by roll-backs.
         rollbacks: how often the guard rolled back.
+        breaches: looks in a row at which the guard was not satisfied.
         before: the reference's metric on ``val``.
         good: the good state's metric on ``val``.
         history: one row a round: losses, and the metric where the guard looked.
@@ -53,6 +54,7 @@ class Position:
     before: float
     good: float
     history: list[dict[str, Any]] = field(default_factory=list)
+    breaches: int = 0
 
 
 class Trainer:
@@ -130,8 +132,9 @@ class Trainer:
 
     def _round(self) -> dict[str, Any]:
         number = self.at.round
-        steps = [self._suppress(number, step) for step in range(self.method.fts_steps)]
-        ntr_loss = self.reinforcer.run(self.at.ntr_steps, number)
+        factor = SCHEDULES[self.method.schedule](number, self.method.rounds)
+        steps = [self._suppress(number, step, factor) for step in range(self.method.fts_steps)]
+        ntr_loss = self.reinforcer.run(self.at.ntr_steps, number, factor=factor)
         self.at.round += 1
         finite = [step for step in steps if math.isfinite(step.query_loss)]
         means = {
@@ -140,10 +143,11 @@ class Trainer:
         }
         return {**means, "diverged": sum(step.diverged for step in steps), "ntr_loss": ntr_loss}
 
-    def _suppress(self, number: int, step: int) -> SuppressionStep:
+    def _suppress(self, number: int, step: int, factor: float) -> SuppressionStep:
         if not self.method.fts_original_weight:
-            return self.suppressor.step(number, step)
-        return self.suppressor.step(number, step, anchor=self.reinforcer.gradient(number, step, "anchor"))
+            return self.suppressor.step(number, step, factor=factor)
+        anchor = self.reinforcer.gradient(number, step, "anchor")
+        return self.suppressor.step(number, step, factor=factor, anchor=anchor)
 
     def _check(self) -> dict[str, Any]:
         """Look at ``val``: keep the state if it is within tolerance, else repair it, else go back to the good one."""
@@ -156,9 +160,11 @@ class Trainer:
         accepted = loss <= self.guard.tolerance
         if accepted:
             self.good = _copied(self.model.state_dict())
-            self.at.good_round, self.at.good = self.at.round, value
+            self.at.good_round, self.at.good, self.at.breaches = self.at.round, value, 0
         else:
-            self._roll_back()
+            self.at.breaches += 1
+            if self.at.breaches > self.guard.patience:
+                self._roll_back()
         measured = {name: v if math.isfinite(v) else None for name, v in (("val", value), ("val_loss", loss))}
         return {**measured, "repaired": repaired, "accepted": accepted}
 
@@ -174,6 +180,7 @@ class Trainer:
         self.suppressor.pool.members.clear()  # displaced from weights that are gone
         self.reinforcer.optimizer.state.clear()
         self.at.rollbacks += 1
+        self.at.breaches = 0
         grown = math.ceil(self.at.ntr_steps * self.guard.growth)
         self.at.ntr_steps = max(self.at.ntr_steps, min(grown, self.guard.max_ntr_steps))
         self.tracker.say(
