@@ -129,6 +129,7 @@ class MethodConfig:
         schedule: a key of `sophon.strategies.SCHEDULES`: how both rates go over the rounds.
         attackers: attackers simulated for each FTS step (N).
         gamma: weights of the inner steps' query losses, a key of `sophon.protect.simulate.GAMMAS`; they sum to 1.
+            With a pool they weigh the steps of one turn.
         query_every: a query after every so many inner steps (and after the last).
         query_batch_size: images of a query.
         ntr_batch_size: images of an NTR step.

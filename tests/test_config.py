@@ -28,7 +28,7 @@ from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
 from sophon.models import ModelSpec, build, classifiers, diffusion
 from sophon.protect.simulate import ENGINES, GAMMAS
 from sophon.runs import resolve_device
-from sophon.strategies import FineTuneStrategy, StrategySampler
+from sophon.strategies import SCHEDULES, FineTuneStrategy, StrategySampler
 from sophon.tasks import TASKS, make_task
 from sophon.tracking import MODES
 
@@ -177,7 +177,7 @@ def test_every_suppression_loss_has_a_method() -> None:
     methods = {option: yaml.safe_load((CONF / "method" / f"{option}.yaml").read_text()) for option in options("method")}
     assert all(values["name"] == option for option, values in methods.items())
     shipped_losses = [values["suppression_loss"] for values in methods.values()]
-    assert sorted(shipped_losses) == sorted(name for losses in LOSSES.values() for name in losses)
+    assert set(shipped_losses) == {name for losses in LOSSES.values() for name in losses}
 
 
 @pytest.mark.parametrize("option", [option for option in options("model") if option.startswith("unet")])
@@ -202,6 +202,7 @@ def test_the_unet_of_the_paper_has_36_million_parameters() -> None:
 
 def test_guards_measure_in_points_or_in_percent() -> None:
     assert {option: typed(f"guard={option}").guard.relative for option in options("guard")} == {
+        "annealed": True,
         "points": False,
         "relative": True,
     }
@@ -311,6 +312,12 @@ def test_a_missing_value_is_refused_by_name(key: str) -> None:
         "seed=null",
         "method.rounds=many",
         "method.rounds=[1]",
+        "method.pool=1.5",
+        "method.chunk=null",
+        "method.schedule=null",
+        "method.fts_original_weight=much",
+        "method.suppression_timesteps=[0.4]",
+        "guard.patience=1.5",
         "method.fts_lr=fast",
         "domain.original.download=perhaps",
         "domain.original.classes=3",
@@ -341,20 +348,23 @@ def test_a_value_of_the_wrong_type_is_refused(override: str, shipped: DictConfig
 
 
 OUT_OF_RANGE = [
-    *(f"method.{name}=0" for name in ("rounds", "fts_steps", "attackers", "query_every", "query_batch_size")),
+    *(f"method.{name}=0" for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size")),
     "method.ntr_batch_size=0",
-    *(f"method.{name}=-1" for name in ("ntr_steps", "probe_steps", "distillation")),
+    *(f"method.{name}=-1" for name in ("ntr_steps", "probe_steps", "distillation", "fts_original_weight", "pool")),
     *(
         f"method.{name}={value}"
         for name in ("fts_lr", "ntr_lr", "probe_lr", "temperature")
         for value in (0, ".nan", ".inf")
     ),
     "method.distillation=.nan",
+    *(f"method.fts_original_weight={value}" for value in (".nan", ".inf")),
+    *(f"method.suppression_timesteps={value}" for value in (0, -0.4, 1.01, 20, ".nan", ".inf")),
+    "method.schedule=weekly",
     "method.fts_max_norm=0",
     "method.engine=third_order",
     "method.gamma=best",
     "guard.every=0",
-    *(f"guard.{name}=-1" for name in ("tolerance", "repair_steps", "max_ntr_steps")),
+    *(f"guard.{name}=-1" for name in ("tolerance", "repair_steps", "patience", "max_ntr_steps")),
     "guard.tolerance=.nan",
     "guard.growth=0.5",
     "attack.seeds=0",
@@ -396,6 +406,14 @@ def test_a_value_outside_its_range_is_refused_before_anything_runs(override: str
         "n=1",
         "guard.relative=true",
         "guard.tolerance=0",
+        "guard.patience=0",
+        "method.pool=0",
+        "method.pool=1",
+        "method.chunk=1",
+        "method.fts_original_weight=0",
+        "method.suppression_timesteps=1",
+        "method.suppression_timesteps=0.001",
+        *(f"method.schedule={name}" for name in SCHEDULES),
         "pretrain.ema=0",
         "pretrain.ema=0.999",
     ],
@@ -406,6 +424,13 @@ def test_the_edge_of_a_range_belongs_to_it(assignment: str, shipped: DictConfig)
     for part in key.split("."):
         config = getattr(config, part)
     assert config == yaml.safe_load(value)
+
+
+def test_a_pool_needs_the_engine_whose_attackers_can_go_on(shipped: DictConfig) -> None:
+    exact = copy.deepcopy(shipped)
+    exact.method.engine = "second_order"
+    assert changed(exact, "method.pool=0").method.engine == "second_order"
+    assert "method.pool: 3 is not allowed with engine second_order" in refusal("method.pool=3", shipped=exact)
 
 
 @pytest.mark.parametrize("name", ["''", "a/b", "../a", ".a", "/a"])

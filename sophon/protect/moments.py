@@ -24,5 +24,6 @@ def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tens
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in moments.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        # torch keeps step counts on the CPU; on a GPU every step would wait to read them
+        state.setdefault(int(index), {})[name] = value.cpu() if name == "step" else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

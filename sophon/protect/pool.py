@@ -25,7 +25,8 @@ class Member:
         strategy: how it fine-tunes.
         taken: steps that it has taken.
         displacement: by parameter, from the released weights; absolute values for a head that is not released.
-        buffers: its own, normalisation statistics among them.
+        buffers: those that its training has changed, normalisation statistics among them; all others are the released
+            ones, as a frozen backbone's statistics are.
         moments: of its optimizer.
     """
 
@@ -77,19 +78,21 @@ class Pool:
                 name: value.clone() if name in own else value - start[name]
                 for name, value in attacker.named_parameters()
             }
-        buffers = {name: value.clone() for name, value in attacker.named_buffers()}
+        given = dict(released.named_buffers())
+        buffers = {n: value.clone() for n, value in attacker.named_buffers() if not torch.equal(value, given[n])}
         kept = {name: value.clone() for name, value in moments.items()}
         self.members[place] = Member(strategy, taken, displacement, buffers, kept)
 
     def enter(self, place: int, attacker: nn.Module, released: nn.Module, own: set[str]) -> Member:
         """Put the attacker at ``place`` into ``attacker``: the released weights plus its displacement."""
         member, start = self.members[place], dict(released.named_parameters())
+        buffers = dict(released.named_buffers()) | member.buffers
         with torch.no_grad():
             for name, value in attacker.named_parameters():
                 moved = member.displacement[name]
                 value.copy_(moved if name in own else start[name] + moved)
             for name, buffer in attacker.named_buffers():
-                buffer.copy_(member.buffers[name])
+                buffer.copy_(buffers[name])
         return member
 
     def tensors(self) -> dict[str, Tensor]:

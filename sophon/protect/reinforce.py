@@ -71,6 +71,8 @@ class Reinforcer:
     def gradient(self, *key: object) -> dict[str, Tensor]:
         """Return the gradient of the original domain's loss by parameter, on one batch drawn as by `run`.
 
+        It is a training pass: normalisation layers record the batch in their running statistics.
+
         Raises:
             UserError: the loss is not finite.
         """

@@ -24,8 +24,8 @@ class SuppressionStep(NamedTuple):
 
     Attributes:
         query_loss: mean suppression loss over the queries of the attackers that stayed finite; NaN if none did.
-        attacker_loss: mean loss of those attackers after their last step.
-        gradient_norm: of the meta-gradient, before clipping.
+        attacker_loss: mean loss of those attackers at the last step that they took.
+        gradient_norm: of what Adam follows, the anchor included, before clipping.
         diverged: attackers left out because a loss or a gradient was not finite.
     """
 

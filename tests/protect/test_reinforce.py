@@ -27,9 +27,9 @@ def distilling(weight: float) -> ClassificationTask:
     return ClassificationTask(tiny_spec(), distillation=weight, temperature=2.0, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("anneal", [False, True])
+@pytest.mark.parametrize(("factor", "anneal"), [(1.0, False), (1.0, True), (0.25, False), (0.25, True)])
 @pytest.mark.parametrize("weight", [0.0, 0.8])
-def test_equals_a_loop_written_out(weight: float, anneal: bool) -> None:
+def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -> None:
     reference = tiny_model(1)
     expected, total = copy.deepcopy(reference).train(), 0.0
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_equals_a_loop_written_out(weight: float, anneal: bool) -> None:
     adam = torch.optim.Adam(expected.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 2, "repair"))
     for step, (images, labels) in enumerate(islice(batches(IMAGES, 10, generator, "crop"), 6)):
-        adam.param_groups[0]["lr"] = 0.01 * (0.5 * (1 + math.cos(math.pi * step / 6)) if anneal else 1)
+        adam.param_groups[0]["lr"] = 0.01 * factor * (0.5 * (1 + math.cos(math.pi * step / 6)) if anneal else 1)
         inputs = (images.double() / 255 - 0.5) / 0.25
         logits = expected(inputs)
         loss = nn.functional.cross_entropy(logits, labels)
@@ -49,7 +49,7 @@ def test_equals_a_loop_written_out(weight: float, anneal: bool) -> None:
         total += loss.item()
 
     reinforcer = Reinforcer(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
-    assert reinforcer.run(6, 2, "repair", anneal=anneal) == pytest.approx(total / 6, rel=1e-12)
+    assert reinforcer.run(6, 2, "repair", factor=factor, anneal=anneal) == pytest.approx(total / 6, rel=1e-12)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
 
@@ -63,14 +63,68 @@ def test_moments_live_on_between_runs() -> None:
     assert {float(state["step"]) for state in reinforcer.optimizer.state.values()} == {3.0}
 
 
-def test_annealing_lasts_for_one_run() -> None:
-    """What follows a repair trains at the full rate again."""
+def test_annealing_and_factor_last_for_one_run() -> None:
+    """What follows a repair, or a round at a low rate, trains at the full rate again."""
     model = tiny_model(1)
     reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
     reinforcer.run(4, 0, anneal=True)
     assert reinforcer.optimizer.param_groups[0]["lr"] < 0.2 * METHOD.ntr_lr
     reinforcer.run(1, 1)
     assert reinforcer.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
+    reinforcer.run(1, 2, factor=0.5)
+    assert reinforcer.optimizer.param_groups[0]["lr"] == 0.5 * METHOD.ntr_lr
+    reinforcer.run(1, 3)
+    assert reinforcer.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.8])
+def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
+    """Of the loss that `run` would step by first; nothing moves but BatchNorm's statistics, by that one batch."""
+    reference, model = tiny_model(1), tiny_model(2)
+    reference_before, expected = state_of(reference), copy.deepcopy(model).train()
+    generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 2, 1, "anchor"))
+    images, labels = next(batches(IMAGES, 10, generator, "crop"))
+    inputs = (images.double() / 255 - 0.5) / 0.25
+    logits = expected(inputs)
+    loss = nn.functional.cross_entropy(logits, labels)
+    loss = loss + weight * distillation(logits, reference.eval()(inputs), 2.0)
+    loss.backward()
+
+    reinforcer = Reinforcer(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
+    found = reinforcer.gradient(2, 1, "anchor")
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-13)
+        assert not found[name].requires_grad
+    assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-2
+    assert_same_state(model, state_of(expected))
+    assert_same_state(reference, reference_before)
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *reference.parameters()))
+    assert not reinforcer.optimizer.state
+
+
+def test_gradient_is_the_first_step_of_a_run_with_its_key() -> None:
+    """And asking for it does not disturb the run."""
+    model = tiny_model(1)
+    reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    found = reinforcer.gradient(3)
+    steps: list[dict[str, torch.Tensor]] = []
+    reinforcer.optimizer.register_step_pre_hook(
+        lambda *_: steps.append({name: p.grad for name, p in model.named_parameters()})
+    )
+    loss = reinforcer.run(2, 3)
+    assert all(torch.equal(found[name], gradient) for name, gradient in steps[0].items())
+    assert loss == Reinforcer(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).run(2, 3)
+
+
+def test_key_and_seed_decide_the_gradient() -> None:
+    def gradient(seed: int, *key: object) -> float:
+        torch.manual_seed(seed + len(key))  # what came before must not matter
+        found = Reinforcer(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).gradient(*key)
+        return float(found["conv1.weight"].sum())
+
+    assert gradient(1, 0) == gradient(1, 0)
+    assert len({gradient(1, 0), gradient(2, 0), gradient(1, 1), gradient(1, 0, "anchor")}) == 4
 
 
 def test_key_and_seed_decide_the_batches() -> None:
@@ -93,9 +147,11 @@ def test_loss_that_is_not_finite() -> None:
     with torch.no_grad():
         model.fc.bias[0] = torch.inf
     before = state_of(model)
-    with pytest.raises(UserError, match=r"method.ntr_lr: .* nan at ntr_lr=0.01, fts_lr=.*lower") as caught:
-        Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0).run(3, 0)
-    assert "\n" not in str(caught.value)
+    reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0)
+    for ask in (lambda: reinforcer.run(3, 0), lambda: reinforcer.gradient(0)):
+        with pytest.raises(UserError, match=r"method.ntr_lr: .* nan at ntr_lr=0.01, fts_lr=.*lower") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name])
 

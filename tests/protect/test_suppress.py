@@ -158,6 +158,85 @@ def test_released_statistics_and_modes_stay(engine: str, heads: list[str]) -> No
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+# --- the original domain's gradient, and the rate ----------------------------------------------------------------
+
+
+def anchor_of(model: nn.Module, seed: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("heads", [["kept"], ["fresh"]])
+@pytest.mark.parametrize("attackers", [1, 3])
+def test_anchor_is_added_with_its_weight(
+    attackers: int, heads: list[str], simulated: list[tuple[FineTuneStrategy, Simulation]]
+) -> None:
+    """To the mean over the attackers, once; the released head follows it also where no attacker keeps that head."""
+    model = tiny_model()
+    start, anchors = parameters_of(model), [anchor_of(model, seed) for seed in (5, 6)]
+    before = copy.deepcopy(anchors)
+    fts = suppressor(model, replace(METHOD, attackers=attackers, fts_original_weight=0.7), heads=heads)
+    steps = [fts.step(index, anchor=anchor) for index, anchor in enumerate(anchors)]
+    sums = []
+    for index, step in enumerate(steps):
+        runs = [run for _, run in simulated[index * attackers : (index + 1) * attackers]]
+        learned = {
+            name: sum(run.gradients[name] for run in runs) / attackers if heads == ["kept"] or name not in HEAD else 0
+            for name in start
+        }
+        sums.append({name: learned[name] + 0.7 * anchors[index][name] for name in start})
+        assert step.gradient_norm == pytest.approx(math.sqrt(sum(float((g**2).sum()) for g in sums[-1].values())))
+    assert_close(model, adam_by_hand(start, sums))
+    for given, copied in zip(anchors, before, strict=True):
+        assert all(torch.equal(given[name], value) for name, value in copied.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_anchor_leaves_the_simulation_alone(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    """The attackers, and what they teach, are those of a step without it."""
+    model, other = tiny_model(), tiny_model()
+    one = suppressor(model, replace(METHOD, fts_original_weight=2.0)).step(0, anchor=anchor_of(model))
+    two = suppressor(other, METHOD).step(0)
+    assert (one.query_loss, one.attacker_loss) == (two.query_loss, two.attacker_loss)
+    (_, found), (_, expected) = simulated
+    assert all(torch.equal(found.gradients[name], value) for name, value in expected.gradients.items())
+    assert one.gradient_norm != two.gradient_norm
+
+
+def test_weight_without_anchor_adds_nothing() -> None:
+    models = [tiny_model(), tiny_model()]
+    for model, weight in zip(models, (0.0, 3.0), strict=True):
+        suppressor(model, replace(METHOD, fts_original_weight=weight)).step(0)
+    assert_same_state(models[0], state_of(models[1]))
+
+
+def test_clipping_is_of_the_sum() -> None:
+    model = tiny_model()
+    anchor = {name: 1e3 * value for name, value in anchor_of(model).items()}
+    fts = suppressor(model, replace(METHOD, fts_max_norm=1e-3, fts_original_weight=1.0))
+    step = fts.step(0, anchor=anchor)
+    length = math.sqrt(sum(float((value**2).sum()) for value in anchor.values()))
+    assert step.gradient_norm == pytest.approx(length, rel=1e-2)
+    moments = [state["exp_avg"] / 0.1 for state in fts.optimizer.state.values()]
+    assert math.sqrt(sum(float((moment**2).sum()) for moment in moments)) == pytest.approx(1e-3, rel=1e-3)
+    for moment, value in zip(moments, anchor.values(), strict=True):
+        torch.testing.assert_close(moment * length / 1e-3, value, rtol=0.05, atol=20)
+
+
+def test_factor_is_on_the_rate_of_its_step_alone(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    model = tiny_model()
+    start, half = parameters_of(model), {}
+    fts = suppressor(model)
+    fts.step(0, factor=0.5)
+    half = parameters_of(model)
+    assert_close(model, adam_by_hand(start, [simulated[0][1].gradients], 0.5 * METHOD.fts_lr))
+    fts.step(1)
+    gradients = [run.gradients for _, run in simulated]
+    zero = {name: torch.zeros_like(value) for name, value in start.items()}
+    both, first = adam_by_hand(zero, gradients), adam_by_hand(zero, gradients[:1])
+    assert_close(model, {name: half[name] + both[name] - first[name] for name in half})
+
+
 # --- heads --------------------------------------------------------------------------------------------------------
 
 
@@ -266,13 +345,14 @@ def test_other_classes_than_the_original(classes: int) -> None:
 # --- attackers that diverge ---------------------------------------------------------------------------------------
 
 
-def test_all_diverged_leaves_the_weights() -> None:
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_all_diverged_leaves_the_weights(weight: float) -> None:
     model = tiny_model().float()
     before = state_of(model)
     wild = sampler(optimizers={"nesterov": [1e38, 1e38]}, steps=[8, 8])
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
-    fts = Suppressor(model, task, RESTRICTED, wild, replace(METHOD, attackers=3), 0)
-    step = fts.step(0)
+    fts = Suppressor(model, task, RESTRICTED, wild, replace(METHOD, attackers=3, fts_original_weight=weight), 0)
+    step = fts.step(0, anchor=anchor_of(model) if weight else None)
     assert step.diverged == 3
     assert all(math.isnan(value) for value in (step.query_loss, step.attacker_loss, step.gradient_norm))
     assert_same_state(model, before)

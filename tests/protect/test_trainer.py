@@ -24,18 +24,19 @@ from sophon.errors import GuardError, UserError
 from sophon.finetune import fine_tune
 from sophon.protect.suppress import SuppressionStep
 from sophon.protect.trainer import STATE_FILE, Trainer, last_good
-from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
-from sophon.tasks import ClassificationTask, Metric
+from sophon.runs import read_tensors, write_tensors
+from sophon.strategies import SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
+from sophon.tasks import ClassificationTask, DenoisingTask, Metric
 from sophon.tracking import Tracker
 from tests.tiny import (
     TinyNet,
     assert_same_state,
     state_of,
     tiny_bands,
-    tiny_denoising,
     tiny_model,
     tiny_spec,
     tiny_unet,
+    tiny_unet_spec,
 )
 
 ORIGINAL = tiny_bands("original", ("train", "val", "test"), seed=20)
@@ -84,12 +85,13 @@ def trainer(
     told: Callable[[int], None] = lambda number: None,
     model: nn.Module | None = None,
     method: MethodConfig = METHOD,
+    sampler: SamplerConfig = SAMPLER,
     **guard: Any,
 ) -> Trainer:
     model = tiny_model() if model is None else model
-    limits, tracker, sampler = replace(GUARD, **guard), Listener(told), StrategySampler(SAMPLER)
+    limits, tracker, attackers = replace(GUARD, **guard), Listener(told), StrategySampler(sampler)
     released = copy.deepcopy(model)
-    return Trainer(released, model, task, ORIGINAL, RESTRICTED, sampler, method, limits, 0, folder, tracker)
+    return Trainer(released, model, task, ORIGINAL, RESTRICTED, attackers, method, limits, 0, folder, tracker)
 
 
 def rows(of: Trainer, *names: str) -> list[tuple[Any, ...]]:
@@ -290,6 +292,193 @@ def test_a_metric_that_is_not_a_number_is_a_breach(tmp_path: Path) -> None:
     assert last_good(tmp_path)[1] == position
 
 
+def test_patience_lets_breaches_pass(tmp_path: Path) -> None:
+    """Two in a row go on from the weights as they are; an acceptance starts the count again, the third goes back."""
+    states, seen, moments = {}, [], []
+
+    def told(number: int) -> None:
+        states[number] = state_of(run.model)
+        seen.append((run.at.breaches, run.at.rollbacks, run.at.ntr_steps, run.at.good_round))
+        moments.append(len(run.suppressor.optimizer.state) > 0 and len(run.reinforcer.optimizer.state) > 0)
+
+    values = [50, 50, 10, 11, 50, 12, 13, 14, 50]
+    run = trainer(tmp_path, Scripted(values), told, method=replace(METHOD, rounds=8), patience=2, repair_steps=0)
+    position = run.run()
+    assert seen == [
+        (0, 0, 2, 1),
+        (1, 0, 2, 1),
+        (2, 0, 2, 1),
+        (0, 0, 2, 4),
+        (1, 0, 2, 4),
+        (2, 0, 2, 4),
+        (0, 1, 3, 4),
+        (0, 1, 3, 8),
+    ]
+    assert [row["accepted"] for row in run.at.history] == [True, False, False, True, False, False, False, True]
+    assert moments == [True] * 6 + [False, True]
+    weights = [states[number]["conv1.weight"] for number in range(1, 7)]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(weights, 2))
+    assert all(torch.equal(states[7][name], value) for name, value in states[4].items())
+    assert position.good_round == 8
+
+
+def test_without_patience_the_first_breach_goes_back(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Scripted([50, 50, 10, 50, 10]), repair_steps=0, patience=0)
+    assert run.run().rollbacks == 2
+
+
+def test_patience_tries_to_repair_all_the_same(tmp_path: Path) -> None:
+    task, calls = Scripted([50, 10, 10, 10, 50]), []
+    task.before_loss = lambda: calls.append(1)
+    run = trainer(tmp_path, task, method=replace(METHOD, rounds=2), patience=5)
+    assert run.run().good_round == 2
+    assert rows(run, "val", "repaired", "accepted") == [(10, True, False), (50, True, True)]
+    assert len(calls) == 2 * (METHOD.ntr_steps + GUARD.repair_steps)
+
+
+@pytest.mark.parametrize(("first", "good"), [(10, 0), (50, 1)])
+def test_patience_is_no_acceptance(first: int, good: int, tmp_path: Path) -> None:
+    """What patience let pass is never handed out: the last accepted state is, or none."""
+    states = {}
+
+    def told(number: int) -> None:
+        states[number] = state_of(run.model)
+
+    run = trainer(tmp_path, Scripted([50, first, 10, 10, 10]), told, patience=100, repair_steps=0)
+    if good == 0:
+        with pytest.raises(GuardError, match="no round kept score on val"):
+            run.run()
+        with pytest.raises(GuardError, match="no state that satisfied the guard"):
+            last_good(tmp_path)
+        assert (run.at.breaches, run.at.rollbacks, run.at.round) == (4, 0, 4)
+        return
+    run.run()
+    assert (run.at.breaches, run.at.rollbacks, run.at.good_round) == (3, 0, 1)
+    assert_same_state(run.model, states[1])
+    weights, position = last_good(tmp_path)
+    assert_same_state(run.model, weights)
+    assert position == run.at
+
+
+def test_patience_goes_on_counting_after_an_interruption(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        Scripted([50, 50, 10]),
+        lambda number: number == 2 and signal.raise_signal(signal.SIGINT),
+        patience=1,
+        repair_steps=0,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    again = trainer(tmp_path, Scripted([10, 50]), patience=1, repair_steps=0)
+    assert again.at.breaches == 1
+    again.run()
+    assert rows(again, "accepted") == [(True,), (False,), (False,), (True,)]
+    assert again.at.rollbacks == 1
+
+
+POOLED = replace(METHOD, pool=2, chunk=2, attackers=3)
+LIVES = replace(SAMPLER, steps=[50, 50])
+
+
+def test_a_rollback_empties_the_pool_and_patience_does_not(tmp_path: Path) -> None:
+    """Attackers are displaced from weights that a roll-back takes away."""
+    ages, started = [], []
+
+    def told(number: int) -> None:
+        ages.append(sum(member.taken for member in run.suppressor.pool.members.values()))
+        started.append(len(run.suppressor.pool.members))
+
+    run = trainer(
+        tmp_path, Scripted([50, 50, 10, 10, 50]), told, method=POOLED, sampler=LIVES, patience=1, repair_steps=0
+    )
+    run.run()
+    assert ages == [6, 12, 0, 6]  # three turns of two steps a round
+    assert started[2] == 0
+
+
+# --- the schedule and the original domain's gradient --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_both_rates_follow_the_schedule_over_the_rounds(schedule: str, weight: float, tmp_path: Path) -> None:
+    """Of the rounds, not of the steps in them; with the original domain's gradient and without."""
+    method = replace(
+        METHOD, rounds=12, schedule=schedule, fts_steps=2, attackers=1, fts_lr=0.01, ntr_lr=0.02,
+        fts_original_weight=weight,
+    )  # fmt: skip
+    run = trainer(tmp_path, Scripted(), method=method, every=12)
+    fts, ntr = [], []
+    for optimizer, used in ((run.suppressor.optimizer, fts), (run.reinforcer.optimizer, ntr)):
+        optimizer.register_step_pre_hook(lambda of, *_, used=used: used.append(of.param_groups[0]["lr"]))
+    run.run()
+    cosine = [(1 + math.cos(math.pi * number / 12)) / 2 for number in range(12)]
+    warmup = [1.0] * 12  # a tenth of twelve rounds is one
+    factors = {"constant": [1.0] * 12, "cosine": cosine, "warmup": warmup, "warmup_cosine": cosine}[schedule]
+    assert fts == pytest.approx([0.01 * factor for factor in factors for _ in range(2)], rel=1e-12)
+    assert ntr == pytest.approx([0.02 * factor for factor in factors for _ in range(METHOD.ntr_steps)], rel=1e-12)
+
+
+def test_rates_rise_over_the_first_tenth_of_the_rounds(tmp_path: Path) -> None:
+    method = replace(METHOD, rounds=20, schedule="warmup", attackers=1, ntr_steps=1, fts_lr=0.01)
+    run = trainer(tmp_path, Scripted(), method=method, every=20)
+    used: list[float] = []
+    run.suppressor.optimizer.register_step_pre_hook(lambda of, *_: used.append(of.param_groups[0]["lr"]))
+    run.run()
+    assert used == pytest.approx([0.005] + [0.01] * 19)
+
+
+def test_a_scheduled_run_goes_on_where_the_schedule_was(tmp_path: Path) -> None:
+    method = replace(METHOD, schedule="cosine")
+    run = trainer(tmp_path, Scripted(), lambda n: n == 2 and signal.raise_signal(signal.SIGINT), method=method)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    again, used = trainer(tmp_path, Scripted(), method=method), []
+    again.suppressor.optimizer.register_step_pre_hook(lambda of, *_: used.append(of.param_groups[0]["lr"]))
+    again.run()
+    assert used == pytest.approx([0.5e-2, 1e-2 * (1 - math.sqrt(0.5)) / 2])
+
+
+@pytest.mark.parametrize(("weight", "batches"), [(0.0, 2), (0.5, 2 + 3)])
+def test_every_suppression_step_sees_original_images_of_its_own(weight: float, batches: int, tmp_path: Path) -> None:
+    """One batch an FTS step, none of them NTR's; without a weight none at all."""
+    seen: list[Tensor] = []
+
+    class Recording(Scripted):
+        def original_loss(self, model: nn.Module, batch: Any, reference: nn.Module | None = None) -> Tensor:
+            seen.append(batch.images)
+            return super().original_loss(model, batch, reference)
+
+    method = replace(METHOD, rounds=2, fts_steps=3, fts_original_weight=weight, ntr_augmentation="none")
+    trainer(tmp_path, Recording(), method=method).run()
+    assert len(seen) == 2 * batches
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
+
+
+def test_the_original_gradient_is_that_of_the_weights_as_they_are(tmp_path: Path) -> None:
+    """What an FTS step takes along is what the reinforcer says of the very weights that it steps."""
+    run = trainer(tmp_path, Scripted(), method=replace(METHOD, fts_steps=2, fts_original_weight=0.7))
+    step, gradient = run.suppressor.step, run.reinforcer.gradient
+    given: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    taken: list[dict[str, Tensor]] = []
+
+    def asked(*key: object) -> dict[str, Tensor]:
+        given.append((gradient(*key), state_of(run.model)))
+        return given[-1][0]
+
+    def stepped(*key: object, anchor: dict[str, Tensor], **options: Any) -> SuppressionStep:
+        assert anchor is given[-1][0]
+        assert_same_state(run.model, given[-1][1])
+        taken.append(anchor)
+        return step(*key, anchor=anchor, **options)
+
+    run.reinforcer.gradient, run.suppressor.step = asked, stepped  # type: ignore[method-assign, assignment]
+    run.run()
+    assert len(taken) == 2 * METHOD.rounds
+    assert all(anchor.keys() == dict(run.model.named_parameters()).keys() for anchor in taken)
+
+
 def test_reference_is_never_changed(tmp_path: Path) -> None:
     reference = tiny_model()
     before = state_of(reference)
@@ -301,7 +490,7 @@ def test_rounds_without_a_finite_attacker(tmp_path: Path) -> None:
     run = trainer(tmp_path, Scripted(), method=replace(METHOD, rounds=2, fts_steps=2))
     nothing = SuppressionStep(math.nan, math.nan, math.nan, 2)
     steps = iter([nothing, nothing, nothing, SuppressionStep(3.0, 2.0, 1.0, 1)])
-    run.suppressor.step = lambda *key: next(steps)  # type: ignore[method-assign]
+    run.suppressor.step = lambda *key, **options: next(steps)  # type: ignore[method-assign]
     run.run()
     assert rows(run, "query_loss", "attacker_loss", "gradient_norm", "diverged") == [
         (None, None, None, 4),
@@ -364,6 +553,7 @@ def everything(run: Trainer) -> dict[str, Any]:
             }
             for o in optimizers
         ],
+        "pool": (run.suppressor.pool.tensors(), run.suppressor.pool.record()),
         "position": asdict(run.at),
     }
 
@@ -376,7 +566,7 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert set(found) == set(expected)
         for key, value in expected.items():
             assert_equal(found[key], value)
-    elif isinstance(expected, list):
+    elif isinstance(expected, list | tuple):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert_equal(one, other)
@@ -439,13 +629,95 @@ def test_stopped_after_every_round(uninterrupted: tuple[str, dict[str, Any]], tm
     assert_equal(state_of(again.model), expected["model"])
 
 
+ATTACKERS = SamplerConfig({"adam": [1e-3, 1e-1], "momentum": [1e-3, 1e-1]}, [6], [1, 9], scopes=["all", "head"])
+PERSISTENT = replace(LONG, pool=3, chunk=2, fts_original_weight=0.5, schedule="cosine", query_every=2)
+
+
+def pooled_run(folder: Path, told: Callable[[int], None] = lambda number: None) -> Trainer:
+    """Persistent attackers of every kind, the original domain's gradient, falling rates and some patience."""
+    task = Sensitive(tiny_spec(), suppression_loss="klu", dtype=torch.float32, distillation=0.5)
+    model = tiny_model().float()
+    return trainer(folder, task, told, model, PERSISTENT, ATTACKERS, every=2, tolerance=4.0, patience=1)
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    sizes: list[int] = []
+    run = pooled_run(tmp_path_factory.mktemp("pooled"), lambda _: sizes.append(len(run.suppressor.pool.members)))
+    run.run()
+    checks = [row["accepted"] for row in run.at.history if "accepted" in row]
+    assert (checks, run.at.rollbacks) == ([False, False, True, True, False], 1)
+    assert sizes[3] == 0  # rolled back
+    assert min(sizes[:3] + sizes[4:]) > 0
+    return everything(run)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_pool_goes_on_to_the_bit(at: int, how: str, pooled: dict[str, Any], tmp_path: Path) -> None:
+    def told(number: int) -> None:
+        if number == at and how == "killed":
+            raise KilledError
+        if number == at:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KilledError if how == "killed" else KeyboardInterrupt):
+        pooled_run(tmp_path, told).run()
+    torch.manual_seed(at)
+    run = pooled_run(tmp_path)
+    assert run.at.round == (2 * ((at - 1) // 2) if how == "killed" else at)
+    run.run()
+    assert_equal(everything(run), pooled)
+
+
+def test_last_good_of_a_run_with_a_pool(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Scripted([50, 50, 50, 10, 10]), method=POOLED, sampler=LIVES, patience=5, repair_steps=0)
+    run.run()
+    tensors, metadata = read_tensors(tmp_path / STATE_FILE)
+    assert any(name.startswith("pool/") for name in tensors)
+    assert metadata["pool"]
+    weights, position = last_good(tmp_path)
+    assert_same_state(run.model, weights)
+    assert (position, position.good_round) == (run.at, 2)
+
+
+def test_a_state_of_an_older_version_goes_on(uninterrupted: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """One that knows of no pool and has counted no breaches."""
+    kind, expected = uninterrupted
+    with pytest.raises(KeyboardInterrupt):
+        long_run(tmp_path, lambda number: number == 5 and signal.raise_signal(signal.SIGINT), kind).run()
+    path = tmp_path / STATE_FILE
+    tensors, metadata = read_tensors(path)
+    assert (metadata.pop("pool"), metadata.pop("breaches")) == ({}, 0)
+    write_tensors(path, tensors, metadata)
+    assert last_good(tmp_path)[1].breaches == 0
+    run = long_run(tmp_path, kind=kind)
+    assert run.at.round == 5
+    run.run()
+    assert_equal(everything(run), expected)
+
+
 DENOISERS_METHOD = replace(METHOD, rounds=4, fts_steps=1, attackers=2, distillation=0.5, probe_steps=1)
 
 
-def denoisers_run(folder: Path, conditional: bool, told: Callable[[int], None] = lambda number: None) -> Trainer:
+DENOISERS_POOL = replace(
+    DENOISERS_METHOD, pool=2, chunk=1, fts_original_weight=0.5, schedule="cosine", suppression_timesteps=0.4
+)
+
+
+def denoisers_run(folder: Path, kind: str, told: Callable[[int], None] = lambda number: None) -> Trainer:
     """Checked after every second round; the head starts of a conditional model are of every kind."""
-    task = tiny_denoising(conditional=conditional)
-    task.distillation = DENOISERS_METHOD.distillation
+    conditional = kind != "unconditional"
+    method = DENOISERS_POOL if kind == "pooled" else DENOISERS_METHOD
+    spec = tiny_unet_spec(conditional=conditional)
+    task = DenoisingTask(
+        spec,
+        suppression_loss="dos",
+        suppression_timesteps=method.suppression_timesteps,
+        distillation=method.distillation,
+        dtype=torch.float64,
+    )
     model = tiny_unet(conditional=conditional)
     heads = ["kept", "fresh", "probed"] if conditional else ["kept"]
     return Trainer(
@@ -454,8 +726,8 @@ def denoisers_run(folder: Path, conditional: bool, told: Callable[[int], None] =
         task,
         ORIGINAL,
         RESTRICTED,
-        StrategySampler(replace(SAMPLER, steps=[1, 2], heads=heads)),
-        DENOISERS_METHOD,
+        StrategySampler(replace(SAMPLER, steps=[2, 3] if kind == "pooled" else [1, 2], heads=heads)),
+        method,
         GuardConfig(every=2, tolerance=1e6, relative=True, repair_steps=1),
         0,
         folder,
@@ -463,23 +735,25 @@ def denoisers_run(folder: Path, conditional: bool, told: Callable[[int], None] =
     )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["unconditional", "conditional"])
-def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, dict[str, Any]]:
+@pytest.fixture(scope="module", params=["unconditional", "conditional", "pooled"])
+def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     run = denoisers_run(tmp_path_factory.mktemp("denoiser"), request.param)
     run.run()
     assert run.at.good_round == DENOISERS_METHOD.rounds
-    assert run.suppressor.probed_head.keys() == ({"class_embedding.weight"} if request.param else set())
+    heads = set() if request.param == "unconditional" else {"class_embedding.weight"}
+    assert run.suppressor.probed_head.keys() == heads
+    assert bool(run.suppressor.pool.members) == (request.param == "pooled")
     return request.param, everything(run)
 
 
 @pytest.mark.parametrize(("at", "how"), [(1, "stopped"), (3, "killed")])
 def test_a_denoisers_protection_goes_on_to_the_bit(
-    at: int, how: str, denoiser: tuple[bool, dict[str, Any]], tmp_path: Path
+    at: int, how: str, denoiser: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Its losses draw noise and timesteps from torch's global generator, which another process finds elsewhere."""
-    conditional, expected = denoiser
+    kind, expected = denoiser
 
     def told(number: int) -> None:
         torch.rand(number)  # whatever a tracker may draw
@@ -490,18 +764,18 @@ def test_a_denoisers_protection_goes_on_to_the_bit(
 
     torch.manual_seed(at)
     with pytest.raises(KilledError if how == "killed" else KeyboardInterrupt):
-        denoisers_run(tmp_path, conditional, told).run()
+        denoisers_run(tmp_path, kind, told).run()
     torch.manual_seed(1000 + at)
     torch.rand(at)
-    run = denoisers_run(tmp_path, conditional)
+    run = denoisers_run(tmp_path, kind)
     assert run.at.round == (2 * ((at - 1) // 2) if how == "killed" else at)
     run.run()
     assert_equal(everything(run), expected)
 
 
-def test_a_denoisers_protection_moves_all_of_it(denoiser: tuple[bool, dict[str, Any]]) -> None:
-    conditional, found = denoiser
-    before = state_of(tiny_unet(conditional=conditional))
+def test_a_denoisers_protection_moves_all_of_it(denoiser: tuple[str, dict[str, Any]]) -> None:
+    kind, found = denoiser
+    before = state_of(tiny_unet(conditional=kind != "unconditional"))
     assert all(value.isfinite().all() and not torch.equal(value, before[name]) for name, value in found["good"].items())
 
 

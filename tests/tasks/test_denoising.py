@@ -234,6 +234,32 @@ def test_suppression_losses_are_those_of_the_predicted_noise(name: str, kind: st
     torch.testing.assert_close(loss, expected[name])
 
 
+@pytest.mark.parametrize(("part", "last"), [(1.0, 19), (0.99, 19), (0.4, 7), (0.5, 9), (0.05, 0), (1e-6, 0)])
+def test_suppression_draws_the_first_timesteps_and_the_other_losses_all(part: float, last: int) -> None:
+    """At least one timestep; uniform over them."""
+    task = task_of(spec(), suppression_loss="dos", suppression_timesteps=part)
+    model, batch = Recorder(), batch_of(900)
+    losses = (task.suppression_loss, task.attacker_loss, task.original_loss)
+    for loss, allowed in zip(losses, (last, STEPS - 1, STEPS - 1), strict=True):
+        loss(model, batch)
+        counts = Counter(model.timesteps[-1].tolist())
+        assert set(counts) == set(range(allowed + 1))
+        mean = 900 / (allowed + 1)
+        assert all(abs(count - mean) < 5 * math.sqrt(mean) for count in counts.values())
+    task.evaluate(model, images_of(20))
+    assert set(model.timesteps[-1].tolist()) == set(range(STEPS))
+
+
+def test_suppression_at_few_timesteps_has_their_noise() -> None:
+    """What is noised little shows the image: x_t and the noise belong to the timestep that the network is told."""
+    task = task_of(spec(), suppression_loss="negative_mse", suppression_timesteps=0.1)
+    model, batch = Recorder(), batch_of(300)
+    loss = task.suppression_loss(model, batch)
+    noise = model.noise(task.prepare(batch.images))
+    torch.testing.assert_close(loss, -noise.square().mean())
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("loss", ["magic", *SUPPRESSION_LOSSES])
 def test_unknown_suppression_loss(loss: str) -> None:
     allowed = "dos, negative_mse, shifted_mse"
@@ -651,6 +677,15 @@ def test_a_protection_gets_its_losses() -> None:
     assert len(recorder.timesteps[-1]) == 11
     task.sample(recorder, 1, 0)
     assert len(recorder.timesteps) == 2 + 3
+
+
+def test_a_protection_gets_its_timesteps() -> None:
+    task = make_task(config(suppression_loss="dos", suppression_timesteps=0.1), spec(), amp=False, protects=True)
+    assert isinstance(task, DenoisingTask)
+    recorder = Recorder()
+    task.suppression_loss(recorder, batch_of(90))
+    task.original_loss(recorder, batch_of(90))
+    assert [int(timesteps.max()) > 1 for timesteps in recorder.timesteps] == [False, True]
 
 
 def test_an_audit_needs_no_method() -> None:
