@@ -78,6 +78,9 @@ def make(folder: Path, *commands: tuple[str, ...]) -> None:
         assert result.code == 0, result
 
 
+pytestmark = pytest.mark.slow  # whole commands
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which pretrain, protect and audit have run; never written to again."""
@@ -368,7 +371,6 @@ def test_sample_of_a_classifier_is_refused(copied: Path, classifier: Path) -> No
 # ---- class-conditional ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_conditional_denoiser_through_every_verb(conditional: Path, tmp_path: Path) -> None:
     """Five classes of clothes; ten of digits, so that no head can be kept."""
     folder = Path(shutil.copytree(conditional, tmp_path / "copied"))
@@ -462,7 +464,6 @@ def test_audit_of_a_classifier_as_a_denoiser_is_refused(made: Path, classifier: 
 # ---- the guard and losses that are not finite -----------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_guard_that_accepts_nothing_exits_with_3_and_says_percent(copied: Path) -> None:
     command = (*PROTECT, "run_dir=new", "guard.tolerance=0.5", "guard.repair_steps=0", "method.fts_lr=10")
     for _ in range(2):
@@ -477,7 +478,6 @@ def test_a_diverging_pretraining_says_what_to_lower(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("checkpoint"))
 
 
-@pytest.mark.slow
 def test_exactly_differentiated_protection(copied: Path) -> None:
     make(copied, (*PROTECT, "run_dir=new", "method.engine=second_order"))
     first, second = (copied / folder / "checkpoint" / WEIGHTS for folder in (RUNS / "protect", "new"))

@@ -93,7 +93,7 @@ def objective(model: nn.Module, plan: FineTuneStrategy, conditional: bool) -> fl
     return sum(gamma * loss for gamma, loss in zip(GAMMA, losses, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=slow), pytest.param("momentum", marks=slow), "adam"])
 @pytest.mark.parametrize(
     ("scope", "conditional"),
     [("all", False), ("all", True), ("attention", False), ("last_blocks", True), ("head", True)],
