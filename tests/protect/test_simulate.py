@@ -203,7 +203,7 @@ torch.manual_seed(0)
 small = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 128], "stem_type": "deep", "stem_width": 16}
 spec = ModelSpec("timm", "resnet18", tuple("0123456789"), 3, 32, (0.5,) * 3, (0.5,) * 3, small)
 batch = Batch(torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (128,)))
-task = ClassificationTask(spec)
+task = ClassificationTask(spec, suppression_loss="klu")
 plan = FineTuneStrategy(optimizer="adam", lr=1e-4, steps=steps)
 stream = itertools.repeat(batch)
 model = build(spec)
