@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sophon import __version__
 from sophon.config import Config, from_omegaconf
 from sophon.errors import GuardError, UserError
-from sophon.verbs import VERBS
+from sophon.verbs import ACTIONS, VERBS
 
 USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted domain, and audit how well that holds
 
@@ -33,6 +33,7 @@ USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted doma
   sophon sample   checkpoint=DIR [n=64] [run_dir=DIR]
                                                       draw images from a denoiser, as one grid
   sophon report   run_dir=DIR                         write an audit's reports again
+  sophon report compare DIR DIR ... [out=DIR]         set audits side by side
 
 Folders default to runs/<name>/seed<seed>/<verb>. Every key of the configuration can be overridden, as in
 `sophon protect experiment=quickstart method.rounds=50 seed=1`; `sophon VERB --help` lists the groups and the whole
@@ -61,7 +62,7 @@ def _run(config: DictConfig) -> None:
         typed = from_omegaconf(config)
         if typed.threads:
             torch.set_num_threads(typed.threads)
-        VERBS[typed.verb](typed)
+        ACTIONS[typed.verb](typed)
     except (UserError, GuardError, KeyboardInterrupt) as error:
         # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
         if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -85,7 +86,9 @@ def _main(arguments: list[str]) -> int:
         print(__version__)
         return 0
     verb = arguments[0]
-    if verb not in VERBS:
+    if arguments[:2] == ["report", "compare"]:
+        verb, arguments = "compare", ["compare", *_runs_as_override(arguments[2:])]
+    elif verb not in VERBS:
         return _fail(f"'{verb}' is not a verb; allowed: {', '.join(VERBS)}", 2)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own and exits with 1
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what runs in its background with SIGINT ignored
@@ -103,6 +106,13 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail(f"interrupted; the same command {'begins anew' if verb == 'pretrain' else 'goes on'}", 130)
     return 0
+
+
+def _runs_as_override(arguments: list[str]) -> list[str]:
+    """Turn the folders among ``arguments`` into the key that names them; Hydra takes overrides only."""
+    folders = [each for each in arguments if "=" not in each and not each.startswith("-")]
+    quoted = ",".join("'" + each.replace("\\", "\\\\").replace("'", "\\'") + "'" for each in folders)
+    return [*(each for each in arguments if each not in folders), f"runs=[{quoted}]"]
 
 
 def _overrides_first(arguments: list[str]) -> list[str]:

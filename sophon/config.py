@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon.errors import UserError, choose
-from sophon.strategies import AUGMENTATIONS, SCHEDULES, FineTuneStrategy, SamplerConfig
+from sophon.strategies import (
+    AUGMENTATIONS,
+    SCHEDULES,
+    FineTuneStrategy,
+    SamplerConfig,
+    StrategySampler,
+)
 
 if TYPE_CHECKING:
     StrategyConfig = FineTuneStrategy
@@ -18,8 +24,15 @@ else:
     # OmegaConf makes a frozen dataclass read-only, so that no configuration file could fill it in. This is the same
     # dataclass unfrozen; `from_omegaconf` hands on FineTuneStrategy itself.
     _types = get_type_hints(FineTuneStrategy)
+    # Its operations are lists of mappings there.
     StrategyConfig = make_dataclass(
-        "StrategyConfig", [(part.name, _types[part.name], part.default) for part in fields(FineTuneStrategy)]
+        "StrategyConfig",
+        [
+            ("surgery", list[Any], field(default_factory=list))
+            if part.name == "surgery"
+            else (part.name, _types[part.name], part.default)
+            for part in fields(FineTuneStrategy)
+        ],
     )
 
 
@@ -59,10 +72,18 @@ class DomainConfig:
 
 @dataclass
 class DomainsConfig:
-    """The two domains of a run."""
+    """The domains of a run.
+
+    Attributes:
+        original: what the model was made for.
+        restricted: what it must not be fine-tuned for.
+        benign: what it may be fine-tuned for, for the audit to see that this is not harmed; null for none. Split as a
+            restricted domain.
+    """
 
     original: DomainConfig = field(default_factory=DomainConfig)
     restricted: DomainConfig = field(default_factory=DomainConfig)
+    benign: DomainConfig | None = None
 
 
 @dataclass
@@ -200,6 +221,36 @@ class GuardConfig:
 
 
 @dataclass
+class SearchConfig:
+    """An attacker who searches: the same search, with the same budget, against every role.
+
+    Every trial is an attempt of ``steps`` steps, judged on the attacker's ``select`` split; the best one is run again
+    on ``seeds`` seeds and only then measured on ``test``.
+
+    Attributes:
+        sampler: how optuna proposes trials: ``tpe`` or ``random``.
+        trials: how many, pruned ones included, >= 1.
+        steps: fine-tuning steps of each, >= 1.
+        seeds: attempts of the winner, >= 1.
+        startup: random trials before ``tpe`` begins to model, and before anything is pruned.
+        prune: stop a trial that at a point of its curve is worse than the median of the trials before it.
+        eval_points: points of a trial's curve, the start and the end included, >= 2.
+        optimizers: learning-rate range [low, high] of each optimizer; drawn as by the sampler of protection.
+        choices: further fields of `FineTuneStrategy`, each with the values to choose from; others keep their defaults.
+    """
+
+    sampler: str = "tpe"
+    trials: int = 64
+    steps: int = 200
+    seeds: int = 3
+    startup: int = 10
+    prune: bool = True
+    eval_points: int = 5
+    optimizers: dict[str, list[float] | None] = field(default_factory=dict)
+    choices: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
 class AttackConfig:
     """What the audit runs.
 
@@ -210,7 +261,16 @@ class AttackConfig:
         samples: images that a generating model draws at each of these points, for the report's grids; 0 for none.
         frechet_samples: images drawn at the end for the Frechet distance to the test split; 0 for none.
         strategies: the attacks by name, each with the fields of `FineTuneStrategy`.
-        grid: further attacks: every combination of these lists of `FineTuneStrategy` fields.
+        grid: further attacks: every combination of these lists: of values of the `FineTuneStrategy` field that is the
+            list's key; or, under any key, of mappings with a ``name`` and several fields that go together.
+        search: attackers who search, by name; the winner's attempts are recorded under that name.
+        benign: names of the strategies that are also run on ``domain.benign``, if there is one.
+        oracle: name of a strategy that the unprotected model also suffers with ten times the data (as far as there
+            are so many) for as many epochs, as the ceiling of what an attacker could have; null for none.
+        reuse: run directories of other audits; what they hold of the same attempts is copied instead of run again.
+        shard: run only every ``shards``-th part of the attempts, counted from 0, for several machines that share a
+            run directory; the audit without shards then finds them done and writes the result.
+        shards: see ``shard``, >= 1.
     """
 
     seeds: int = 1
@@ -220,6 +280,12 @@ class AttackConfig:
     frechet_samples: int = 0
     strategies: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    search: dict[str, SearchConfig] = field(default_factory=dict)
+    benign: list[str] = field(default_factory=list)
+    oracle: str | None = None
+    reuse: list[str] = field(default_factory=list)
+    shard: int = 0
+    shards: int = 1
 
 
 @dataclass
@@ -250,11 +316,14 @@ class Config:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         amp: autocast to bfloat16 on a CUDA device.
         threads: CPU threads of torch; 0 leaves torch's choice.
+        workers: processes that run an audit's attempts side by side. With ``threads=0`` each takes its share of the
+            cores; with the same ``threads`` the results do not depend on the number of workers.
         run_dir: where the run writes.
         reference: the unprotected checkpoint: what protect starts from and the audit compares with.
         checkpoint: the checkpoint to export or audit.
         out: where export writes.
         n: images that ``sample`` draws.
+        runs: run directories of audits that ``report compare`` sets side by side.
         task: the model kind.
         pretrain: how ``pretrain`` trains the reference on the original domain; ``steps=0`` takes ``model.weights`` as
             they are.
@@ -266,11 +335,13 @@ class Config:
     device: str = "auto"
     amp: bool = True
     threads: int = 0
+    workers: int = 1
     run_dir: str | None = None
     reference: str | None = None
     checkpoint: str | None = None
     out: str | None = None
     n: int = 64
+    runs: list[str] = field(default_factory=list)
     task: TaskConfig = field(default_factory=TaskConfig)
     domain: DomainsConfig = field(default_factory=DomainsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -297,7 +368,7 @@ def from_omegaconf(config: DictConfig) -> Config:
         raise UserError(f"{key or 'configuration'}: {str(error).splitlines()[0]}") from error
     if not isinstance(typed, Config):
         raise UserError("the configuration is not a whole sophon configuration")
-    typed.pretrain = FineTuneStrategy(**vars(typed.pretrain))
+    typed.pretrain = strategy_from("pretrain", vars(typed.pretrain))
     typed.attack.strategies = {
         name: strategy_from(f"attack.strategies.{name}", values) for name, values in typed.attack.strategies.items()
     }
@@ -312,13 +383,14 @@ def strategy_from(key: str, values: Any) -> FineTuneStrategy:
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         below = getattr(error, "full_key", None)
         raise UserError(f"{key}{f'.{below}' if below else ''}: {str(error).splitlines()[0]}") from error
-    return FineTuneStrategy(**vars(strategy))
+    return FineTuneStrategy.of(vars(strategy), key)
 
 
 def validate(config: Config) -> None:
     """Raise a `UserError` that names the key if a value is outside its range."""
-    _within("pretrain.steps", config.pretrain.steps, 0)
-    replace(config.pretrain, steps=max(1, config.pretrain.steps)).validate("pretrain")
+    config.pretrain.validate("pretrain")
+    if config.pretrain.surgery or config.pretrain.scope == "lora":
+        raise UserError("pretrain: surgery and scope lora are for audits")
     method, guard, attack = config.method, config.guard, config.attack
     for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size", "ntr_batch_size"):
         _within(f"method.{name}", getattr(method, name), 1)
@@ -347,6 +419,11 @@ def validate(config: Config) -> None:
         _within(f"task.{name}", getattr(config.task, name), 1)
     _within("n", config.n, 1)
     _within("threads", config.threads, 0)
+    _within("workers", config.workers, 1)
+    _validate_searches(attack)
+    _within("attack.shards", attack.shards, 1)
+    if not 0 <= attack.shard < attack.shards:
+        raise UserError(f"attack.shard: {attack.shard} is not allowed; it must be 0 to {attack.shards - 1}")
     choose("method.ntr_augmentation", method.ntr_augmentation, AUGMENTATIONS)
     choose("tracking.wandb", config.tracking.wandb, ("disabled", "offline", "online"))
     choose("method.engine", method.engine, ("first_order", "second_order"))
@@ -354,6 +431,17 @@ def validate(config: Config) -> None:
     choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise UserError(f"name: '{config.name}' is not allowed; it names a folder")
+
+
+def _validate_searches(attack: AttackConfig) -> None:
+    for name, search in attack.search.items():
+        key = f"attack.search.{name}"
+        choose(f"{key}.sampler", search.sampler, ("tpe", "random"))
+        for part in ("trials", "steps", "seeds"):
+            _within(f"{key}.{part}", getattr(search, part), 1)
+        _within(f"{key}.startup", search.startup, 0)
+        _within(f"{key}.eval_points", search.eval_points, 2)
+        StrategySampler(SamplerConfig(search.optimizers), where=f"{key}.optimizers")
 
 
 def _within(key: str, value: float, lowest: float, *, exclusive: bool = False) -> None:
@@ -364,4 +452,6 @@ def _within(key: str, value: float, lowest: float, *, exclusive: bool = False) -
 def plain(config: Config, *keys: str) -> dict[str, Any]:
     """Return the configuration, or only the parts named by ``keys``, as plain JSON data."""
     everything = asdict(config)
+    everything["pretrain"] = config.pretrain.plain()
+    everything["attack"]["strategies"] = {name: each.plain() for name, each in config.attack.strategies.items()}
     return {key: everything[key] for key in keys or everything}

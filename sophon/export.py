@@ -59,10 +59,7 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / _MANIFEST).exists():
         raise UserError(f"out: '{out}' is not empty and holds no sophon checkpoint; give another folder")
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"cannot export to {out}: weight '{name}' holds NaN or infinite numbers")
+    require_finite(model, f"cannot export to {out}")
     with atomic_directory(out) as folder:
         models.save(folder, model, spec)
         complete = {
@@ -76,6 +73,13 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
         write_text(folder / _CARD, _model_card(spec, complete))
 
 
+def require_finite(model: nn.Module, where: str) -> None:
+    """Raise a `UserError` that begins with ``where`` if the model has weights that are no numbers."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: weight '{name}' holds NaN or infinite numbers")
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of Python, sophon and the packages that a result depends on."""
     return {
@@ -83,6 +87,11 @@ def package_versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in _PACKAGES},
     }
+
+
+def is_ours(path: str | Path) -> bool:
+    """Say whether sophon exported what lies there: a checkpoint's folder, or a run directory with one."""
+    return (Path(path) / _MANIFEST).exists() or (Path(path) / "checkpoint" / _MANIFEST).exists()
 
 
 def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:

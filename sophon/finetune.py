@@ -11,12 +11,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sophon.domains import ImageSet, batches
+from sophon.domains import Batch, ImageSet, batches
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
+
+Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def fine_tune(
@@ -26,39 +30,44 @@ def fine_tune(
     images: ImageSet,
     generator: torch.Generator,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
+    loss: Loss | None = None,
 ) -> bool:
     """Fine-tune ``model`` in place on ``images`` for ``strategy.steps`` steps.
 
     Args:
         model: on the images' device.
-        strategy: what to do; its head start and data budget have been seen to by the caller.
-        task: gives the loss and says what the scope trains.
+        strategy: what to do; its head start, data budget, adapters and surgery have been seen to by the caller.
+        task: says what the scope trains, and gives the loss unless another is given.
         images: the training images.
         generator: on the CPU; draws the batches and the augmentation.
         after_step: called with the number of steps done and the loss, after each step.
+        loss: to minimise in place of the task's.
 
     Returns:
         True; False when the loss stopped being finite, at which point fine-tuning ends.
     """
     parameters = _thaw(model, strategy, task)
+    objective = loss or task.attacker_loss
     averaged = AveragedModel(model, avg_fn=partial(_averaged, strategy.ema)) if strategy.ema else None
     optimizer = build_optimizer(strategy, parameters.values())
     stream = batches(images, strategy.batch_size, generator, strategy.augmentation)
     for step in range(strategy.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(strategy, step)
-        loss = task.attacker_loss(model, next(stream))
-        if not math.isfinite(loss.item()):
+        value = objective(model, next(stream))
+        if not math.isfinite(value.item()):
             return False
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]
+        if strategy.max_norm is not None:
+            clip_grad_norm_(parameters.values(), strategy.max_norm)
         optimizer.step()
         if averaged is not None:
             averaged.update_parameters(model)
             if step + 1 == strategy.steps:
                 for mean, parameter in zip(averaged.module.parameters(), model.parameters(), strict=True):
                     parameter.data.copy_(mean)
-        after_step(step + 1, loss.item())
+        after_step(step + 1, value.item())
     return True
 
 
@@ -67,8 +76,12 @@ def _averaged(decay: float, mean: Tensor, now: Tensor, updates: Tensor | int) ->
     return mean.lerp(now, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
 
 
-def flops_per_step(model: nn.Module, strategy: FineTuneStrategy, task: Task, images: ImageSet) -> int:
+def flops_per_step(
+    model: nn.Module, strategy: FineTuneStrategy, task: Task, images: ImageSet, loss: Loss | None = None
+) -> int:
     """Count the floating-point operations of one forward and backward pass at the strategy's batch size.
+
+    The arguments are those of `fine_tune`; what ``loss`` computes besides, such as a teacher's answers, counts too.
 
     Optimizer arithmetic is left out: it is small beside them and the same for every role. The model is left as it was,
     apart from its modes and which of its parameters take gradients.
@@ -78,7 +91,8 @@ def flops_per_step(model: nn.Module, strategy: FineTuneStrategy, task: Task, ima
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with FlopCounterMode(display=False) as counter:
         batch = next(batches(few, strategy.batch_size, torch.Generator().manual_seed(0)))
-        torch.autograd.grad(task.attacker_loss(model, batch), list(parameters.values()), allow_unused=True)
+        value = (loss or task.attacker_loss)(model, batch)
+        torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return int(counter.get_total_flops())
@@ -86,7 +100,11 @@ def flops_per_step(model: nn.Module, strategy: FineTuneStrategy, task: Task, ima
 
 def _thaw(model: nn.Module, strategy: FineTuneStrategy, task: Task) -> dict[str, nn.Parameter]:
     """Let what the strategy's scope trains take gradients, and nothing else; return it by name."""
-    parameters = task.train_mode(model, strategy.scope)
+    parameters = task.train_mode(model, strategy.scope, strategy.blocks)
+    if strategy.batch_norm == "frozen":
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.eval()
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)

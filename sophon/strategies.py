@@ -22,6 +22,46 @@ Parameters = Iterable[Tensor]
 
 
 @dataclass(frozen=True)
+class Operation:
+    """A change to the released weights before fine-tuning; what it does is in `sophon.audit.surgery`.
+
+    Attributes:
+        name: a key of `sophon.audit.surgery.OPERATIONS`, or the dotted path of a function like those.
+        arguments: of that function: pairs of name and value (numbers, strings, booleans or null), sorted by name.
+    """
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the form that configurations and result files have, such as ``{operation: noise, scale: 0.1}``."""
+        return {"operation": self.name, **dict(self.arguments)}
+
+
+def operations_from(key: str, entries: Any) -> tuple[Operation, ...]:
+    """Make operations of plain data: a list of mappings, each with ``operation`` and its arguments.
+
+    Raises:
+        UserError: it has another form; the message names ``key``.
+    """
+    if not isinstance(entries, list | tuple):
+        raise UserError(f"{key}: {entries} is not allowed; give a list such as [{{operation: noise, scale: 0.1}}]")
+    operations = []
+    for index, entry in enumerate(entries):
+        if isinstance(entry, Operation):
+            operations.append(entry)
+            continue
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("operation"), str):
+            raise UserError(f"{key}[{index}]: {entry} names no operation; write {{operation: NAME, ...}}")
+        rest = {str(name): value for name, value in entry.items() if name != "operation"}
+        for name, value in rest.items():
+            if not isinstance(value, str | int | float | None):
+                raise UserError(f"{key}[{index}].{name}: {value} is not allowed; give a number, a word, true or false")
+        operations.append(Operation(entry["operation"], tuple(sorted(rest.items()))))
+    return tuple(operations)
+
+
+@dataclass(frozen=True)
 class FineTuneStrategy:
     """How somebody fine-tunes: everything that an attacker may choose. Immutable and hashable.
 
@@ -31,8 +71,10 @@ class FineTuneStrategy:
         weight_decay: >= 0; decoupled for AdamW, as an L2 term for the others.
         schedule: a key of `SCHEDULES`, applied to ``lr`` over ``steps``.
         batch_size: images a step, >= 1.
-        steps: optimizer steps, >= 1; those of ``probe_steps`` come on top.
-        scope: which parameters move: ``all`` or ``head``; of a denoiser also ``last_blocks`` or ``attention``.
+        steps: optimizer steps, >= 0 (none: what the released weights do as they are); those of ``probe_steps`` and of
+            ``surgery`` come on top.
+        scope: which parameters move: ``all``; ``head``; the ``first_blocks`` or the ``last_blocks`` with the head;
+            ``attention`` (with a classifier's head); or ``lora``, adapters of low rank with the head.
         head: what a classifier's last layer, or a conditional denoiser's class embedding, starts from: ``kept`` (the
             released one), ``fresh`` (newly initialised) or ``probed`` (fresh, then trained alone for ``probe_steps``
             steps with Adam at ``probe_lr``). A simulated ``probed`` attacker starts from a head that the defender keeps
@@ -43,6 +85,13 @@ class FineTuneStrategy:
         data_budget: images the attacker owns, drawn class-balanced from its split; None for all of them.
         ema: decay of an exponential moving average of the weights, whose value replaces them at the end, 0 <= ema < 1;
             0 for none. Early on the decay is held down to (1 + step) / (10 + step).
+        max_norm: the gradient's norm is clipped to this, > 0; None for no clipping.
+        batch_norm: ``trained``, or ``frozen``: normalisation layers with running statistics keep those they were
+            released with, and normalise with them.
+        blocks: how many blocks the scopes ``first_blocks`` and ``last_blocks`` have, >= 1.
+        lora_rank: rank of the adapters, >= 1; as ``lora_layers``, ignored unless the scope is ``lora``.
+        lora_layers: which layers get one: a key of `LORA_LAYERS`.
+        surgery: what is done to the weights before the head is started, in this order.
     """
 
     optimizer: str = "momentum"
@@ -58,6 +107,21 @@ class FineTuneStrategy:
     augmentation: str = "none"
     data_budget: int | None = None
     ema: float = 0.0
+    max_norm: float | None = None
+    batch_norm: str = "trained"
+    blocks: int = 1
+    lora_rank: int = 8
+    lora_layers: str = "all"
+    surgery: tuple[Operation, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the strategy as plain JSON data: the form that result files and configurations have."""
+        return {**dataclasses.asdict(self), "surgery": [operation.plain() for operation in self.surgery]}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "strategy") -> FineTuneStrategy:
+        """Make a strategy of plain data, as `plain` returns it; ``where`` is for messages."""
+        return cls(**{**values, "surgery": operations_from(f"{where}.surgery", values.get("surgery", ()))})
 
     def validate(self, where: str) -> None:
         """Raise a `UserError` that names ``where`` and the field if a value is outside its range."""
@@ -65,7 +129,9 @@ class FineTuneStrategy:
             check_field(f"{where}.{part.name}", part.name, getattr(self, part.name))
 
 
-SCOPES = ("all", "head", "last_blocks", "attention")
+SCOPES = ("all", "head", "first_blocks", "last_blocks", "attention", "lora")
+BATCH_NORMS = ("trained", "frozen")
+LORA_LAYERS = ("all", "convolutions", "linears", "attention")
 HEADS = ("kept", "fresh", "probed")
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
 
@@ -119,7 +185,12 @@ def check_field(key: str, name: str, value: Any) -> None:
         "scope": SCOPES,
         "head": HEADS,
         "augmentation": AUGMENTATIONS,
+        "batch_norm": BATCH_NORMS,
+        "lora_layers": LORA_LAYERS,
     }
+    if name == "surgery":
+        operations_from(key, value)
+        return
     if name in choices:
         choose(key, value, choices[name])
         return
@@ -130,8 +201,13 @@ def check_field(key: str, name: str, value: Any) -> None:
         fits, allowed = number and value >= 0, "a number >= 0"
     elif name == "ema":
         fits, allowed = number and 0 <= value < 1, "a number >= 0 and < 1"
+    elif name == "max_norm":
+        fits, allowed = number and value > 0, "a number > 0"
     else:
-        fits, allowed = number and isinstance(value, int) and value >= 1, "a whole number >= 1"
+        least = 0 if name == "steps" else 1
+        fits, allowed = number and isinstance(value, int) and value >= least, f"a whole number >= {least}"
+    if name == "max_norm":
+        fits, allowed = fits or value is None, f"{allowed}, or null for no clipping"
     if name == "data_budget":
         fits, allowed = fits or value is None, f"{allowed}, or null for all"
     if not fits:
@@ -179,25 +255,25 @@ class StrategySampler:
 
     Args:
         config: the distribution.
+        where: the configuration key of its optimizers, for messages.
 
     Raises:
         UserError: a range or a list is empty, reversed or names something unknown.
     """
 
-    def __init__(self, config: SamplerConfig) -> None:
+    def __init__(self, config: SamplerConfig, where: str = "sampler.optimizers") -> None:
+        self.where = where
         self.ranges = {name: limits for name, limits in config.optimizers.items() if limits is not None}
         self.config = config
         self._validate()
 
     def _validate(self) -> None:
         if not self.ranges:
-            raise UserError("sampler.optimizers: empty; give at least one optimizer with its range of learning rates")
+            raise UserError(f"{self.where}: empty; give at least one optimizer with its range of learning rates")
         for name, limits in self.ranges.items():
-            choose("sampler.optimizers", name, OPTIMIZERS)
+            choose(self.where, name, OPTIMIZERS)
             if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
-                raise UserError(
-                    f"sampler.optimizers.{name}: {limits} is not a range; give [low, high], 0 < low <= high"
-                )
+                raise UserError(f"{self.where}.{name}: {limits} is not a range; give [low, high], 0 < low <= high")
         for key in _LISTS.values():
             if not getattr(self.config, key):
                 raise UserError(f"sampler.{key}: empty; give at least one value")
@@ -207,6 +283,8 @@ class StrategySampler:
         for name, key in _LISTS.items():
             for value in getattr(self.config, key):
                 check_field(f"sampler.{key}", name, value)
+        if "lora" in self.config.scopes:
+            raise UserError("sampler.scopes: 'lora' is not simulated; it is for audits")
 
     def sample(self, generator: torch.Generator) -> FineTuneStrategy:
         """Draw one strategy; ``generator`` (on the CPU) is the only source of randomness."""
@@ -232,6 +310,8 @@ class StrategySampler:
 # How long an attacker probes before it fine-tunes has no counterpart in the simulation, whose probed head is the
 # defender's own: it does not decide whether an attack was seen.
 _NOT_SAMPLED = ("probe_steps", "probe_lr")
+# What decides only where the scope asks for it.
+_OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_rank": ("lora",), "lora_layers": ("lora",)}
 
 
 def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tuple[str, ...]:
@@ -250,6 +330,8 @@ def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tu
         outside.append("steps")
     for part in dataclasses.fields(strategy):
         if part.name in ("optimizer", "lr", "steps", *_NOT_SAMPLED):
+            continue
+        if strategy.scope not in _OF_SCOPE.get(part.name, (strategy.scope,)):
             continue
         # an older checkpoint does not name a field that came later: its attackers all had the default
         if getattr(strategy, part.name) not in support.get(part.name, (part.default,)):

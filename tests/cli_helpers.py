@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
@@ -130,6 +133,19 @@ def tree(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def refused(folder: Path, *command: str) -> str:
+    """Run a command that must be refused and leave ``folder`` as it was; return its message."""
+    before = tree(folder)
+    message = refusal(sophon(folder, *command))
+    assert tree(folder) == before
+    return message
+
+
+def load(path: Path) -> Any:
+    """Read a JSON file that must hold no NaN."""
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
 
 
 def weights_sha256(checkpoint: Path) -> str:

@@ -29,8 +29,10 @@ from tests.cli_helpers import (
     SMALL,
     finish,
     image_folder,
+    load,
     make,
     refusal,
+    refused,
     sophon,
     start,
     tree,
@@ -51,14 +53,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
-
-
-def refused(folder: Path, *command: str) -> str:
-    """Run a command that must be refused and leave ``folder`` as it was; return its message."""
-    before = tree(folder)
-    message = refusal(sophon(folder, *command))
-    assert tree(folder) == before
-    return message
 
 
 def protected_sha256(made: Path) -> str:
@@ -186,7 +180,6 @@ def test_protect_refuses_what_does_not_fit_before_it_writes(copied: Path, case: 
 
 
 WRONG_FOR_AUDIT = {
-    "head kept with other classes": (("domain.restricted.classes=[sandal,bag,sneaker]",), ["'kept'", "5", "3"]),
     "other original classes": (("domain@domain.original=mnist_digits",), ["domain.original", "10 classes"]),
     "missing checkpoint": (("checkpoint=nowhere",), ["checkpoint", "nowhere"]),
     "missing reference": (("reference=nowhere",), ["reference", "nowhere"]),
@@ -197,8 +190,34 @@ WRONG_FOR_AUDIT = {
         ("++attack.strategies.adam_fresh.augmentation=magic",),
         ["augmentation", "magic", "standard"],
     ),
-    "budget above what there is": (("++attack.strategies.adam_fresh.data_budget=100000",), ["data_budget", "100000"]),
+    "nothing that fits": (
+        (
+            "domain.restricted.classes=[sandal,bag,sneaker]",
+            "++attack.strategies.adam_fresh.head=kept",
+            "++attack.strategies.adam_probed.data_budget=100000",
+        ),
+        ["attack.strategies.momentum_kept", "'kept'", "5", "3"],
+    ),
+    "unknown operation": (
+        ("++attack.strategies.adam_fresh.surgery=[{operation: amputate}]",),
+        ["attack.strategies.adam_fresh.surgery", "amputate", "renormalise"],
+    ),
 }
+
+
+@pytest.mark.slow
+def test_an_attack_that_does_not_fit_is_left_out_and_said_so(copied: Path) -> None:
+    three = ("domain.restricted.classes=[sandal,bag,sneaker]", "++attack.strategies.adam_fresh.data_budget=100000")
+    result = sophon(copied, *AUDIT, NEW, *three, "tracking.progress=true")
+    assert result.code == 0, result
+    summary = load(copied / "new" / "audit.json")
+    assert [attack["attack"] for attack in summary["attacks"]] == ["adam_probed"]
+    assert set(summary["left_out"]) == {"momentum_kept", "adam_fresh"}
+    page = (copied / "new" / "report.html").read_text()
+    for words in ("as many classes", "data_budget: 100000"):
+        assert any(words in reason for reason in summary["left_out"].values())
+        assert words in result.err
+        assert words in page
 
 
 @pytest.mark.parametrize("case", WRONG_FOR_AUDIT)

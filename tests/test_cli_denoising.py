@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from tests.cli_helpers import PRETRAIN as PRETRAIN_CLASSIFIER
 from tests.cli_helpers import RUNS as CLASSIFIER
 from tests.cli_helpers import SMALL as SMALL_CLASSIFIER
-from tests.cli_helpers import image_folder, refusal, sophon, tree
+from tests.cli_helpers import image_folder, load, refusal, refused, sophon, tree
 
 RUNS = Path("runs/quickstart_diffusion/seed0")
 ROLES = ("protected", "unprotected", "scratch")
@@ -108,18 +107,6 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
-
-
-def refused(folder: Path, *command: str) -> str:
-    """Run a command that must be refused and leave ``folder`` as it was; return its message."""
-    before = tree(folder)
-    message = refusal(sophon(folder, *command))
-    assert tree(folder) == before
-    return message
-
-
-def load(path: Path) -> Any:
-    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
 
 
 def manifest(folder: Path, verb: str) -> Any:

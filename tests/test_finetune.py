@@ -198,6 +198,103 @@ def test_diverging_rate_ends_in_false() -> None:
     assert not fine_tune(model, replace(PLAN, lr=1e30, schedule="constant", steps=50), task, IMAGES, generator())
 
 
+# --- scopes, clipping, statistics and losses of the attacker's choice -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scope", "blocks", "still"),
+    [("first_blocks", 1, ("conv2", "bn2")), ("last_blocks", 1, ("conv1", "bn1")), ("last_blocks", 2, ())],
+)
+def test_blocks_outside_the_scope_stay(scope: str, blocks: int, still: tuple[str, ...]) -> None:
+    model = tiny_model()
+    before = state_of(model)
+    assert fine_tune(model, replace(PLAN, scope=scope, blocks=blocks), tiny_task(), IMAGES, generator())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith(still or ("none",)), name
+
+
+@pytest.mark.parametrize("scope", ["all", "last_blocks"])
+def test_clipping_equals_a_loop_written_out(scope: str) -> None:
+    """What is clipped is the norm over all that moves, in every step."""
+    plan = replace(PLAN, optimizer="sgd", schedule="constant", weight_decay=0.0, max_norm=0.01, scope=scope)
+    expected = tiny_model().train()
+    weights = [
+        p for name, p in expected.named_parameters() if scope == "all" or name[:5] not in ("conv1", "bn1.w", "bn1.b")
+    ]
+    for images, labels in islice(batches(IMAGES, 8, generator(), "none"), 12):
+        loss = nn.functional.cross_entropy(expected((images.double() / 255 - 0.5) / 0.25), labels)
+        found = torch.autograd.grad(loss, weights)
+        norm = torch.cat([part.flatten() for part in found]).norm()
+        assert norm > plan.max_norm
+        with torch.no_grad():
+            for weight, part in zip(weights, found, strict=True):
+                weight -= plan.lr * plan.max_norm / norm * part
+    model = tiny_model()
+    assert fine_tune(model, plan, tiny_task(), IMAGES, generator())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-9)
+
+
+def test_a_norm_that_is_never_reached_clips_nothing() -> None:
+    one, other = tiny_model(), tiny_model()
+    fine_tune(one, replace(PLAN, max_norm=1e6), tiny_task(), IMAGES, generator())
+    fine_tune(other, PLAN, tiny_task(), IMAGES, generator())
+    assert_same_state(one, state_of(other))
+
+
+@pytest.mark.parametrize("scope", ["all", "last_blocks"])
+def test_frozen_statistics_are_used_and_kept_while_the_scale_still_moves(scope: str) -> None:
+    model, modes = tiny_model(), set()
+    before = state_of(model)
+
+    def after_step(step: int, loss: float) -> None:
+        modes.add((model.bn1.training, model.bn2.training, model.conv1.training, model.fc.training))
+        tiny_task().evaluate(model, IMAGES)
+
+    assert fine_tune(
+        model, replace(PLAN, scope=scope, batch_norm="frozen"), tiny_task(), IMAGES, generator(), after_step
+    )
+    assert modes == {(False, False, True, True)}
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert not torch.equal(model.bn2.weight, before["bn2.weight"])
+    assert torch.equal(model.bn1.weight, before["bn1.weight"]) == (scope == "last_blocks")
+    fine_tune(model, replace(PLAN, scope=scope, steps=1), tiny_task(), IMAGES, generator())
+    assert model.bn1.training
+    assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
+
+
+def test_no_steps_move_nothing() -> None:
+    model = tiny_model()
+    before = state_of(model)
+    assert fine_tune(model, replace(PLAN, steps=0, ema=0.9), tiny_task(), IMAGES, generator(), stop_after(0))
+    assert_same_state(model, before)
+
+
+def test_a_loss_of_the_callers_is_minimised_instead() -> None:
+    model, told = tiny_model(), []
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        assert net is model
+        assert batch.images.dtype == torch.uint8
+        return (net.fc.weight - 3).square().mean()
+
+    plan = replace(PLAN, optimizer="sgd", lr=1.0, schedule="constant", weight_decay=0.0, steps=60)
+    before = state_of(model)
+    assert fine_tune(
+        model, plan, Failing(1, float("nan")), IMAGES, generator(), lambda step, value: told.append(value), loss=loss
+    )
+    assert told[0] > 1 > 1e-3 > told[-1]
+    assert torch.equal(model.conv1.weight, before["conv1.weight"])
+    assert not fine_tune(model, plan, tiny_task(), IMAGES, generator(), loss=lambda net, batch: loss(net, batch) / 0)
+
+
+def test_the_tasks_own_loss_given_is_the_default() -> None:
+    one, other = tiny_model(), tiny_model()
+    fine_tune(one, PLAN, tiny_task(), IMAGES, generator(), loss=tiny_task().attacker_loss)
+    fine_tune(other, PLAN, tiny_task(), IMAGES, generator())
+    assert_same_state(one, state_of(other))
+
+
 # --- floating-point operations ------------------------------------------------------------------------------------
 
 
@@ -240,6 +337,13 @@ def test_flops_scale_with_the_batch(batch_size: int) -> None:
     """Also where a batch is larger than the data."""
     assert len(IMAGES) < 100
     assert count(Convolution(), batch_size) == batch_size * count(Convolution(), 1)
+
+
+def test_flops_of_imitation_have_the_teachers_answer() -> None:
+    task, teacher, student = tiny_task(), Convolution(), Convolution()
+    plan = replace(PLAN, batch_size=8)
+    found = flops_per_step(student, plan, task, IMAGES, lambda net, batch: task.imitation_loss(net, batch, teacher))
+    assert found == count(student) + 8 * (CONV + HEAD)
 
 
 @pytest.mark.parametrize("scope", ["all", "head"])

@@ -192,7 +192,7 @@ def test_audit_json_compares_the_roles(made: Path) -> None:
     assert summary["reference"]["sha256"] == reference["weights_sha256"]
     assert summary["reference"]["method"] is None
     assert summary["support"] == protected["sampler_support"]
-    assert summary["domains"] == {"original": "fashion_clothes", "restricted": "fashion_shoes_bags"}
+    assert summary["domains"] == {"original": "fashion_clothes", "restricted": "fashion_shoes_bags", "benign": None}
 
 
 def test_the_audit_measures_intactness_itself(made: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_audit_measures_intactness_itself(made: Path) -> None:
 
 def test_curves_parquet_holds_every_point(made: Path) -> None:
     frame = pd.read_parquet(made / RUNS / "audit" / "curves.parquet")
-    assert list(frame) == ["attack", "role", "seed", "step", "select", "exposure"]
+    assert list(frame) == ["attack", "role", "seed", "step", "select", "exposure", "domain"]
     records = [load(path) for path in (made / RUNS / "audit" / "attempts").iterdir()]
     expected = {(r["attack"], r["role"], r["seed"], p["step"], p["select"]) for r in records for p in r["curve"]}
     assert set(frame[["attack", "role", "seed", "step", "select"]].itertuples(index=False, name=None)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sophon.audit.adapters import add_adapters
+from sophon.audit.means import Means
+from sophon.audit.surgery import operate
 from sophon.domains import Domain, few_shot
 from sophon.finetune import fine_tune, flops_per_step
+from sophon.models import ModelSpec
 from sophon.runs import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy
 from sophon.tasks import Task
@@ -21,18 +26,22 @@ class Outcome:
     """What an attempt brought.
 
     Attributes:
+        model: what the attacker has in the end; not the model handed in if surgery put another in its place.
         curve: (steps done, metric on the attacker's ``select`` split), the start included.
-        test: the metric on ``test``, read once, after the last step.
+        test: the metric on ``test``, read once, after the last step; NaN where it was not to be read.
         finished: whether the loss stayed finite to the end.
-        seconds: wall time of fine-tuning and evaluation.
-        flops: of the fine-tuning steps taken (forward and backward), probing included.
+        seconds: wall time of the whole attempt.
+        flops: of all its training (forward and backward).
+        prepared_flops: the part of them before the first step: surgery and probing.
     """
 
+    model: nn.Module
     curve: list[tuple[int, float]]
     test: float
     finished: bool
     seconds: float
     flops: float
+    prepared_flops: float
 
 
 def attack(
@@ -41,9 +50,13 @@ def attack(
     task: Task,
     restricted: Domain,
     *,
+    spec: ModelSpec,
     seed: int,
     eval_points: int,
-    at_point: Callable[[int], None] = lambda step: None,
+    original: Domain | None = None,
+    benign: Domain | None = None,
+    read_test: bool = True,
+    at_point: Callable[[nn.Module, int, float], None] = lambda model, step, value: None,
 ) -> Outcome:
     """Fine-tune ``model`` (in place) on the restricted domain's ``attack`` split as ``strategy`` says.
 
@@ -52,22 +65,24 @@ def attack(
         strategy: the attacker.
         task: the model kind.
         restricted: domain with ``attack``, ``select`` and ``test``.
-        seed: of the attacker's head, data, batches and augmentation; the same seed against two models gives both the
-            same of each.
+        spec: of the model.
+        seed: of the attacker's surgery, head, data, batches and augmentation; the same seed against two models gives
+            both the same of each.
         eval_points: points of the curve, >= 2.
-        at_point: called with the number of steps done at every point of the curve; it must leave the model as it is.
+        original: for surgery that trains on it.
+        benign: the same.
+        read_test: whether to read the ``test`` split: a search does not.
+        at_point: called with the model, the number of steps done and the value at every point of the curve; it must
+            leave the model as it is, and may raise to give the attempt up.
     """
     start = time.perf_counter()
     seed_all(derive_seed(seed, "head"))
     generator = torch.Generator().manual_seed(derive_seed(seed, "data"))
     images = few_shot(restricted["attack"], strategy.data_budget, generator)
-    task.start_head(model, strategy.head, restricted.classes)
-    flops = 0.0
-    if strategy.head == "probed":
-        probe = linear_probe(strategy)
-        flops += probe.steps * flops_per_step(model, probe, task, images)
-        fine_tune(model, probe, task, images, generator)
-    flops += strategy.steps * flops_per_step(model, strategy, task, images)
+    means = Means(task, spec, restricted.classes, images, generator, original, benign, strategy.batch_size)
+    model = _prepare(model, strategy, means, seed)
+    prepared = means.flops
+    flops = prepared + strategy.steps * flops_per_step(model, strategy, task, images)
 
     last = strategy.steps
     points = {round(last * i / (eval_points - 1)) for i in range(1, eval_points)}
@@ -75,7 +90,7 @@ def attack(
 
     def measure(step: int) -> None:
         curve.append((step, task.evaluate(model, restricted["select"])))
-        at_point(step)
+        at_point(model, *curve[-1])
 
     def after_step(step: int, loss: float) -> None:
         if step in points:
@@ -83,7 +98,22 @@ def attack(
 
     measure(0)
     finished = fine_tune(model, strategy, task, images, generator, after_step)
-    return Outcome(curve, task.evaluate(model, restricted["test"]), finished, time.perf_counter() - start, flops)
+    test = task.evaluate(model, restricted["test"]) if read_test else math.nan
+    return Outcome(model, curve, test, finished, time.perf_counter() - start, flops, prepared)
+
+
+def _prepare(model: nn.Module, strategy: FineTuneStrategy, means: Means, seed: int) -> nn.Module:
+    """Do all that comes before the first step: surgery, the head's start, probing, adapters."""
+    if strategy.surgery:
+        seed_all(derive_seed(seed, "surgery"))
+        model = operate(model, strategy.surgery, means)
+        seed_all(derive_seed(seed, "head"))
+    means.task.start_head(model, strategy.head, means.classes)
+    if strategy.head == "probed":
+        means.train(model, linear_probe(strategy))
+    if strategy.scope == "lora":
+        add_adapters(model, strategy.lora_rank, strategy.lora_layers, means.task.head_names(model))
+    return model
 
 
 def linear_probe(strategy: FineTuneStrategy) -> FineTuneStrategy:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -161,7 +160,7 @@ def _trained(
         "restricted": restricted.hashes["adapt"],
         "seed": seed,
         "network": _NETWORK,
-        "strategy": asdict(strategy),
+        "strategy": strategy.plain(),
     }
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, "features"))

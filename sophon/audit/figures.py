@@ -1,12 +1,13 @@
-"""The report's figures as inline SVG that takes its colours and its font from the page around it.
+"""Results and curves as inline SVG that takes its colours and its font from the page around it.
 
-The page must define the CSS variables ``--protected``, ``--unprotected``, ``--scratch``, ``--ink`` and ``--line``.
+The page must define a CSS variable for each of `COLOURS`, such as ``--protected``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -18,22 +19,27 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from sophon.audit.metrics import Array, ci95, points, resample, successful
+from sophon.audit.results import successful
+from sophon.audit.scores import Array, ci95, points, resample
 from sophon.audit.verdict import EXPOSURES, ROLES, Record
 
 # Drawn in these colours, which the SVG then replaces by CSS variables of the same name: one file serves light and dark.
-_COLOURS = {
+COLOURS = {
     "protected": "#0072b2",
     "unprotected": "#d55e00",
     "scratch": "#767676",
     "ink": "#010203",
     "line": "#040506",
+    # of what has no colour of its own: audits, groups of attacks
+    **{hue: f"#0{index}0809" for index, hue in enumerate(("ha", "hb", "hc", "hd", "he", "hf", "hg", "hh"))},
 }
+HUES = tuple(COLOURS)[-8:]
 _DASHES = {"protected": "-", "unprotected": "-", "scratch": (0, (4, 2))}
-_MARKERS = {"protected": "o", "unprotected": "s", "scratch": "D"}
+MARKERS = {"protected": "o", "unprotected": "s", "scratch": "D"}
 EXPOSURE_WORDS = {"seen": "seen", "longer": "longer", "held_out": "held out"}
 _LONGEST_NAME = 40
-_STYLE = {
+_TALLEST = 8.7  # inches of lines that fit a sheet of paper
+STYLE = {
     "svg.hashsalt": "sophon",
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -41,14 +47,14 @@ _STYLE = {
     "font.sans-serif": ["DejaVu Sans"],
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _COLOURS["line"],
-    "axes.labelcolor": _COLOURS["ink"],
-    "text.color": _COLOURS["ink"],
-    "xtick.color": _COLOURS["line"],
-    "ytick.color": _COLOURS["line"],
-    "xtick.labelcolor": _COLOURS["ink"],
-    "ytick.labelcolor": _COLOURS["ink"],
-    "grid.color": _COLOURS["line"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["ink"],
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["ink"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "grid.color": COLOURS["line"],
     "grid.alpha": 0.35,
     "grid.linewidth": 0.5,
 }
@@ -71,7 +77,7 @@ def curve_panels(attempts: Sequence[Record], names: Iterable[str], metric: Recor
 
     Args:
         attempts: stored attempts.
-        names: the attacks to draw, in this order; those without a finite curve are left out.
+        names: the attacks on the restricted domain to draw, in this order; those without a finite curve are left out.
         metric: ``name`` and ``unit``.
 
     Returns:
@@ -79,7 +85,7 @@ def curve_panels(attempts: Sequence[Record], names: Iterable[str], metric: Recor
     """
     bands = {}
     for name in names:
-        mine = [a for a in attempts if a["attack"] == name]
+        mine = [a for a in attempts if a["attack"] == name and (a.get("domain") or "restricted") == "restricted"]
         found = {role: band(a for a in mine if a["role"] == role) for role in ROLES}
         if found := {role: curve for role, curve in found.items() if len(curve[0])}:
             bands[name] = found
@@ -100,23 +106,23 @@ def _limits(bands: Iterable[tuple[Array, Array, Array]], metric: Record) -> tupl
 def _panel(
     name: str, bands: Mapping[str, tuple[Array, Array, Array]], limits: tuple[float, float], metric: Record
 ) -> str:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 2.1))
         axes = figure.add_axes((0.13, 0.19, 0.62, 0.74))
         axes.set_ylim(limits)
         axes.grid(visible=True, axis="y")
         for role, (steps, mean, half) in bands.items():
-            colour = _COLOURS[role]
+            colour = COLOURS[role]
             axes.plot(steps, mean, color=colour, linestyle=_DASHES[role], marker="o", markersize=2.2, linewidth=1.5)
             axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         ends = {role: float(mean[-1]) for role, (_, mean, _) in bands.items()}
-        for role, height in _spread(ends, 0.1 * (limits[1] - limits[0]), limits).items():
-            axes.text(1.03, height, role, color=_COLOURS[role], transform=axes.get_yaxis_transform(), va="center")
+        for role, height in spread(ends, 0.1 * (limits[1] - limits[0]), limits).items():
+            axes.text(1.03, height, role, color=COLOURS[role], transform=axes.get_yaxis_transform(), va="center")
         axes.set_xlabel("fine-tuning steps")
-        return _svg(figure, f"{metric['name']} on the select split over fine-tuning steps, {name}")
+        return svg(figure, f"{metric['name']} on the select split over fine-tuning steps, {name}")
 
 
-def _spread(heights: Mapping[str, float], gap: float, limits: tuple[float, float]) -> dict[str, float]:
+def spread(heights: Mapping[str, float], gap: float, limits: tuple[float, float]) -> dict[str, float]:
     """Move labels apart so that neighbours are at least ``gap`` apart and none lies above the limits."""
     order = sorted(heights, key=lambda role: heights[role])
     placed = dict(heights)
@@ -128,7 +134,11 @@ def _spread(heights: Mapping[str, float], gap: float, limits: tuple[float, float
     return placed
 
 
-def dot_plot(attacks: Sequence[Record], metric: Record) -> str:
+# A heading, or what a line is called with its scores by series.
+Line = str | tuple[str, Mapping[str, Record | None]]
+
+
+def dot_plots(attacks: Sequence[Record], metric: Record) -> list[str]:
     """Draw the final test metric of every attack and role, with confidence intervals, grouped by exposure.
 
     Args:
@@ -136,50 +146,112 @@ def dot_plot(attacks: Sequence[Record], metric: Record) -> str:
         metric: ``name`` and ``unit``.
 
     Returns:
-        SVG.
+        SVGs, each of what fits a sheet of paper, all with the same horizontal axis.
     """
-    rows: list[Record | str] = []
+    lines: list[Line] = []
     for exposure in EXPOSURES:
-        group = [attack for attack in attacks if attack["exposure"] == exposure]
-        rows += [EXPOSURE_WORDS[exposure], *group] if group else []
-    labels = [row if isinstance(row, str) else _short(row["attack"]) for row in rows]
-    with matplotlib.rc_context(_STYLE):
-        height, left = 0.6 + 0.24 * len(rows), 0.25 + 0.066 * max(map(len, labels))
+        group = [(attack["attack"], attack["roles"]) for attack in attacks if attack["exposure"] == exposure]
+        lines += [EXPOSURE_WORDS[exposure], *group] if group else []
+    series = {role: (COLOURS[role], MARKERS[role]) for role in ROLES[::-1]}
+    return dots(lines, series, metric, "after every attack, by role")
+
+
+def dots(
+    lines: Sequence[Line], series: Mapping[str, tuple[str, str]], metric: Record, what: str, apart: float = 0.0
+) -> list[str]:
+    """Draw lines of dots with 95 % intervals.
+
+    Args:
+        lines: from top to bottom; scores have ``mean`` and ``ci95``, absent or None where there is no dot.
+        series: colour and marker of each, drawn in this order.
+        metric: ``name`` and ``unit``.
+        what: the rest of the description.
+        apart: how far below the one before it each series is drawn, in lines.
+
+    Returns:
+        SVGs, each of what fits a sheet of paper, all with the same horizontal axis.
+    """
+    pitch = 0.24 + 0.4 * apart * len(series)
+    count = max(1, math.ceil(len(lines) * pitch / _TALLEST))
+    most = math.ceil(len(lines) / count)
+    left = 0.25 + 0.066 * max((len(_label(line)) for line in lines), default=0)
+    sheets: list[list[Line]] = []
+    for line in lines:
+        if not sheets or len(sheets[-1]) >= most - isinstance(line, str):
+            sheets.append([])
+        sheets[-1].append(line)
+    scores = [score for line in lines if not isinstance(line, str) for score in line[1].values()]
+    limits = _value_limits(scores, metric)
+    return [
+        _sheet(sheet, series, limits, metric, f"{what}, {number} of {len(sheets)}", (apart, pitch, left))
+        for number, sheet in enumerate(sheets, 1)
+    ]
+
+
+def _value_limits(scores: Iterable[Record | None], metric: Record) -> tuple[float, float]:
+    known = [(score["mean"], score["ci95"] or 0.0) for score in scores if score and score["mean"] is not None]
+    edges = [edge for mean, half in known for edge in (mean - half, mean + half)] or [0.0, 1.0]
+    margin = 0.03 * (max(edges) - min(edges)) or 1.0
+    low, high = min(edges) - margin, max(edges) + margin
+    # The intervals of two or three seeds may reach far beyond what there is.
+    return (max(low, -2.0), min(high, 102.0)) if metric["unit"] == "%" else (low, high)
+
+
+def _sheet(
+    lines: Sequence[Line],
+    series: Mapping[str, tuple[str, str]],
+    limits: tuple[float, float],
+    metric: Record,
+    what: str,
+    layout: tuple[float, float, float],
+) -> str:
+    apart, pitch, left = layout
+    with matplotlib.rc_context(STYLE):
+        height = 0.6 + pitch * len(lines)
         figure = Figure(figsize=(8.4, height))
         axes = figure.add_axes((left / 8.4, 0.5 / height, 0.98 - left / 8.4, 1 - 0.6 / height))
-        for at, row in enumerate(rows):
-            if not isinstance(row, str):
-                _dots(axes, at, row["roles"])
-        if metric["unit"] == "%":  # the intervals of two or three seeds may reach far beyond what there is
-            low, high = axes.get_xlim()
-            axes.set_xlim(max(low, -2.0), min(high, 102.0))
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(rows)), labels)
-        for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-            label.set_fontweight("bold" if isinstance(row, str) else "normal")
+        for at, line in enumerate(lines):
+            for index, (name, (colour, marker)) in enumerate(series.items()):
+                score = None if isinstance(line, str) else line[1].get(name)
+                if score and score["mean"] is not None:
+                    axes.errorbar(
+                        score["mean"],
+                        at + apart * (index - (len(series) - 1) / 2),
+                        xerr=score["ci95"],
+                        fmt=marker,
+                        color=colour,
+                        markersize=4.5,
+                        elinewidth=1.2,
+                    )
+        axes.set_xlim(limits)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_yticks(range(len(lines)), [_label(line) for line in lines])
+        for label, line in zip(axes.get_yticklabels(), lines, strict=True):
+            label.set_fontweight("bold" if isinstance(line, str) else "normal")
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=True, axis="x")
         axes.set_axisbelow(True)
         axes.set_xlabel(f"{metric['name']} on the test split" + (f" ({metric['unit']})" if metric["unit"] else ""))
-        return _svg(figure, f"{metric['name']} on the test split after every attack, by role")
+        return svg(figure, f"{metric['name']} on the test split {what}")
 
 
-def _dots(axes: Any, at: int, roles: Mapping[str, Record]) -> None:
-    for role in ROLES[::-1]:
-        score = roles.get(role)
-        if not score or score["mean"] is None:
-            continue
-        style = {"fmt": _MARKERS[role], "color": _COLOURS[role], "markersize": 4.5, "elinewidth": 1.2}
-        axes.errorbar(score["mean"], at, xerr=score["ci95"], **style)
+def _label(line: Line) -> str:
+    return line if isinstance(line, str) else shorten(line[0])
 
 
-def _short(name: str) -> str:
+def shorten(name: str) -> str:
+    """Return a name that fits a label."""
     name = printable(name)
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _svg(figure: Any, description: str) -> str:
-    """Write a figure as an SVG element for HTML: no namespaces, ids of its own, colours from the page."""
+def svg(figure: Any, description: str) -> str:
+    """Write a figure as an SVG element for HTML: no namespaces, ids of its own, colours from the page.
+
+    Args:
+        figure: drawn in `STYLE` with `COLOURS`.
+        description: what it shows; no two figures of a page have the same.
+    """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # A name may be in a script that the measuring font lacks; the browser has its own fonts.
@@ -209,6 +281,6 @@ def _from_page(attributes: dict[str, str], prefix: str) -> None:
         attributes["clip-path"] = attributes["clip-path"].replace("#", f"#{prefix}")
     if "style" in attributes:
         style = re.sub(r"font-family: [^;]*;? ?", "", attributes["style"])
-        for name, colour in _COLOURS.items():
+        for name, colour in COLOURS.items():
             style = style.replace(colour, f"var(--{name})")
         attributes["style"] = style

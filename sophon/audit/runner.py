@@ -1,76 +1,31 @@
-"""The audit: every strategy against every role, over seeds; each attempt a file, so that an audit can go on later."""
+"""The audit: every job of a plan, each result a file, so that an audit can go on later and in several processes."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import itertools
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sophon.audit.attacks import attack
+from sophon.audit import search
+from sophon.audit.attacks import Outcome, attack
 from sophon.audit.gallery import image_grid
-from sophon.audit.verdict import ROLES, format_value
-from sophon.config import AttackConfig, strategy_from
-from sophon.domains import Domain, few_shot
-from sophon.errors import UserError, choose
-from sophon.models import ModelSpec, build
+from sophon.audit.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
+from sophon.audit.verdict import ORACLE, format_value
+from sophon.config import AttackConfig
+from sophon.domains import Domain, ImageSet
+from sophon.errors import UserError
+from sophon.models import build
 from sophon.runs import derive_seed, read_json, seed_all, write_bytes, write_json
 from sophon.strategies import FineTuneStrategy, fields_outside
-from sophon.tasks import Task
-from sophon.tracking import Tracker
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """An attack to run: who, against which role, with which of the audit's seeds."""
-
-    attack: str
-    strategy: FineTuneStrategy
-    role: str
-    seed: int
-
-    def identifier(self, provenance: str) -> str:
-        """Name the attempt's file: readable, and different as soon as anything that decides its result differs."""
-        facts = json.dumps([asdict(self), provenance], sort_keys=True)
-        return f"{self.attack}-{self.role}-{self.seed}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-
-
-def strategies(config: AttackConfig) -> dict[str, FineTuneStrategy]:
-    """Return the attacks by name: those named in ``config.strategies``, then the combinations of ``config.grid``.
-
-    Raises:
-        UserError: nothing to run, a name unfit for a file, or a field or value that no strategy has.
-    """
-    named = dict(config.strategies)
-    for key, values in config.grid.items():
-        if not values:
-            raise UserError(f"attack.grid.{key}: empty; give at least one value")
-    for combined in itertools.product(*config.grid.values()) if config.grid else ():
-        combination = dict(zip(config.grid, combined, strict=True))
-        name = "-".join(value if isinstance(value, str) else f"{key}{value}" for key, value in combination.items())
-        if name in named:
-            raise UserError(f"attack.grid: '{name}' is the name of another attack; rename that one")
-        named[name] = strategy_from("attack.grid", combination)
-    if not named:
-        raise UserError("attack.strategies: empty; give at least one strategy or a grid")
-    for name, strategy in named.items():
-        if not name or not set(name) <= _SAFE:
-            raise UserError(f"attack.strategies: the name '{name}' is not allowed; use letters, digits and ._-+")
-        strategy.validate(f"attack.strategies.{name}")
-    return named
-
-
-_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+")
+Record = dict[str, Any]
 
 
 class Frechet(NamedTuple):
@@ -86,147 +41,243 @@ class Frechet(NamedTuple):
 
 
 class Runner:
-    """Runs what is missing of an audit.
+    """Runs the jobs of an audit; a job is done when its file is there.
 
     Args:
-        models: the model of each role but ``scratch``; never changed.
-        spec: of the protected model; ``scratch`` is built from it.
-        task: the model kind.
-        restricted: the domain that is attacked.
+        scene: what is attacked.
         config: the attacks.
-        support: the sampler's support from the checkpoint's manifest; None if it was not protected by sophon.
-        provenance: identifies models and data, so that an attempt is only reused for the same ones.
         seed: the audit's.
         folder: the run directory.
+        frechet: how to measure generated images; None not to.
 
     Raises:
-        UserError: an attack is not well formed or does not fit the models.
+        UserError: an attack is not well formed, or none fits the models.
     """
 
     def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        spec: ModelSpec,
-        task: Task,
-        restricted: Domain,
-        config: AttackConfig,
-        support: Mapping[str, Any] | None,
-        provenance: str,
-        seed: int,
-        folder: Path,
+        self, scene: Scene, config: AttackConfig, seed: int, folder: Path, frechet: Frechet | None = None
     ) -> None:
-        self.models = models
-        self.spec = spec
-        self.task = task
-        self.restricted = restricted
+        self.scene = scene
         self.config = config
-        self.support = support
-        self.provenance = provenance
         self.seed = seed
         self.folder = folder
-        self.strategies = strategies(config)
-        if not config.roles:
-            raise UserError(f"attack.roles: empty; allowed: {', '.join(ROLES)}")
-        for role in config.roles:
-            choose("attack.roles", role, ROLES)
-        for strategy in self.strategies.values():  # checked now rather than after hours of other attempts
-            model = copy.deepcopy(next(iter(models.values())))
-            few_shot(restricted["attack"], strategy.data_budget, torch.Generator())
-            task.start_head(model, strategy.head, restricted.classes)
-            task.train_mode(model, strategy.scope)
+        self.frechet = frechet
+        self.plan = Plan(config, scene)
+        self.jobs = {self._path(job): job for job in self.plan.jobs}
 
-    def attempts(self) -> list[Attempt]:
-        """Return every attempt of the audit, in a fixed order."""
-        return [
-            Attempt(name, strategy, role, seed)
-            for name, strategy in self.strategies.items()
-            for role in ROLES
-            if role in self.config.roles
-            for seed in range(self.config.seeds)
-        ]
+    def _path(self, job: Job) -> Path:
+        kind = "attempts" if isinstance(job, Attempt) else "searches"
+        return self.folder / kind / f"{job.identifier(self._provenance(job))}.json"
 
-    def run(self, tracker: Tracker, frechet: Frechet | None = None) -> list[dict[str, Any]]:
-        """Run the attempts that have no file yet; return the records of all.
-
-        Args:
-            tracker: told of each attempt.
-            frechet: how to measure generated images; None not to.
-        """
+    def _provenance(self, job: Job) -> str:
+        """Say what decides a job's result besides itself: the same job of another audit then has the same name."""
+        scene, config = self.scene, self.config
+        domain = scene.benign if isinstance(job, Attempt) and job.domain == "benign" else scene.restricted
+        others = (scene.original, scene.benign) if isinstance(job, Search) or job.strategy.surgery else ()
+        role = "unprotected" if job.role == ORACLE else job.role
         # distances in the features of two networks do not compare
-        provenance = self.provenance if frechet is None else f"{self.provenance} {frechet.network}"
-        planned = {attempt.identifier(provenance): attempt for attempt in self.attempts()}
-        missing = [key for key in planned if not self._path(key).exists()]
-        with tracker.progress("audit", len(planned), len(planned) - len(missing)) as advance:
-            for key in missing:
-                record = self._attempt(key, planned[key], frechet)
-                write_json(self._path(key), record)
-                advance(f"{record['attack']} on {record['role']}: {format_value(record['test'], record['metric'])}")
-        return [read_json(self._path(key)) for key in planned]
+        measured = [config.eval_points, config.samples, self.frechet and [self.frechet.network, config.frechet_samples]]
+        hashes = [sorted(each.hashes.items()) for each in (domain, *others) if each is not None]
+        return repr([scene.provenance.get(role, role), hashes, self.seed, measured])
 
-    def _path(self, key: str) -> Path:
-        return self.folder / "attempts" / f"{key}.json"
+    def missing(self) -> list[Path]:
+        """Return the files of this shard's jobs that are not there yet, after taking over what other audits have."""
+        mine = list(self.jobs)[self.config.shard :: self.config.shards]
+        for path in mine:
+            if not path.exists():
+                self._take_over(path)
+        return [path for path in mine if not path.exists()]
 
-    def _attempt(self, key: str, attempt: Attempt, frechet: Frechet | None) -> dict[str, Any]:
+    def _take_over(self, path: Path) -> None:
+        for other in map(Path, self.config.reuse):
+            if not other.is_dir():
+                raise UserError(f"attack.reuse: '{other}' is not a folder; give the run directories of other audits")
+            found = other / path.relative_to(self.folder)
+            if found.exists():
+                self._copy(other, read_json(found), path)
+                return
+
+    def _copy(self, other: Path, record: Record, path: Path) -> None:
+        """Copy a job's result with all that belongs to it; its own file last."""
+        for identifier in record.get("attempts", ()):
+            name = f"attempts/{identifier}.json"
+            self._copy(other, read_json(other / name), self.folder / name)
+        for picture in record.get("samples", ()):
+            drawn = other / picture["file"]
+            if not drawn.is_file():
+                raise UserError(f"attack.reuse: an attempt in '{other}' lacks its picture '{drawn.name}'; leave it out")
+            write_bytes(self.folder / picture["file"], drawn.read_bytes())
+        if "strategy" in record:
+            record |= self._exposure(FineTuneStrategy.of(record["strategy"]))
+        write_json(path, record)
+
+    def run(self, path: Path, on_trial: Callable[[str], None] = lambda note: None) -> str:
+        """Run the job whose file is ``path``; return a line on what came of it."""
+        job = self.jobs[path]
+        record = self._attempt(path.stem, job) if isinstance(job, Attempt) else self._search(path.stem, job, on_trial)
+        write_json(path, record)
+        if isinstance(job, Attempt):
+            return f"{job.attack} on {job.role}: {format_value(record['test'], record['metric'])}"
+        return f"{job.name} on {job.role}: {len(record['trials'])} trials"
+
+    def records(self) -> tuple[list[Record], list[Record]]:
+        """Return what all jobs have written: the attempts, the winners' among them, and the searches."""
+        found = {path: read_json(path) for path in self.jobs}
+        searches = [record for path, record in found.items() if isinstance(self.jobs[path], Search)]
+        attempts = [record for path, record in found.items() if isinstance(self.jobs[path], Attempt)]
+        winners = [read_json(self.folder / "attempts" / f"{name}.json") for s in searches for name in s["attempts"]]
+        return [*attempts, *winners], searches
+
+    def _search(self, key: str, job: Search, on_trial: Callable[[str], None]) -> Record:
+        """Search for the strategy that does best on ``select``, then run it on several seeds and read ``test``."""
+        task, config = self.scene.task, job.config
+        seed = derive_seed(self.seed, "search", job.name)
+
+        def evaluate(strategy: FineTuneStrategy, report: Callable[[int, float], None]) -> float | None:
+            if unfit(strategy, self.scene, self.scene.restricted):  # choices that each fit, but not together
+                return None
+            outcome = self._attack(
+                self._victim(job.role, seed),
+                strategy,
+                self.scene.restricted,
+                seed=seed,
+                eval_points=config.eval_points,
+                read_test=False,
+                at_point=lambda model, step, value: report(step, value),
+            )
+            return outcome.curve[-1][1] if outcome.finished else None
+
+        trials = search.run_search(
+            config,
+            storage=self.folder / "searches" / f"{key}.db",
+            seed=seed,
+            higher_is_better=task.metric.higher_is_better,
+            evaluate=evaluate,
+            on_trial=lambda trial: on_trial(f"{job.name} on {job.role}: trial {trial.number} {trial.state}"),
+        )
+        best = search.best(trials, task.metric.higher_is_better)
+        winners = []
+        for number in range(config.seeds if best else 0):
+            assert best is not None  # the range says so
+            attempt = Attempt(job.name, best.strategy, job.role, number, search=job.name)
+            path = self._path(attempt)
+            if not path.exists():
+                facts = {"name": job.name, "sampler": config.sampler, "trials": len(trials)}
+                write_json(path, self._attempt(path.stem, attempt) | {"search": facts})
+                on_trial(f"{job.name} on {job.role}: the winner, seed {number}")
+            winners.append(path.stem)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "id": key,
+            "name": job.name,
+            "role": job.role,
+            **asdict(config),
+            "budget": config.trials,
+            "trials": [{**vars(trial), "strategy": trial.strategy.plain()} for trial in trials],
+            "best": best and best.number,
+            "attempts": winners,
+        }
+
+    def _attack(self, victim: nn.Module, strategy: FineTuneStrategy, domain: Domain, **options: Any) -> Outcome:
+        scene = self.scene
+        return attack(
+            victim,
+            strategy,
+            scene.task,
+            domain,
+            spec=scene.spec,
+            original=scene.original,
+            benign=scene.benign,
+            **options,
+        )
+
+    def _attempt(self, key: str, attempt: Attempt) -> Record:
         # The role is not part of the seed: all roles face the same head, data order and augmentation.
         seed = derive_seed(self.seed, "attempt", attempt.attack, attempt.seed)
-        victim = self._victim(attempt.role, seed)
-        pictures: list[dict[str, Any]] = []
+        pictures: list[Record] = []
 
-        def draw(step: int) -> None:
+        def draw(model: nn.Module, step: int, value: float) -> None:
             if attempt.seed == 0 and self.config.samples:  # one seed's pictures are enough to look at
-                self._draw(victim, f"samples/{key}-{step}.png", step, pictures)
+                self._draw(model, f"samples/{key}-{step}.png", step, pictures)
 
-        outcome = attack(
-            victim,
+        domain = self._domain(attempt)
+        outcome = self._attack(
+            self._victim(attempt.role, seed),
             attempt.strategy,
-            self.task,
-            self.restricted,
+            domain,
             seed=seed,
             eval_points=self.config.eval_points,
             at_point=draw,
         )
-        outside = None if self.support is None else fields_outside(self.support, attempt.strategy)
-        return {
+        record = {
             "schema_version": SCHEMA_VERSION,
             "id": key,
             "attack": attempt.attack,
             "role": attempt.role,
+            "domain": attempt.domain,
             "seed": attempt.seed,
-            "strategy": asdict(attempt.strategy),
-            "exposure": exposure(outside),
-            "outside": list(outside or ()),
-            "metric": asdict(self.task.metric),
+            "strategy": attempt.strategy.plain(),
+            **self._exposure(attempt.strategy),
+            "metric": asdict(self.scene.task.metric),
             "curve": [{"step": step, "select": _finite(value)} for step, value in outcome.curve],
             "test": _finite(outcome.test),
-            "details": {name: _finite(value) for name, value in self._details(victim, frechet).items()},
+            "details": {name: _finite(value) for name, value in self._details(outcome.model, domain).items()},
             "samples": pictures,
+            "search": None,
             "finished": outcome.finished,
             "seconds": outcome.seconds,
             "flops": outcome.flops,
+            "prepared_flops": outcome.prepared_flops,
             "steps": attempt.strategy.steps,
         }
+        if attempt.role == ORACLE:
+            record["data_ratio"] = oracle_data(self.plan.named[attempt.attack], self.scene.restricted)[1]
+        return record
 
-    def _details(self, victim: nn.Module, frechet: Frechet | None) -> dict[str, float]:
-        details = self.task.details(victim, self.restricted["test"])
-        if frechet is not None:
-            images = self.task.sample(victim, self.config.frechet_samples, derive_seed(self.seed, "frechet"))
+    def _exposure(self, strategy: FineTuneStrategy) -> Record:
+        support = self.scene.support
+        outside = None if support is None else fields_outside(support, strategy)
+        return {"exposure": exposure(outside), "outside": list(outside or ())}
+
+    def _domain(self, attempt: Attempt) -> Domain:
+        scene = self.scene
+        if attempt.role == ORACLE:
+            return with_more_data(scene.restricted)
+        if attempt.domain == "benign":
+            assert scene.benign is not None  # the plan has benign attempts only if there is one
+            return scene.benign
+        return scene.restricted
+
+    def _details(self, model: nn.Module, domain: Domain) -> dict[str, float]:
+        details = self.scene.task.details(model, domain["test"])
+        if self.frechet is not None and domain is self.scene.restricted:
+            images = self.scene.task.sample(model, self.config.frechet_samples, derive_seed(self.seed, "frechet"))
             if images is not None:
-                details["Frechet distance"] = frechet.distance(images)
+                details["Frechet distance"] = self.frechet.distance(images)
         return details
 
-    def _draw(self, victim: nn.Module, name: str, step: int, pictures: list[dict[str, Any]]) -> None:
+    def _draw(self, model: nn.Module, name: str, step: int, pictures: list[Record]) -> None:
         """Write a grid of what the model generates, and note it; the same noise for every role, attack and step."""
-        images = self.task.sample(victim, self.config.samples, derive_seed(self.seed, "samples"))
+        images = self.scene.task.sample(model, self.config.samples, derive_seed(self.seed, "samples"))
         if images is not None:
             write_bytes(self.folder / name, image_grid(images))
             pictures.append({"step": step, "file": name})
 
     def _victim(self, role: str, seed: int) -> nn.Module:
+        models: Mapping[str, nn.Module] = self.scene.models
         if role != "scratch":
-            return copy.deepcopy(self.models[role])
+            return copy.deepcopy(models["unprotected" if role == ORACLE else role])
         seed_all(derive_seed(seed, "scratch"))
-        device = next(next(iter(self.models.values())).parameters()).device
-        return build(self.spec).to(device)
+        device = next(next(iter(models.values())).parameters()).device
+        return build(self.scene.spec).to(device)
+
+
+def with_more_data(restricted: Domain) -> Domain:
+    """Return the domain with the defender's images added to the attacker's."""
+    parts = [restricted[split] for split in ORACLE_SPLITS]
+    images = torch.cat([part.images for part in parts])
+    labels = torch.cat([part.labels for part in parts])
+    return replace(restricted, splits={**restricted.splits, "attack": ImageSet(images, labels, restricted.classes)})
 
 
 def _finite(value: float) -> float | None:

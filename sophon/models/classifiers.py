@@ -20,11 +20,16 @@ from torch import Tensor, nn
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models.common import Card, check_input, load_state, one_line
+from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
 from sophon.runs import read_json, read_tensors, write_json, write_tensors
 
 LIBRARIES = ("timm", "torchvision")
-_RESERVED = ("num_classes", "in_chans", "pretrained", "weights", "weights_backbone")
+# what the spec decides, and what would load weights behind its back
+RESERVED = (
+    *("num_classes", "in_chans", "pretrained", "weights", "weights_backbone"),
+    *("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+)
 _SHOWN = 3  # as many names as fit into a message of one line
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # What timm knows of the architecture's published weights; said of ours it would be false.
@@ -44,7 +49,7 @@ def spec_from_config(config: ModelConfig, classes: Sequence[str]) -> ModelSpec:
     Raises:
         UserError: a value is out of range or contradicts another; the message names its key.
     """
-    mean, std = check_input(config, _RESERVED)
+    mean, std = check_input(config, RESERVED)
     if config.library == "torchvision" and config.channels != 3:
         raise UserError(f"model.channels: {config.channels} is not allowed with library torchvision; allowed: 3")
     for key in ("scheduler", "class_conditional"):
@@ -153,6 +158,11 @@ def _head_names(module: nn.Module) -> tuple[str, ...]:
         return (named,) if isinstance(named, str) else tuple(named)
     linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     return tuple(linear[-1:])
+
+
+def blocks(module: nn.Module, spec: ModelSpec) -> list[Block]:
+    """Return the classifier's blocks from input to output, its last layer left out; see `partition`."""
+    return partition(module, head_prefix(module, spec))
 
 
 def with_fresh_head(module: nn.Module, spec: ModelSpec, classes: Sequence[str]) -> ModelSpec:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.models.attention_processor import Attention
 from huggingface_hub import snapshot_download
 from torch import nn
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose
 from sophon.models.common import Card, check_input, load_state, one_line
+from sophon.models.partition import Block
 from sophon.models.pipeline import (
     ARCHITECTURE,
     CONFIG,
@@ -30,19 +30,18 @@ from sophon.models.pipeline import (
 )
 from sophon.models.spec import ModelSpec
 from sophon.runs import read_tensors, write_tensors, write_text
-from sophon.strategies import SCOPES
 
 __all__ = [
     "CONFIG",
     "LIBRARIES",
     "WEIGHTS",
+    "blocks",
     "build",
     "card",
     "class_count",
     "create",
     "load_weights",
     "save",
-    "scope_names",
     "spec_from_config",
     "with_fresh_classes",
 ]
@@ -221,31 +220,18 @@ def with_fresh_classes(module: nn.Module, classes: Sequence[str]) -> None:
     module.register_to_config(num_class_embeds=len(classes))  # type: ignore[operator]
 
 
-def scope_names(module: nn.Module, scope: str) -> set[str]:
-    """Name the parameters that an attacker's scope trains.
+def blocks(module: nn.Module) -> list[Block]:
+    """Return the denoiser's blocks from input to output, its class embedding left out.
 
-    Args:
-        module: a `UNet2DModel`.
-        scope: ``all``; ``head``: the class embedding; ``last_blocks``: the last up block and the output layers;
-            ``attention``: every attention layer.
-
-    Raises:
-        UserError: the scope is not known, or the model has nothing of it.
+    Each down block, the middle and each up block; the layers before them belong to the first, those after to the last.
     """
-    choose("scope", scope, SCOPES)
-    prefixes: tuple[str, ...] = ("",)
-    if scope == "head":
-        prefixes = ("class_embedding.",)
-    elif scope == "last_blocks":
-        prefixes = (f"up_blocks.{len(module.up_blocks) - 1}.", "conv_norm_out.", "conv_out.")  # type: ignore[arg-type]
-    elif scope == "attention":
-        prefixes = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Attention))
-    names = {name for name, _ in module.named_parameters() if name.startswith(prefixes)}
-    if not names:
-        raise UserError(
-            f"scope: '{scope}' trains nothing of this denoiser; it has no such layers; use all or last_blocks"
-        )
-    return names
+    down, up = (
+        [(f"{name}.{index}",) for index in range(len(module.get_submodule(name)))]  # type: ignore[arg-type]
+        for name in ("down_blocks", "up_blocks")
+    )
+    middle = [] if module.mid_block is None else [("mid_block",)]
+    first, *between, last = [*down, *middle, *up]
+    return [("conv_in", "time_embedding", *first), *between, (*last, "conv_norm_out", "conv_out")]
 
 
 _UNCONDITIONAL = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,42 @@ def within(folder: Path, name: str) -> Path:
     """Return where a pipeline keeps a file; older ones of the Hub keep them all beside the index."""
     beside = folder / Path(name).name
     return beside if beside.exists() and not (folder / name).exists() else folder / name
+
+
+def describe(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Complete a configuration by the pipeline's own input; its network and noise are read with its weights.
+
+    Args:
+        folder: the pipeline's.
+        config: the ``model`` group.
+
+    Returns:
+        ``config`` with the pipeline's image size and channels.
+
+    Raises:
+        UserError: the folder holds no network's configuration, or one without a size in pixels.
+    """
+    where = f"'{folder}'"
+    network = _read_settings(where, within(folder, UNET))
+    size, channels = network.get("sample_size"), network.get("in_channels", 3)
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int) or not isinstance(channels, int):
+        raise UserError(f"{where} takes {channels} channels of {size} pixels; give a pipeline of square images")
+    return replace(
+        config,
+        library="diffusers",
+        architecture=ARCHITECTURE,
+        model_args={},
+        image_size=size,
+        channels=channels,
+        mean=[0.5],
+        std=[0.5],
+        scheduler={},
+        class_conditional=False,
+        pretrained=False,
+        weights=str(folder),
+    )
 
 
 def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ sum of the query gradients along the trajectory, this is FTS with the horizon of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,14 +107,14 @@ class Pool:
     def record(self) -> dict[str, Any]:
         """Return the rest of every member as plain JSON data, for the same file."""
         return {
-            str(place): {"strategy": asdict(member.strategy), "taken": member.taken}
+            str(place): {"strategy": member.strategy.plain(), "taken": member.taken}
             for place, member in self.members.items()
         }
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Take up what `tensors` and `record` returned."""
         self.members = {
-            int(place): Member(FineTuneStrategy(**facts["strategy"]), facts["taken"], {}, {}, {})
+            int(place): Member(FineTuneStrategy.of(facts["strategy"]), facts["taken"], {}, {}, {})
             for place, facts in record.items()
         }
         for key, value in tensors.items():

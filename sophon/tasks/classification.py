@@ -14,8 +14,10 @@ from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
-from sophon.models.classifiers import LIBRARIES, head_prefix, with_fresh_head
-from sophon.tasks.task import Metric, evaluating
+from sophon.models.classifiers import LIBRARIES, blocks, head_prefix, with_fresh_head
+from sophon.models.partition import Block, attention
+from sophon.strategies import SCOPES
+from sophon.tasks.task import Metric, evaluating, within_scope
 
 
 class ClassificationTask:
@@ -99,9 +101,16 @@ class ClassificationTask:
         loss = F.cross_entropy(logits, batch.labels)
         if reference is None or self.distillation == 0:
             return loss
+        return loss + self.distillation * self._distance(logits, batch, reference)
+
+    def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
+        """Return the distillation of the reference's logits at the task's temperature; labels are not read."""
+        return self._distance(self.logits(model, batch.images), batch, reference)
+
+    def _distance(self, logits: Tensor, batch: Batch, reference: nn.Module) -> Tensor:
         with evaluating(reference):
             teacher = self.logits(reference, batch.images)
-        return loss + self.distillation * losses.distillation(logits, teacher, self.temperature)
+        return losses.distillation(logits, teacher, self.temperature)
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the accuracy in percent, 0 .. 100."""
@@ -123,21 +132,25 @@ class ClassificationTask:
         """Return None: a classifier generates nothing."""
         return
 
-    def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-        """Put what ``scope`` (``all`` or ``head``) trains in training mode; return its parameters by name.
+    def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
+        """Put what ``scope`` trains in training mode; return its parameters, the head's among them, by name.
 
-        A frozen backbone stays in evaluation mode: its BatchNorm layers then use the statistics they were released
-        with, which is what a linear probe means.
+        Only with ``head`` does the rest stay in evaluation mode: BatchNorm layers then use the statistics they were
+        released with, which is what a linear probe means.
 
         Raises:
-            UserError: ``scope`` is one that classifiers do not have.
+            UserError: ``scope`` is one that the model does not have, or it has fewer ``blocks``.
         """
-        choose("scope", scope, ("all", "head"))
-        model.train(scope == "all")
+        choose("scope", scope, [name for name in SCOPES if name != "attention" or attention(model)])
+        names = within_scope(self, model, scope, blocks) | self.head_names(model)
+        model.train(scope != "head")
         if scope == "head":
             model.get_submodule(head_prefix(model, self.spec)).train()
-        names = self.head_names(model) if scope == "head" else None
-        return {name: p for name, p in model.named_parameters() if names is None or name in names}
+        return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """Return the blocks from input to output, the last layer left out."""
+        return blocks(model, self.spec)
 
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the parameters of the last layer."""

@@ -16,8 +16,10 @@ from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
-from sophon.models.diffusion import LIBRARIES, class_count, scope_names, with_fresh_classes
-from sophon.tasks.task import Metric, evaluating
+from sophon.models.diffusion import LIBRARIES, blocks, class_count, with_fresh_classes
+from sophon.models.partition import Block, owned
+from sophon.strategies import SCOPES
+from sophon.tasks.task import Metric, evaluating, within_scope
 
 
 class Noised(NamedTuple):
@@ -159,9 +161,22 @@ class DenoisingTask:
         loss = F.mse_loss(output, self._target(noised))
         if reference is None or self.distillation == 0:
             return loss
+        return loss + self.distillation * self._distance(output, noised, batch.labels, reference)
+
+    def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
+        """Return the squared distance to the reference's output on freshly noised images; labels are not read.
+
+        Where there are classes, both networks are asked for ones drawn uniformly among the reference's.
+        """
+        noised = self._drawn(batch.images)
+        labels = torch.randint(max(1, class_count(reference)), (len(batch.images),), device=batch.images.device)
+        output = self._output(model, noised.images, noised.timesteps, labels)
+        return self._distance(output, noised, labels, reference)
+
+    def _distance(self, output: Tensor, noised: Noised, labels: Tensor, reference: nn.Module) -> Tensor:
         with evaluating(reference):
-            teacher = self._output(reference, noised.images, noised.timesteps, batch.labels)
-        return loss + self.distillation * F.mse_loss(output, teacher)
+            teacher = self._output(reference, noised.images, noised.timesteps, labels)
+        return F.mse_loss(output, teacher)
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the mean squared error of the predicted noise over the images' fixed triples."""
@@ -234,19 +249,33 @@ class DenoisingTask:
             images = scheduler.step(output, timestep, images).prev_sample
         return images
 
-    def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
+    def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
         """Put the model in training mode; return the parameters that ``scope`` trains, by name.
 
+        The class embedding enters with the input: it moves with ``first_blocks`` but not with ``last_blocks``.
+
         Raises:
-            UserError: the model has nothing of that scope.
+            UserError: the model has nothing of that scope, or fewer ``blocks``.
         """
-        names = scope_names(model, scope)
+        choose("scope", scope, SCOPES)
+        names = within_scope(self, model, scope, blocks)
+        if scope in ("head", "first_blocks", "lora"):
+            names |= self.head_names(model)
+        if not names:
+            raise UserError(
+                f"scope: '{scope}' trains nothing of this denoiser; it has no such layers; use all or last_blocks"
+            )
         model.train()
         return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """Return the blocks from input to output, the class embedding left out."""
+        return blocks(model)
+
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the class embedding's parameters: all that belongs to a domain; none if the model has no classes."""
-        return scope_names(model, "head") if class_count(model) else set()
+        names = {name for name, _ in model.named_parameters()}
+        return owned(names, ("class_embedding",)) if class_count(model) else set()
 
     def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
         """Replace the class embedding unless it is ``kept``.

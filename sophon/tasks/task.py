@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sophon.domains import Batch, ImageSet
+from sophon.errors import UserError
+from sophon.models.partition import Block, attention, owned
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Task(Protocol):
     def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None) -> Tensor:
         """Return what the defender minimises on the original domain; ``reference`` is distilled from if asked for."""
 
+    def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
+        """Return what a student minimises to answer as ``reference`` does; the classes of the images teach nothing."""
+
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the primary metric; leaves the model, its modes and the global generator as they were."""
 
@@ -48,14 +54,64 @@ class Task(Protocol):
     def sample(self, model: nn.Module, count: int, seed: int) -> Tensor | None:
         """Return images that the model generates, uint8 [count, C, H, W] on the CPU; None if its kind does not."""
 
-    def train_mode(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-        """Put the model in the mode that training ``scope`` needs; return the parameters of that scope by name."""
+    def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
+        """Put the model in the mode that training ``scope`` needs; return the parameters of that scope by name.
+
+        Args:
+            model: changed in its modes only.
+            scope: one of `sophon.strategies.SCOPES`.
+            blocks: how many the scopes ``first_blocks`` and ``last_blocks`` train.
+
+        Raises:
+            UserError: the model has nothing of that scope, or fewer blocks.
+        """
+
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """Return the model's blocks from input to output, the head left out.
+
+        Each is a tuple of dotted names of modules (of tensors, where a module is shared by blocks) that together own
+        the block's parameters and buffers: `sophon.models.partition.owned` says which. Everything outside the head is
+        in exactly one.
+        """
 
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the parameters that belong to the domain rather than to the features."""
 
     def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
         """Make the model's head ready for ``classes``: checked when ``kept``, newly initialised otherwise."""
+
+
+def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[str]:
+    """Name the parameters that a scope trains besides the head, whatever the model kind.
+
+    Args:
+        task: says what the model's blocks are.
+        model: the model.
+        scope: one of `sophon.strategies.SCOPES`; ``head`` has none besides, ``all`` names the head's too.
+        blocks: how many the scopes ``first_blocks`` and ``last_blocks`` train.
+
+    Raises:
+        UserError: the model has fewer blocks, or no adapters where the scope is ``lora``.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    if scope == "all":
+        return names
+    if scope in ("first_blocks", "last_blocks"):
+        found = task.blocks(model)
+        if not 1 <= blocks <= len(found):
+            raise UserError(
+                f"blocks: {blocks} is not allowed with scope '{scope}' of this model; it must be 1 to {len(found)}"
+            )
+        chosen = found[:blocks] if scope == "first_blocks" else found[-blocks:]
+        return owned(names, chain.from_iterable(chosen))
+    if scope == "attention":
+        return owned(names, attention(model))
+    if scope == "head":
+        return set()
+    adapters = {name for name in names if ".lora_" in name}
+    if not adapters:
+        raise UserError("scope: 'lora' trains nothing of this model; it has no adapters, which only an audit adds")
+    return adapters
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import attacks
+from sophon.audit import attacks, means
 from sophon.audit.attacks import Outcome, attack, linear_probe
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
@@ -57,10 +58,17 @@ class Watching(ClassificationTask):
 
 
 def run(
-    strategy: FineTuneStrategy = PLAN, task: Any = None, seed: int = 0, points: int = 3, model: Any = None
+    strategy: FineTuneStrategy = PLAN,
+    task: Any = None,
+    seed: int = 0,
+    points: int = 3,
+    model: Any = None,
+    **options: Any,
 ) -> Outcome:
     model = tiny_model() if model is None else model
-    return attack(model, strategy, task or tiny_task(), RESTRICTED, seed=seed, eval_points=points)
+    return attack(
+        model, strategy, task or tiny_task(), RESTRICTED, spec=tiny_spec(), seed=seed, eval_points=points, **options
+    )
 
 
 def facts(outcome: Outcome) -> tuple[Any, ...]:
@@ -76,7 +84,9 @@ def test_reads_the_attackers_splits_only_and_test_once_at_the_end(head: str) -> 
     reads.clear()
     domain = Reading("restricted", CLASSES, RESTRICTED.splits, RESTRICTED.hashes)
     task = Watching()
-    outcome = attack(tiny_model(), replace(PLAN, head=head, probe_steps=3), task, domain, seed=0, eval_points=3)
+    outcome = attack(
+        tiny_model(), replace(PLAN, head=head, probe_steps=3), task, domain, spec=tiny_spec(), seed=0, eval_points=3
+    )
     assert set(reads) == set(SPLITS)
     assert reads[-1] == "test"
     assert reads.count("test") == 1
@@ -97,6 +107,8 @@ def test_reads_the_attackers_splits_only_and_test_once_at_the_end(head: str) -> 
         (7, 4, [0, 2, 5, 7]),
         (2, 9, [0, 1, 2]),
         (1, 2, [0, 1]),
+        (0, 2, [0]),
+        (0, 6, [0]),
     ],
 )
 def test_points_of_the_curve(steps: int, points: int, expected: list[int]) -> None:
@@ -115,6 +127,58 @@ def test_curve_and_test_measure_the_model_as_it_is_then() -> None:
     assert outcome.curve[-1] == (60, task.evaluate(model, RESTRICTED["select"]))
     assert outcome.test == task.evaluate(model, RESTRICTED["test"])
     assert outcome.test > start + 20
+
+
+@pytest.mark.parametrize("head", ["kept", "fresh"])
+def test_no_steps_are_no_attack(head: str) -> None:
+    """What the released weights do as they are, but for the head."""
+    model, before = tiny_model(), state_of(tiny_model())
+    outcome = run(replace(PLAN, steps=0, head=head), model=model)
+    assert outcome.model is model
+    assert outcome.finished
+    assert outcome.flops == outcome.prepared_flops == 0
+    assert outcome.test == tiny_task().evaluate(model, RESTRICTED["test"])
+    differing = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert differing == (set() if head == "kept" else {"fc.weight", "fc.bias"})
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_search_does_not_read_test(steps: int) -> None:
+    reads.clear()
+    domain = Reading("restricted", CLASSES, RESTRICTED.splits, RESTRICTED.hashes)
+    task, plan = Watching(), replace(PLAN, steps=steps)
+    outcome = attack(tiny_model(), plan, task, domain, spec=tiny_spec(), seed=0, eval_points=3, read_test=False)
+    assert math.isnan(outcome.test)
+    assert set(reads) == {"attack", "select"}
+    assert all(images is RESTRICTED["select"] for images in task.measured)
+    assert outcome.curve == run(plan).curve
+
+
+def test_each_point_is_told_with_the_model_as_it_is_then() -> None:
+    model, told = tiny_model(), []
+
+    def at_point(now: nn.Module, step: int, value: float) -> None:
+        assert now is model
+        assert value == tiny_task().evaluate(now, RESTRICTED["select"])
+        told.append((step, value))
+
+    outcome = run(points=6, model=model, at_point=at_point)
+    assert told == outcome.curve
+    assert facts(outcome) == facts(run(points=6))
+
+
+@pytest.mark.parametrize("stop", [0, 5, 10])
+def test_it_can_be_given_up_at_any_point(stop: int) -> None:
+    task = Watching()
+
+    def at_point(model: nn.Module, step: int, value: float) -> None:
+        if step == stop:
+            raise optuna.TrialPruned
+
+    with pytest.raises(optuna.TrialPruned):
+        run(task=task, at_point=at_point)
+    assert len(task.trained) == 1 + stop  # the first is counted, not trained
+    assert not any(images is RESTRICTED["test"] for images in task.measured)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -146,12 +210,13 @@ def test_probing_moves_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear_probe(plan) == FineTuneStrategy("adam", 0.03, 0.0, "constant", 8, 5, "head", augmentation="crop")
     model, states, genuine = tiny_model(), [state_of(tiny_model())], attacks.fine_tune
 
-    def watched(*arguments: Any) -> bool:
-        finished = genuine(*arguments)
+    def watched(*arguments: Any, **options: Any) -> bool:
+        finished = genuine(*arguments, **options)
         states.append(state_of(model))
         return finished
 
-    monkeypatch.setattr(attacks, "fine_tune", watched)
+    for room in (attacks, means):
+        monkeypatch.setattr(room, "fine_tune", watched)
     run(plan, model=model)
     assert len(states) == 3
     changed = {name for name, value in states[1].items() if not torch.equal(value, states[0][name])}
@@ -166,7 +231,10 @@ def test_flops_count_the_steps_and_the_probe() -> None:
     assert run(PLAN).flops == 10 * one
     assert run(replace(PLAN, steps=20)).flops == 20 * one
     probed = replace(PLAN, head="probed", probe_steps=7)
-    assert run(probed).flops == 10 * one + 7 * flops_per_step(tiny_model(), linear_probe(probed), task, images)
+    outcome = run(probed)
+    assert outcome.prepared_flops == 7 * flops_per_step(tiny_model(), linear_probe(probed), task, images) > 0
+    assert outcome.flops == 10 * one + outcome.prepared_flops
+    assert run(PLAN).prepared_flops == 0
     assert run(replace(PLAN, scope="head")).flops < 10 * one
 
 
@@ -196,7 +264,7 @@ def test_data_budget_that_the_split_cannot_meet(budget: int) -> None:
 def test_kept_head_needs_the_same_classes() -> None:
     narrow = Domain("two", ("a", "b"), RESTRICTED.splits, {})
     with pytest.raises(UserError, match="head: 'kept'"):
-        attack(tiny_model(), PLAN, tiny_task(), narrow, seed=0, eval_points=2)
+        attack(tiny_model(), PLAN, tiny_task(), narrow, spec=tiny_spec(), seed=0, eval_points=2)
 
 
 @pytest.mark.parametrize("head", ["kept", "fresh", "probed"])
@@ -231,7 +299,7 @@ def test_two_models_face_the_same_head_and_batches(head: str) -> None:
 def test_divergence_is_reported_and_measured() -> None:
     model = tiny_model().float()
     plan = replace(PLAN, optimizer="nesterov", lr=1e38, steps=20)
-    outcome = attack(model, plan, ClassificationTask(tiny_spec()), RESTRICTED, seed=0, eval_points=5)
+    outcome = run(plan, ClassificationTask(tiny_spec()), points=5, model=model)
     assert not outcome.finished
     assert outcome.curve[0][0] == 0
     assert outcome.curve[-1][0] < 20

@@ -1,88 +1,19 @@
 import html
 import json
 import re
-from html.parser import HTMLParser
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from sophon.audit.figures import band, curve_panels, dot_plot, printable
+from sophon.audit.figures import printable
 from sophon.audit.gallery import image_grid, write_gallery
 from sophon.audit.metrics import summarise
-from sophon.audit.report import curves_frame, table, write_curves, write_reports
+from sophon.audit.repeat import command, experiment
+from sophon.audit.report import curves_frame, read_audit, table, write_curves, write_reports
 from sophon.errors import UserError
-
-ACCURACY = {"name": "accuracy", "unit": "%", "higher_is_better": True}
-MSE = {"name": "eps-MSE", "unit": "", "higher_is_better": False}
-CONTEXT = {
-    "checkpoint": {"path": "out/protected", "sha256": "ab" * 32, "method": "sophon", "name": "tiny <b>"},
-    "reference": {"path": "out/reference", "sha256": "cd" * 32},
-    "intactness": {
-        "metric": "accuracy", "unit": "%", "higher_is_better": True, "before": {"test": 73.7}, "after": {"test": 72.9},
-    },
-    "support": {"optimizer": {"momentum": [0.001, 0.1]}, "steps": [20, 20]},
-    "domains": {"original": "cats", "restricted": "dogs"},
-    "config": {"attack": {"seeds": 2}, "note": "</script><script>alert(2)</script>"},
-    "packages": {"torch": "9.9.9"},
-}  # fmt: skip
-EVIL = "<script>alert('$x_1$')</script>|`&`"
-
-
-def attempt(attack, role, end, seed=0, exposure="seen", outside=(), metric=ACCURACY, points=4):
-    curve = [{"step": 10 * i, "select": 10 + (end - 10) * i / max(points - 1, 1)} for i in range(points)]
-    return {
-        "schema_version": 1, "id": f"{attack}-{role}-{seed}", "attack": attack, "role": role, "seed": seed,
-        "strategy": {"optimizer": "adam", "lr": 0.125}, "exposure": exposure, "outside": list(outside),
-        "metric": metric, "curve": curve, "test": end + 0.25, "seconds": 1.0, "flops": 1e6, "steps": 30,
-    }  # fmt: skip
-
-
-def audit():
-    ends = {"protected": 21, "unprotected": 60, "scratch": 50}
-    kinds = {"momentum": ("seen", []), "patient": ("longer", ["steps"]), EVIL: ("held_out", ["lr", "optimizer"])}
-    return [
-        attempt(name, role, end + seed, seed, exposure, outside)
-        for name, (exposure, outside) in kinds.items()
-        for role, end in ends.items()
-        for seed in range(2)
-    ]
-
-
-def write(folder, attempts, context=CONTEXT):
-    summary = summarise(attempts, context)
-    write_reports(folder, summary, attempts)
-    return summary, (folder / "report.html").read_text(), (folder / "report.md").read_text()
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and text, and checks that tags match."""
-
-    VOID = ("meta", "link", "br", "img")
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.open, self.words = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
+from tests.audit.reports import CONTEXT, EVIL, MSE, Page, attempt, audit, write
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
@@ -110,17 +41,17 @@ def test_page_holds_the_verdict_and_every_number(tmp_path):
         for score in attack["roles"].values():
             assert f"{score['mean']:.1f} ± {score['ci95']:.1f}" in text
         gap = attack["gap_closed"]
-        assert "{:.2f} [{:.2f}, {:.2f}]".format(gap["value"], *gap["ci95"]) in text
+        assert "{:.2f}<small>[{:.2f}, {:.2f}]</small>".format(gap["value"], *gap["ci95"]) in text
     for wanted in (
         "loss 0.8 points, from 73.7 %",
         "ab" * 32,
         "cd" * 32,
         "9.9.9",
         "held out: lr, optimizer",
-        "lr 0.125",
+        "adam at 0.125",
     ):
         assert wanted in text
-    assert page.count("<svg") == 1 + len(summary["attacks"])
+    assert page.count("<svg") == 1 + 2 * 3  # all results, and by attack its curve and by exposure its course
 
 
 def test_page_is_readable_in_light_dark_and_print(tmp_path):
@@ -129,7 +60,7 @@ def test_page_is_readable_in_light_dark_and_print(tmp_path):
     assert "@media print" in page
     svg = page[page.index("<svg") : page.rindex("</svg>")]
     assert re.search(r"(fill|stroke): #(?!ffffff)", svg) is None
-    for variable in set(re.findall(r"var\((--[a-z]+)\)", svg)):
+    for variable in set(re.findall(r"var\((--[a-z]+)\)", page)) - {"--level"}:
         assert page.count(f"{variable}: #") == 2
 
 
@@ -187,7 +118,7 @@ def test_reports_with_curves_of_few_points(tmp_path, points):
 def test_reports_of_a_metric_that_falls(tmp_path):
     attempts = [attempt("a", role, end, metric=MSE) for role, end in [("protected", 0.5), ("unprotected", 0.125)]]
     _, page, markdown = write(tmp_path, attempts)
-    assert "lower is\nbetter for the attacker" in page
+    assert "lower is better for the attacker" in page
     assert "| 0.75 " in markdown
     assert "eps-MSE on the test split" in page
 
@@ -319,8 +250,8 @@ def test_further_measurements_by_hand(tmp_path):
         "| `a`    | eps-MSE t 0-9    | 0.25    | 0.01235     | 0.8       |\n"
         "| `a`    | Frechet distance | 2.5     | 0.1235      | 8         |\n"
     ) in markdown
-    table_ = page[page.index('<table class="further">') :]
-    assert re.findall(r"<td>([^<]*)</td>", table_[: table_.index("</table>")]) == [
+    table_ = page[page.index("<h2>Further measurements") :]
+    assert re.findall(r"<td>\s*([^<\s]*)\s*</td>", table_[: table_.index("</table>")]) == [
         "0.25", "0.01235", "0.8", "2.5", "0.1235", "8",
     ]  # fmt: skip
     for text in (page, markdown):
@@ -347,8 +278,9 @@ def test_classifiers_get_the_small_table_and_no_pictures(tmp_path):
     assert "Samples" not in page
     assert images(page) == []
     assert "Frechet" not in page + markdown
-    start, end = page.index("<h2>Further measurements"), page.index("<h2>To read")
-    assert re.sub(r"\s+", "", page[:start] + page[end:]) == re.sub(r"\s+", "", plain)
+    start, end = page.index('<section id="further"'), page.index('<section id="repeat"')
+    shown = (page[:start] + page[end:]).replace('<a href="#further">Further measurements</a>', "")
+    assert re.sub(r"\s+", "", shown) == re.sub(r"\s+", "", plain)
     assert page[start:end].count("cross-entropy") == 3
     assert re.search(r"\| `momentum` +\| cross-entropy \| 1\.5 +\| 1\.5 +\| 1\.5 +\|", markdown)
     Page(page)
@@ -386,7 +318,9 @@ def test_table_cannot_be_broken_by_a_name():
 
 def test_markdown_report_has_verdict_numbers_and_provenance(tmp_path):
     summary, _, markdown = write(tmp_path, audit())
-    assert table(summary) in markdown
+    for attack in summary["attacks"]:
+        gap = attack["gap_closed"]
+        assert "| {:.2f} [{:.2f}, {:.2f}] ".format(gap["value"], *gap["ci95"]) in markdown
     outside_code = re.sub(r"```.*?```|`[^`]*`", "", markdown, flags=re.DOTALL)
     assert re.search(r"(?<!\\)<", outside_code) is None
     assert re.sub(r"\\(.)", r"\1", markdown).count(summary["verdict"]) == 1
@@ -399,7 +333,7 @@ def test_markdown_report_has_verdict_numbers_and_provenance(tmp_path):
 
 def test_curves_frame_has_a_row_for_every_point():
     frame = curves_frame(audit()[::-1])
-    assert list(frame.columns) == ["attack", "role", "seed", "step", "select", "exposure"]
+    assert list(frame.columns) == ["attack", "role", "seed", "step", "select", "exposure", "domain"]
     assert len(frame) == 3 * 3 * 2 * 4
     assert frame["seed"].dtype == frame["step"].dtype == "int64"
     assert frame["select"].dtype == "float64"
@@ -424,31 +358,49 @@ def test_written_curves_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["curves.parquet"]
 
 
-def test_band_is_the_mean_and_its_interval():
-    steps, mean, half = band([attempt("a", "protected", end, points=2) for end in (20, 22, 24)])
-    assert steps.tolist() == [0, 10]
-    assert mean.tolist() == [10, 22]
-    assert half.tolist() == pytest.approx([0, 4.3027 * 2 / np.sqrt(3)])
-    assert np.isnan(band([attempt("a", "protected", 20)])[2]).all()
-    assert all(len(part) == 0 for part in band([]))
+# ---- to repeat it ---------------------------------------------------------------------------------------------------
 
 
-def test_panels_share_their_axis_and_leave_out_the_empty():
-    attempts = [
-        attempt("low", "protected", 12),
-        attempt("high", "scratch", 90),
-        attempt("none", "protected", 1, points=0),
-    ]
-    panels = curve_panels(attempts, ["high", "low", "none"], ACCURACY)
-    assert list(panels) == ["high", "low"]
-    ticks = [re.findall(r">(\d+)</text>", svg) for svg in panels.values()]
-    assert ticks[0] == ticks[1]
-    assert ">scratch</text>" in panels["high"]
-    assert ">protected</text>" not in panels["high"]
-    assert curve_panels([], [], ACCURACY) == {}
+def test_experiment_is_the_configuration(tmp_path):
+    config = {
+        "name": "1e-3",
+        "attack": {"strategies": {"on": {"lr": 1e-05, "surgery": [], "note": "${a}: #"}, "b": {}}, "seeds": 2},
+        "seed": 0,
+    }
+    text = experiment(config)
+    assert text.startswith("# @package _global_\ndefaults:\n- override /attack: null\n")
+    loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    assert loaded == {"defaults": [{"override /attack": None}], **config}
 
 
-def test_dot_plot_names_groups_and_attacks():
-    svg = dot_plot(summarise(audit(), CONTEXT)["attacks"], ACCURACY)
-    for label in ("seen", "longer", "held out", "momentum", "patient"):
-        assert f">{label}</text>" in svg
+def test_command_names_both_checkpoints():
+    summary = {"checkpoint": {"path": "runs/a b/checkpoint"}, "reference": {"path": "out/reference"}}
+    assert command(summary) == (
+        "sophon audit --config-dir=conf experiment=repeat 'checkpoint=runs/a b/checkpoint' reference=out/reference "
+        "run_dir=repeat"
+    )
+
+
+def test_read_audit(tmp_path):
+    summary, _, _ = write(tmp_path, audit())
+    (tmp_path / "audit.json").write_text(json.dumps(summary))
+    assert read_audit(tmp_path) == json.loads(json.dumps(summary))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "runs: '.*' holds no audit.json; run `sophon audit run_dir="),
+        ("{}", "runs: '.*audit.json' is of schema version None; this sophon reads version 1"),
+        ("[]", "runs: '.*audit.json' is of schema version None"),
+        ('{"schema_version": 99}', "is of schema version 99"),
+        ('{"schema_version": 1, "metric": {}}', "has no verdict, attacks, worst_case"),
+        ("{", "audit.json"),
+    ],
+)
+def test_audits_that_cannot_be_read(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "audit.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_audit(tmp_path, "runs")
+    assert "\n" not in str(caught.value)

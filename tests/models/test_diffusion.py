@@ -1,4 +1,4 @@
-"""Denoisers: what is asked for is what is built, and an attacker's scope trains what it says."""
+"""Denoisers: what is asked for is what is built, and all of it is in one block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import nn
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models import ModelSpec, create, diffusion, save
-from sophon.models.diffusion import build, class_count, scope_names, spec_from_config, with_fresh_classes
+from sophon.models.diffusion import blocks, build, class_count, spec_from_config, with_fresh_classes
+from sophon.models.partition import attention, owned
 from tests.models.unets import CLASSES, NETWORK, PLAIN, config_of, predict, small
 from tests.tiny import assert_same_state, state_of
 
@@ -126,36 +127,35 @@ def test_wrong_configs_are_refused_in_one_line(changes: dict, message: str, monk
     assert "\n" not in str(caught.value)
 
 
-# ---- what attackers train -------------------------------------------------------------------------------------------
+# ---- their parts ----------------------------------------------------------------------------------------------------
 
 
-def test_scopes_name_what_they_say() -> None:
-    module, _ = small(class_conditional=True)
-    every = {name for name, _ in module.named_parameters()}
-    scopes = {scope: scope_names(module, scope) for scope in ("all", "head", "last_blocks", "attention")}
-    assert scopes["all"] == every
-    assert scopes["head"] == {"class_embedding.weight"}
-    assert scopes["attention"] == {name for name in every if ".attentions." in name}
-    assert {name.split(".attentions.")[0] for name in scopes["attention"]} == {
-        "down_blocks.1",
-        "mid_block",
-        "up_blocks.0",
-    }
-    ends = ("up_blocks.1.", "conv_norm_out.", "conv_out.")
-    assert scopes["last_blocks"] == {name for name in every if name.startswith(ends)}
-    assert {name.split(".resnets")[0] for name in scopes["last_blocks"]} >= {"up_blocks.1", "conv_out.weight"}
-    parts = [scopes[scope] for scope in ("head", "last_blocks", "attention")]
-    assert sum(map(len, parts)) == len(set.union(*parts)) < len(every)
+@pytest.mark.parametrize("changes", [{}, {"class_conditional": True}, {"model_args": {**NETWORK, **PLAIN}}])
+def test_every_tensor_but_the_class_embedding_is_in_one_block(changes: dict) -> None:
+    module, _ = small(**changes)
+    found = blocks(module)
+    assert found == [
+        ("conv_in", "time_embedding", "down_blocks.0"),
+        ("down_blocks.1",),
+        ("mid_block",),
+        ("up_blocks.0",),
+        ("up_blocks.1", "conv_norm_out", "conv_out"),
+    ]
+    for name in module.state_dict():
+        assert sum(name in owned([name], block) for block in found) == (name != "class_embedding.weight")
 
 
-def test_a_model_without_attention_or_classes_has_nothing_of_those_scopes() -> None:
-    module, _ = small(model_args={**NETWORK, **PLAIN})
-    assert scope_names(module, "last_blocks") < scope_names(module, "all")
-    for scope in ("attention", "head"):
-        with pytest.raises(UserError, match=f"^scope: '{scope}' trains nothing of this denoiser"):
-            scope_names(module, scope)
-    with pytest.raises(UserError, match=r"^scope: 'lora' is not known; allowed: all, attention, head, last_blocks$"):
-        scope_names(module, "lora")
+def test_a_denoiser_may_have_no_middle() -> None:
+    module, _ = small(model_args={**NETWORK, "mid_block_type": None})
+    assert len(blocks(module)) == 4
+
+
+def test_attention_is_what_diffusers_calls_so() -> None:
+    module, _ = small()
+    expected = tuple(name for name, part in module.named_modules() if isinstance(part, Attention))
+    assert attention(module) == expected
+    assert {name.split(".attentions.")[0] for name in expected} == {"down_blocks.1", "mid_block", "up_blocks.0"}
+    assert attention(small(model_args={**NETWORK, **PLAIN})[0]) == ()
 
 
 def test_fresh_classes_are_newly_drawn_and_the_rest_stays(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -636,6 +636,6 @@ def test_only_first_order_attackers_go_on() -> None:
 def test_a_record_is_plain_data() -> None:
     pool = stocked()
     assert pool.record() == {
-        "0": {"strategy": asdict(pool.members[0].strategy), "taken": 1},
-        "2": {"strategy": asdict(pool.members[2].strategy), "taken": 3},
+        "0": {"strategy": pool.members[0].strategy.plain(), "taken": 1},
+        "2": {"strategy": pool.members[2].strategy.plain(), "taken": 3},
     }

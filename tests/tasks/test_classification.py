@@ -10,7 +10,7 @@ from sophon.config import Config, MethodConfig, TaskConfig
 from sophon.domains import ImageSet
 from sophon.errors import UserError
 from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES, distillation
-from sophon.models import ModelSpec
+from sophon.models import ModelSpec, build
 from sophon.tasks import TASKS, ClassificationTask, evaluating, make_task
 from tests.tiny import (
     CLASSES,
@@ -144,11 +144,69 @@ def test_train_mode_of_the_head_keeps_the_backbone_in_evaluation() -> None:
     assert_same_state(model, before)
 
 
-@pytest.mark.parametrize("scope", ["attention", "last_blocks", "tail"])
+@pytest.mark.parametrize(
+    ("scope", "blocks", "moved"),
+    [
+        ("first_blocks", 1, ("conv1", "bn1", "fc")),
+        ("last_blocks", 1, ("conv2", "bn2", "fc")),
+        ("first_blocks", 2, ("conv1", "bn1", "conv2", "bn2", "fc")),
+        ("last_blocks", 2, ("conv1", "bn1", "conv2", "bn2", "fc")),
+    ],
+)
+def test_train_mode_of_blocks_has_the_head_and_runs_everything_in_training(
+    scope: str, blocks: int, moved: tuple[str, ...]
+) -> None:
+    model = tiny_model().eval()
+    trained = tiny_task().train_mode(model, scope, blocks)
+    assert {name.partition(".")[0] for name in trained} == set(moved)
+    assert all(parameter is model.get_parameter(name) for name, parameter in trained.items())
+    assert list(trained) == [name for name, _ in model.named_parameters() if name in trained]
+    assert all(part.training for part in model.modules())
+
+
+def test_one_block_is_trained_unless_more_are_asked_for() -> None:
+    model, task = tiny_model(), tiny_task()
+    assert task.blocks(model) == [("conv1", "bn1"), ("conv2", "bn2")]
+    assert task.train_mode(model, "last_blocks").keys() == task.train_mode(model, "last_blocks", 1).keys()
+
+
+@pytest.mark.parametrize("scope", ["first_blocks", "last_blocks"])
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_more_blocks_than_there_are_are_refused(scope: str, blocks: int) -> None:
+    model = tiny_model().eval()
+    with pytest.raises(UserError, match=rf"^blocks: {blocks} is not allowed with scope '{scope}' .* must be 1 to 2$"):
+        tiny_task().train_mode(model, scope, blocks)
+    assert not any(part.training for part in model.modules())
+
+
+def test_attention_of_a_classifier_that_has_it() -> None:
+    spec = ModelSpec("timm", "test_vit", CLASSES, 1, 32, (0.5,), (0.5,))
+    model = build(spec)
+    names = set(ClassificationTask(spec).train_mode(model, "attention"))
+    assert names == {name for name, _ in model.named_parameters() if ".attn." in name or name.startswith("head.")}
+    assert len(names) > 6
+
+
+def test_adapters_move_with_the_head() -> None:
+    model = tiny_model()
+    model.conv2.lora_down = nn.Linear(1, 1)
+    assert set(tiny_task().train_mode(model, "lora")) == {
+        "conv2.lora_down.weight",
+        "conv2.lora_down.bias",
+        "fc.weight",
+        "fc.bias",
+    }
+
+
+@pytest.mark.parametrize("scope", ["attention", "tail", "lora"])
 def test_a_scope_of_other_models_is_refused_and_changes_nothing(scope: str) -> None:
     model = tiny_model().train()
-    with pytest.raises(UserError, match=rf"^scope: '{scope}' is not known; allowed: all, head$"):
+    said = (
+        "trains nothing .* no adapters" if scope == "lora" else "is not known; allowed: all, first_blocks, head, last"
+    )
+    with pytest.raises(UserError, match=rf"^scope: '{scope}' {said}") as caught:
         tiny_task().train_mode(model, scope)
+    assert "\n" not in str(caught.value)
     assert all(part.training for part in model.modules())
 
 
@@ -197,6 +255,21 @@ def test_distillation_adds_its_weight_and_spares_the_reference() -> None:
     plain = nn.functional.cross_entropy(logits, BATCH.labels)
     torch.testing.assert_close(loss, plain + 0.7 * distillation(logits, teacher, 3.0))
     torch.testing.assert_close(task.original_loss(model, BATCH), plain)
+
+
+def test_imitation_is_the_distance_to_the_reference_whatever_the_labels() -> None:
+    student, reference = tiny_model(1).train(), tiny_model(2).train()
+    task = ClassificationTask(tiny_spec(), temperature=3.0, dtype=torch.float64)
+    before = state_of(reference)
+    loss = task.imitation_loss(student, BATCH._replace(labels=torch.full_like(BATCH.labels, -1)), reference)
+    assert_same_state(reference, before)
+    assert all(part.training for part in reference.modules())
+    loss.backward()
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    logits, teacher = task.logits(tiny_model(1).train(), BATCH.images), task.logits(reference.eval(), BATCH.images)
+    assert torch.equal(loss, distillation(logits, teacher, 3.0))
+    assert task.imitation_loss(reference, BATCH, reference).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_without_weight_the_reference_is_not_run() -> None:

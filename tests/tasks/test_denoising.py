@@ -292,6 +292,36 @@ def test_distillation_adds_its_weight_and_spares_the_reference(kind: str) -> Non
     torch.testing.assert_close(alone, plain)
 
 
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_imitation_is_the_distance_to_the_reference(kind: str) -> None:
+    of, batch = spec(kind), batch_of()
+    task, model, reference = task_of(of), unet(of, 1), unet(of, 2).train()
+    seen, asked, before = hooked(model), hooked(reference), state_of(reference)
+    loss = task.imitation_loss(model, batch, reference)
+    assert_same_state(reference, before)
+    assert all(part.training for part in reference.modules())
+    loss.backward()
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert (seen.modes, asked.modes) == ([(True, True)], [(False, False)])
+    assert torch.equal(asked.images[0], seen.images[0])
+    output, teacher = (net(seen.images[0], seen.timesteps[0], return_dict=False)[0] for net in (model, reference))
+    torch.testing.assert_close(loss, (output - teacher).square().mean())
+    assert task.imitation_loss(reference, batch, reference).item() == pytest.approx(0, abs=1e-24)
+    again = [task.imitation_loss(model, batch, reference).item() for _ in range(2)]
+    assert again[0] != again[1], "the noise is fresh"
+
+
+def test_imitation_asks_for_the_references_classes_whatever_the_labels() -> None:
+    of = spec(conditional=True)
+    task, model, reference = task_of(of), unet(of, 1), unet(of, 2)
+    seen, asked = hooked(model), hooked(reference)
+    batch = batch_of(60)
+    task.imitation_loss(model, batch._replace(labels=torch.full_like(batch.labels, 99)), reference)
+    assert set(seen.labels[0].tolist()) == {0, 1, 2}
+    assert torch.equal(seen.labels[0], asked.labels[0])
+
+
 def test_without_weight_the_reference_is_not_run() -> None:
     of, batch = spec(), batch_of()
     task, model = task_of(of), unet(of)
@@ -587,6 +617,7 @@ SCOPES = {
     "head": lambda name: name == "class_embedding.weight",
     "last_blocks": lambda name: name.startswith(("up_blocks.1.", "conv_norm_out.", "conv_out.")),
     "attention": lambda name: ".attentions." in name,
+    "first_blocks": lambda name: name.startswith(("conv_in.", "time_emb", "down_blocks.0.", "class_embedding.")),
 }
 
 
@@ -611,6 +642,38 @@ def test_a_scope_that_the_model_does_not_have_is_refused(scope: str, blocks: str
     with pytest.raises(UserError, match=rf"^scope: '{scope}' .* use all or last_blocks$") as caught:
         task_of(of).train_mode(model, scope)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scope", "blocks", "ends"),
+    [
+        ("first_blocks", 2, ("conv_in.", "time_emb", "down_blocks.")),
+        ("last_blocks", 3, ("mid_block.", "up_blocks.", "conv_norm_out.", "conv_out.")),
+        ("last_blocks", 5, ("",)),
+    ],
+)
+def test_so_many_blocks_as_are_asked_for(scope: str, blocks: int, ends: tuple[str, ...]) -> None:
+    model = unet(spec()).eval()
+    trained = task_of(spec()).train_mode(model, scope, blocks)
+    assert list(trained) == [name for name, _ in model.named_parameters() if name.startswith(ends)]
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("scope", ["first_blocks", "last_blocks"])
+@pytest.mark.parametrize("blocks", [0, 6])
+def test_more_blocks_than_there_are_are_refused(scope: str, blocks: int) -> None:
+    model = unet(spec()).eval()
+    assert len(task_of(spec()).blocks(model)) == 5
+    with pytest.raises(UserError, match=rf"^blocks: {blocks} is not allowed with scope '{scope}' .* must be 1 to 5$"):
+        task_of(spec()).train_mode(model, scope, blocks)
+    assert not any(part.training for part in model.modules())
+
+
+def test_a_denoiser_without_adapters_has_no_scope_of_them() -> None:
+    with pytest.raises(UserError, match=r"^scope: 'lora' trains nothing of this model; it has no adapters"):
+        task_of(spec()).train_mode(unet(spec()), "lora")
+    with pytest.raises(UserError, match=r"^scope: 'tail' is not known; allowed: all, attention, first_blocks, head"):
+        task_of(spec()).train_mode(unet(spec()), "tail")
 
 
 @pytest.mark.parametrize("head", ["fresh", "probed"])

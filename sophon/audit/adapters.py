@@ -1,0 +1,70 @@
+"""Adapters of low rank (LoRA: Hu et al., 2021, arXiv 2106.09685) for an attacker that leaves the weights alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from sophon.errors import UserError, choose
+from sophon.models.partition import attention, owned
+from sophon.strategies import LORA_LAYERS
+
+_CHOSEN: dict[str, Callable[[nn.Module, bool], bool]] = {
+    "all": lambda layer, attends: True,
+    "convolutions": lambda layer, attends: isinstance(layer, nn.Conv2d),
+    "linears": lambda layer, attends: isinstance(layer, nn.Linear),
+    "attention": lambda layer, attends: attends,
+}
+
+
+def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str]) -> None:
+    """Put an adapter beside linear layers and convolutions, in place: they add ``2 B(A(x))`` to the layer's output.
+
+    A has the layer's inputs (and its kernel, stride and padding) and ``rank`` outputs, B leads from these to the
+    layer's outputs; a layer gains ``rank * (inputs * kernel area + outputs)`` parameters. The factor is peft's
+    ``lora_alpha / rank`` with an alpha of twice the rank. B starts at zero, so the model answers as before; A is drawn
+    from torch's global generator. The layer itself becomes ``base_layer`` beneath; names of other parts stay.
+
+    Left out are the head's own layers, which are trained whole, and what an adapter does not fit: convolutions that are
+    grouped, dilated or pad otherwise than with zeros, layers with a forward of their own, and the parts of
+    `nn.MultiheadAttention`, which reads their weights past any adapter.
+
+    Args:
+        model: on any device, of any floating type; the adapters get both.
+        rank: >= 1; a rank above a layer's inputs or outputs is kept, and says no more than the smaller of the two.
+        layers: a key of `sophon.strategies.LORA_LAYERS`.
+        head: names of the head's parameters.
+
+    Raises:
+        UserError: ``layers`` is not known, or the model has no such layer.
+    """
+    choose("lora_layers", layers, LORA_LAYERS)
+    names = _layers(model, layers, head)
+    if not names:
+        raise UserError(f"lora_layers: '{layers}' has no layer of this model that takes an adapter; choose others")
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+
+    # an expression, since names in a list would also fit the ends of longer names
+    target = "|".join(re.escape(name) for name in names)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target), model)
+
+
+def _layers(model: nn.Module, layers: str, head: set[str]) -> list[str]:
+    parts = dict(model.named_modules())
+    attends = owned(parts, attention(model))
+    opaque = owned(parts, (name for name, part in parts.items() if isinstance(part, nn.MultiheadAttention)))
+    excluded = opaque | {name.rpartition(".")[0] for name in head}
+    return [
+        name
+        for name, part in parts.items()
+        if name not in excluded and _fits(part) and _CHOSEN[layers](part, name in attends)
+    ]
+
+
+def _fits(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+        return plain and type(layer).forward is nn.Conv2d.forward
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward

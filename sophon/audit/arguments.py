@@ -1,0 +1,113 @@
+"""Functions that a configuration names: where they are, and whether its arguments are ones that they take.
+
+What an argument may be is read from its annotation: int, float, str, bool, None, unions of these, ``Literal``, or one
+of them ``Annotated`` with `Limits`. Anything is allowed where there is no annotation, or another one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from sophon.errors import UserError
+
+
+class Limits(NamedTuple):
+    """What an argument may be: in words that complete "it must be", and as a test of a value of the right type."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def function_at(path: str, key: str) -> Callable[..., Any]:
+    """Import the function at a dotted path, such as ``package.module.function``.
+
+    Args:
+        path: of a module that Python can import and, after the last dot, a name in it.
+        key: the configuration key that messages name.
+
+    Raises:
+        UserError: there is no such module, importing it fails, or it has no such function.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # a module may raise anything
+        raise UserError(f"{key}: '{path}' cannot be imported: {_one_line(error)}") from error
+    if not callable(function):
+        raise UserError(f"{key}: '{path}' is not allowed; {module} has no function '{name}'")
+    return function  # type: ignore[no-any-return]
+
+
+def check_arguments(
+    key: str, name: str, function: Callable[..., Any], given: Sequence[str], arguments: Mapping[str, Any]
+) -> None:
+    """Raise a `UserError` unless ``function`` can be called with ``arguments``.
+
+    Args:
+        key: the configuration key of the mapping that names the function and its arguments.
+        name: what messages call the function.
+        function: what is to be called.
+        given: names for its first, positional arguments, which it gets from elsewhere.
+        arguments: its other arguments, by name.
+    """
+    try:
+        parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    except Exception as error:  # evaluating an annotation may raise anything
+        raise UserError(f"{key}: the arguments of '{name}' cannot be read: {_one_line(error)}") from error
+    first = parameters[: len(given)]
+    if len(first) < len(given) or any(each.kind not in _POSITIONAL for each in first):
+        raise UserError(f"{key}: '{name}' is not allowed; it must be a function of ({', '.join(given)}, ...)")
+    named = {each.name: each for each in parameters[len(given) :] if each.kind in _NAMED}
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    for argument, value in arguments.items():
+        if argument in named:
+            limits = _limits(named[argument].annotation)
+            if not limits.fits(value):
+                raise UserError(f"{key}.{argument}: {value} is not allowed; it must be {limits.words}")
+        elif not anything or argument in {each.name for each in first}:
+            allowed = ", ".join(sorted(named)) or "none"
+            raise UserError(f"{key}.{argument}: '{name}' has no such argument; allowed: {allowed}")
+    for argument, parameter in named.items():
+        if parameter.default is inspect.Parameter.empty and argument not in arguments:
+            raise UserError(
+                f"{key}.{argument}: missing; '{name}' needs it; it must be {_limits(parameter.annotation).words}"
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_KINDS = {
+    bool: Limits("true or false", lambda value: isinstance(value, bool)),
+    int: Limits("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    float: Limits(
+        "a finite number",
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+    ),
+    str: Limits("a word", lambda value: isinstance(value, str)),
+    NoneType: Limits("null", lambda value: value is None),
+}
+
+
+def _limits(kind: Any) -> Limits:
+    """Return what an annotation allows; one that is not known allows anything."""
+    parts = get_args(kind)
+    if get_origin(kind) is Annotated:
+        plain = _limits(parts[0])
+        own = next((part for part in parts[1:] if isinstance(part, Limits)), plain)
+        return Limits(own.words, lambda value: plain.fits(value) and own.fits(value))
+    if get_origin(kind) is Literal:
+        return Limits(" or ".join(str(part) for part in parts), lambda value: value in parts)
+    if get_origin(kind) in (Union, UnionType):
+        several = [_limits(part) for part in parts]
+        words = " or ".join(limits.words for limits in several)
+        return Limits(words, lambda value: any(limits.fits(value) for limits in several))
+    return _KINDS.get(kind, Limits("anything", lambda value: True))

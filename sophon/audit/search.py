@@ -1,0 +1,285 @@
+"""The attacker who searches: optuna proposes strategies from the space of a `SearchConfig` and learns from the results.
+
+A search that was killed, at whatever moment, and started again ends with the very trials of one that never was: its
+file only ever gains finished trials, each in one transaction, and a trial is decided by the seed, its number and the
+trials before it alone. So no trial is ever found running, none is discarded, and the numbers have no gaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from sophon.config import SearchConfig
+from sophon.errors import UserError, choose
+from sophon.runs import derive_seed
+from sophon.strategies import FineTuneStrategy, check_field, operations_from
+
+Report = Callable[[int, float], None]
+Evaluate = Callable[[FineTuneStrategy, Report], float | None]
+
+_FIELDS = [part.name for part in dataclasses.fields(FineTuneStrategy) if part.name not in ("optimizer", "lr", "steps")]
+# These matter only beside certain values of another field; elsewhere they would be noise to the sampler.
+_CONDITIONS = {
+    "blocks": ("scope", ("first_blocks", "last_blocks")),
+    "lora_rank": ("scope", ("lora",)),
+    "lora_layers": ("scope", ("lora",)),
+    "probe_steps": ("head", ("probed",)),
+    "probe_lr": ("head", ("probed",)),
+}
+
+
+_REMEDY = "delete this file to search anew"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A strategy that was tried.
+
+    Attributes:
+        number: 0 for the first one; without gaps.
+        strategy: what was tried.
+        value: the metric on the attacker's ``select`` split: at the end of a ``complete`` trial, at ``step`` of a
+            ``pruned`` one, None of a ``failed`` one.
+        state: ``complete``; ``pruned``, stopped by the median rule; or ``failed``: it diverged.
+        step: fine-tuning steps up to the last finite value that it reported; all of them for a ``complete`` one.
+    """
+
+    number: int
+    strategy: FineTuneStrategy
+    value: float | None
+    state: str
+    step: int
+
+
+def check(name: str, config: SearchConfig) -> None:
+    """Check the choices of the search called ``name``; `sophon.config.validate` sees to all else.
+
+    Raises:
+        UserError: a field is unknown or not to be chosen here, or has no values or one outside its range.
+    """
+    for part, values in config.choices.items():
+        key = f"attack.search.{name}.choices.{part}"
+        if part in ("optimizer", "lr"):
+            raise UserError(f"{key}: not allowed here; give attack.search.{name}.optimizers")
+        if part == "steps":
+            raise UserError(f"{key}: not allowed here; give attack.search.{name}.steps")
+        choose(f"attack.search.{name}.choices", part, _FIELDS)
+        if not isinstance(values, list | tuple) or not values:
+            raise UserError(f"{key}: {values} is not allowed; give a list of at least one value")
+        for index, value in enumerate(values):
+            check_field(f"{key}[{index}]", part, value)
+
+
+def suggest(config: SearchConfig, trial: BaseTrial) -> FineTuneStrategy:
+    """Take a strategy of the search's space from an optuna trial; from a finished one, the strategy that it had.
+
+    Each optimizer has a parameter ``lr.NAME`` of its own: good rates of one say nothing about another's. A field that
+    does nothing beside the values suggested before it is not suggested, and keeps its default.
+    """
+    ranges = {name: limits for name, limits in config.optimizers.items() if limits is not None}
+    optimizer = str(trial.suggest_categorical("optimizer", sorted(ranges)))
+    low, high = ranges[optimizer]
+    chosen: dict[str, Any] = {
+        "optimizer": optimizer,
+        "lr": trial.suggest_float(f"lr.{optimizer}", low, high, log=True),
+        "steps": config.steps,
+    }
+    for part in sorted(config.choices, key=lambda part: (part in _CONDITIONS, part)):
+        on, values = _CONDITIONS.get(part, (part, None))
+        if values is None or chosen.get(on, getattr(FineTuneStrategy, on)) in values:
+            chosen[part] = _choose(trial, part, config.choices[part])
+    return FineTuneStrategy(**chosen)
+
+
+def _choose(trial: BaseTrial, part: str, values: Sequence[Any]) -> Any:
+    if part != "surgery":
+        return trial.suggest_categorical(part, values)
+    # a categorical parameter holds no lists
+    texts = [json.dumps([operation.plain() for operation in operations_from(part, entries)]) for entries in values]
+    return operations_from(part, json.loads(trial.suggest_categorical(part, texts)))
+
+
+def run_search(
+    config: SearchConfig,
+    *,
+    storage: Path,
+    seed: int,
+    higher_is_better: bool,
+    evaluate: Evaluate,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> list[Trial]:
+    """Run the trials that the search still lacks; return the first ``config.trials``.
+
+    Args:
+        config: the search; a search whose ``trials`` or ``seeds`` alone have changed goes on.
+        storage: the search's own SQLite file in optuna's format; made if it is not there.
+        seed: of the proposals.
+        higher_is_better: whether ``evaluate`` returns what is to be maximised.
+        evaluate: fine-tunes as the strategy says and returns the final metric, or None or a number that is not finite
+            if that diverged. It calls the ``report(step, value)`` that it is given at the points of its curve and lets
+            pass the `optuna.TrialPruned` by which that stops the trial; ``report`` never does so at step 0 nor at the
+            last one. To be repeatable it may depend on the strategy only. Any other exception ends the search with
+            this trial untried.
+        on_trial: called with each new trial once it is in the file.
+
+    Raises:
+        UserError: the file is damaged, belongs to another search or cannot be written.
+    """
+    with _quiet(), _open(storage, _identity(config, seed, higher_is_better)) as archive:
+        with _explained(f"cannot read {storage} as a search", _REMEDY):
+            kept = archive.get_trials()[: config.trials]
+            trials = [_trial(config, frozen) for frozen in kept]
+        while len(kept) < config.trials:
+            # A study in memory, so that the file never holds a trial that was begun but not finished.
+            study = _study(config, derive_seed(seed, "search", len(kept)), higher_is_better)
+            study.add_trials(kept)
+            frozen = _run_trial(study, config, higher_is_better, evaluate)
+            with _explained(f"cannot write {storage}"):
+                archive.add_trial(frozen)
+            kept.append(frozen)
+            trials.append(_trial(config, frozen))
+            on_trial(trials[-1])
+    return trials
+
+
+def best(trials: Sequence[Trial], higher_is_better: bool) -> Trial | None:
+    """Return the best of the complete trials, of equals the earliest; None if there is none."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    return (max if higher_is_better else min)(complete, key=attrgetter("value"), default=None)
+
+
+def best_so_far(trials: Sequence[Trial], higher_is_better: bool) -> list[float | None]:
+    """Return, for each trial, the `best` value of those up to it; None as long as none is complete."""
+    winners = [best(trials[: end + 1], higher_is_better) for end in range(len(trials))]
+    return [None if winner is None else winner.value for winner in winners]
+
+
+def _study(config: SearchConfig, seed: int, higher_is_better: bool) -> optuna.Study:
+    sampler: optuna.samplers.BaseSampler
+    if config.sampler == "tpe":
+        sampler = optuna.samplers.TPESampler(n_startup_trials=config.startup, seed=seed % 2**32)
+    else:
+        sampler = optuna.samplers.RandomSampler(seed=seed % 2**32)
+    pruner = optuna.pruners.MedianPruner(config.startup) if config.prune else optuna.pruners.NopPruner()
+    return optuna.create_study(sampler=sampler, pruner=pruner, direction=_direction(higher_is_better))
+
+
+def _direction(higher_is_better: bool) -> StudyDirection:
+    return StudyDirection.MAXIMIZE if higher_is_better else StudyDirection.MINIMIZE
+
+
+def _run_trial(study: optuna.Study, config: SearchConfig, higher_is_better: bool, evaluate: Evaluate) -> FrozenTrial:
+    trial = study.ask()
+
+    def report(step: int, value: float) -> None:
+        # Before the first step a strategy has done nothing; and what is not finite has no place in a median.
+        if step > 0 and math.isfinite(value):
+            trial.report(value, step)
+            if step < config.steps and trial.should_prune():
+                raise optuna.TrialPruned
+
+    try:
+        value = evaluate(suggest(config, trial), report)
+    except optuna.TrialPruned:
+        return study.tell(trial, state=TrialState.PRUNED)
+    if value is None or not math.isfinite(value):
+        # TPE overlooks failed trials and would propose the like again. An infinitely bad value makes it keep away: it
+        # only ever ranks values, so this one distorts nothing.
+        value = -math.inf if higher_is_better else math.inf
+    return study.tell(trial, value)
+
+
+def _trial(config: SearchConfig, frozen: FrozenTrial) -> Trial:
+    strategy, value, step = suggest(config, frozen), frozen.value, frozen.last_step or 0
+    if frozen.state == TrialState.PRUNED:
+        return Trial(frozen.number, strategy, value, "pruned", step)
+    if value is None or not math.isfinite(value):
+        return Trial(frozen.number, strategy, None, "failed", step)
+    return Trial(frozen.number, strategy, value, "complete", config.steps)
+
+
+def _identity(config: SearchConfig, seed: int, higher_is_better: bool) -> dict[str, Any]:
+    """Return what decides the trials, as plain JSON data; neither how many there are nor what follows them does."""
+    facts = {key: value for key, value in asdict(config).items() if key not in ("trials", "seeds")}
+    identity: dict[str, Any] = json.loads(json.dumps({**facts, "seed": seed, "higher_is_better": higher_is_better}))
+    return identity
+
+
+@contextlib.contextmanager
+def _open(path: Path, identity: dict[str, Any]) -> Iterator[optuna.Study]:
+    """Yield the study in a file, making it first if need be; nothing holds the file open afterwards."""
+    if not path.exists():
+        _create(path, identity)
+    with contextlib.ExitStack() as stack:
+        with _explained(f"cannot read {path} as a search", _REMEDY):
+            study = optuna.load_study(study_name="search", storage=stack.enter_context(_database(path)))
+            found = json.loads(study.user_attrs["identity"])
+        differing = [key for key in identity if key not in found or found[key] != identity[key]]
+        if differing:
+            raise UserError(f"{path} belongs to a search with another {differing[0]}; {_REMEDY}")
+        yield study
+
+
+def _create(path: Path, identity: dict[str, Any]) -> None:
+    """Make the file of a search without trials; it is there whole or not at all."""
+    with _explained(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # in a folder of its own, since SQLite keeps a journal beside the file
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            with _database(temporary, new=True) as database:
+                direction = _direction(identity["higher_is_better"])
+                study = optuna.create_study(study_name="search", storage=database, direction=direction)
+                study.set_user_attr("identity", json.dumps(identity))
+            temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _database(path: Path, new: bool = False) -> Iterator[optuna.storages.RDBStorage]:
+    # connected to by path, as a URL (and optuna's template of one) gives some of the characters in a path a meaning
+    engine = {"creator": lambda: sqlite3.connect(path), "poolclass": NullPool}
+    database = optuna.storages.RDBStorage("sqlite://", engine_kwargs=engine, skip_table_creation=not new)
+    try:
+        yield database
+    finally:
+        database.remove_session()
+        database.engine.dispose()
+
+
+@contextlib.contextmanager
+def _explained(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn what is raised by a file that is damaged, foreign or out of reach into a one-line `UserError`."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, OSError, RuntimeError, ValueError, KeyError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+        told = getattr(cause, "orig", None) or getattr(cause, "strerror", None) or cause
+        reason = (str(told) or type(told).__name__).splitlines()[0][:100]
+        raise UserError("; ".join(filter(None, (f"{what}: {reason}", remedy)))) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep optuna from reporting each study and trial on stderr."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

@@ -1,0 +1,117 @@
+"""Foreign checkpoints: those that sophon did not make, but their library or their author."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sophon import models
+from sophon.config import ModelConfig
+from sophon.errors import UserError
+from sophon.export import Checkpoint, require_finite
+from sophon.models import classifiers, pipeline, timm_folder
+from sophon.runs import sha256_file
+
+_ALLOWED = "a folder of sophon, timm or diffusers, or a .safetensors state dict"
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+
+
+class _Found(NamedTuple):
+    """A foreign checkpoint: what it is in words, what it is built from, and its weights."""
+
+    kind: str
+    config: ModelConfig
+    weights: Path
+
+
+def open_foreign(path: str | Path, model: ModelConfig, classes: Sequence[str], key: str = "checkpoint") -> Checkpoint:
+    """Open a checkpoint that sophon did not make. Draws nothing from torch's global generator and reads no pickle.
+
+    Args:
+        path: a timm folder, whose ``config.json`` names architecture, input and number of classes; a diffusers
+            pipeline, which carries its network and noise; or a ``.safetensors`` state dict, of the architecture that
+            ``model`` names.
+        model: the ``model`` group; what a folder says of itself takes its place.
+        classes: names of the original domain's classes, in the order of the labels; a classifier or a conditional
+            denoiser must have as many.
+        key: the configuration key that messages name.
+
+    Returns:
+        The checkpoint. Its manifest has ``foreign`` (true), ``kind``, ``name``, ``model`` and ``weights_sha256``, and
+        so neither a method nor a sampler's support.
+
+    Raises:
+        UserError: nothing is there, it is a pickle, truncated or not finite, or of another architecture or number of
+            classes.
+    """
+    path = Path(path)
+    with _named(key):
+        found = _find(path, model, classes)
+        config = replace(found.config, pretrained=False, weights=str(path))
+        with torch.random.fork_rng(devices=[]):
+            module, spec = models.create(config, classes)
+        require_finite(module, f"'{found.weights}'")
+        sha256 = sha256_file(found.weights)
+    manifest = {
+        "foreign": True,
+        "kind": found.kind,
+        "name": path.name,
+        "model": asdict(spec),
+        "weights_sha256": sha256,
+    }
+    return Checkpoint(module.eval(), spec, manifest, path, sha256)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Let messages begin with the key by which the user named the checkpoint, instead of the one it is passed on by."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).removeprefix('model.weights: ')}") from error
+
+
+def _find(path: Path, model: ModelConfig, classes: Sequence[str]) -> _Found:
+    if not path.exists():
+        raise UserError(f"'{path}' does not exist; give {_ALLOWED}")
+    if path.is_file():
+        if path.suffix.lower() in _PICKLES:
+            raise _pickle(path, model.library)
+        if path.suffix != ".safetensors":
+            raise UserError(f"'{path}' is not a checkpoint; give {_ALLOWED}")
+        return _Found("state dict", model, path)
+    if (path / pipeline.CONFIG).is_file():
+        return _Found("diffusers pipeline", pipeline.describe(path, model), pipeline.within(path, pipeline.WEIGHTS))
+    if not (path / classifiers.CONFIG).is_file():
+        raise UserError(
+            f"'{path}' holds neither sophon.json nor {classifiers.CONFIG} nor {pipeline.CONFIG}; give {_ALLOWED}"
+        )
+    weights = path / classifiers.WEIGHTS
+    if not weights.is_file():
+        for other in sorted(path.iterdir()):
+            if other.suffix in _PICKLES:
+                raise _pickle(other, "timm", weights)
+        raise UserError(f"'{path}' holds no {classifiers.WEIGHTS}; save it again with timm's save_for_hf")
+    return _Found("timm folder", timm_folder.describe(path, model, classes), weights)
+
+
+def _pickle(path: Path, library: str, out: Path | None = None) -> UserError:
+    """Refuse a pickle, and show how the library that it came from makes a safetensors file of it."""
+    source, target = str(path), str(out or path.with_suffix(".safetensors"))
+    save = f"from safetensors.torch import save_file; save_file({{k: d[k].contiguous() for k in d}}, {target!r})"
+    if library == "diffusers":
+        folder = str(path.parent)
+        code = (
+            "from diffusers import DiffusionPipeline; "
+            f"DiffusionPipeline.from_pretrained({folder!r}).save_pretrained({folder!r}, safe_serialization=True)"
+        )
+    elif library == "timm":
+        code = f"from timm.models import load_state_dict; d = load_state_dict({source!r}); {save}"
+    else:
+        code = f"import torch; d = torch.load({source!r}, weights_only=True); {save}"
+    return UserError(f"'{path}' is a pickle, which can run any code; where you trust it, convert it first: {code}")

@@ -1,0 +1,112 @@
+"""What the verbs share: where a run reads and writes, and what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophon.config import Config, plain
+from sophon.domains import Domain, load_original, load_restricted
+from sophon.errors import UserError
+from sophon.export import Checkpoint, is_ours, read_checkpoint
+from sophon.foreign import open_foreign
+from sophon.models import ModelSpec
+from sophon.tasks import Task, make_task
+from sophon.tracking import Tracker
+
+
+def default(config: Config, verb: str) -> Path:
+    """Return the folder that a verb writes to unless told otherwise."""
+    return Path("runs") / config.name / f"seed{config.seed}" / verb
+
+
+def run_dir(config: Config) -> Path:
+    """Return the folder that this run writes to."""
+    return Path(config.run_dir) if config.run_dir is not None else default(config, config.verb)
+
+
+def required(path: str, key: str) -> str:
+    """Return a path that has to exist.
+
+    Raises:
+        UserError: it does not; the message names ``key``.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{key}: '{path}' does not exist; give {key}=DIR, or make it with the verb before this one")
+    return path
+
+
+def reference_of(config: Config) -> Checkpoint:
+    """Read the unprotected checkpoint."""
+    return read_checkpoint(required(config.reference or str(default(config, "pretrain")), "reference"), "reference")
+
+
+def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
+    """Read ``config.checkpoint`` or ``config.reference``, also one that sophon did not make.
+
+    Args:
+        config: says where it is, and for a foreign one which model it holds and what it tells apart.
+        key: ``checkpoint`` or ``reference``.
+        verb: whose default folder is read where the key is not set.
+    """
+    path = required(getattr(config, key) or str(default(config, verb)), key)
+    if is_ours(path):
+        return read_checkpoint(path, key)
+    model = config.model
+    original = load_original(config.domain.original, image_size=model.image_size, channels=model.channels)
+    return open_foreign(path, model, original.classes, key)
+
+
+def task_of(config: Config, spec: ModelSpec, device: torch.device, *, protects: bool = False) -> Task:
+    """Make the run's task; ``protects`` if it is asked for a suppression loss."""
+    return make_task(config, spec, amp=config.amp and device.type == "cuda", protects=protects)
+
+
+def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, Domain]:
+    """Load the original and the restricted domain as the model takes them.
+
+    Raises:
+        UserError: the original domain's classes are not the model's, or a domain cannot be loaded.
+    """
+    size, channels = spec.image_size, spec.channels
+    original = load_original(config.domain.original, image_size=size, channels=channels)
+    if original.classes != spec.classes:
+        raise UserError(
+            f"domain.original: its {len(original.classes)} classes ({_few(original.classes)}) are not the "
+            f"{len(spec.classes)} that the reference tells apart ({_few(spec.classes)})"
+        )
+    restricted = load_restricted(config.domain.restricted, image_size=size, channels=channels)
+    return original.to(device), restricted.to(device)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+@contextmanager
+def tracker_of(config: Config, folder: Path) -> Iterator[Tracker]:
+    """Give the run's tracker, and close it."""
+    settings = config.tracking
+    tracker = Tracker(
+        settings.wandb,
+        progress=settings.progress,
+        run_dir=folder,
+        project=settings.project,
+        entity=settings.entity,
+        name=f"{config.name}-{config.verb}-{config.seed}",
+        config=plain(config),
+    )
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def metric_of(task: Task) -> dict[str, Any]:
+    """Return the task's primary metric as plain JSON data."""
+    metric = task.metric
+    return {"metric": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}

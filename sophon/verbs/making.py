@@ -1,0 +1,194 @@
+"""The verbs that make checkpoints: pretrain, protect, export."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophon import __version__
+from sophon.audit.verdict import format_value
+from sophon.config import Config, GuardConfig, MethodConfig, plain
+from sophon.domains import Domain, load_original
+from sophon.errors import UserError
+from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
+from sophon.finetune import fine_tune
+from sophon.models import create
+from sophon.protect.trainer import STATE_FILE, Position, Trainer, last_good
+from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all
+from sophon.strategies import SamplerConfig, StrategySampler
+from sophon.tasks import Task
+from sophon.verbs.common import default, domains_of, metric_of, reference_of, required, run_dir, task_of, tracker_of
+
+
+def pretrain(config: Config) -> None:
+    """Train the unprotected reference on the original domain; write ``run_dir/checkpoint``."""
+    device = resolve_device(config.device)
+    original = load_original(
+        config.domain.original, image_size=config.model.image_size, channels=config.model.channels
+    ).to(device)
+    if config.pretrain.steps == 0 and config.model.weights is None and not config.model.pretrained:
+        raise UserError(
+            "pretrain.steps: 0 needs model.weights or model.pretrained=true; a random model is no reference"
+        )
+    identity = {**plain(config, "seed", "task", "model", "pretrain"), "original": original.hashes}
+    seed_all(derive_seed(config.seed, "pretrain"))
+    model, spec = create(config.model, original.classes)
+    model.to(device)
+    task = task_of(config, spec, device)
+    folder = RunDirectory.open(run_dir(config), "pretrain", identity).path
+    if (folder / "checkpoint").exists():
+        print(f"already done: {folder / 'checkpoint'}")
+        return
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "pretrain", "batches"))
+    with tracker_of(config, folder) as tracker, tracker.progress("pretrain", config.pretrain.steps) as advance:
+
+        def after_step(step: int, loss: float) -> None:
+            tracker.log({"loss": loss}, step)
+            advance(f"loss {loss:.3f}")
+
+        if not fine_tune(model, config.pretrain, task, original["train"], generator, after_step):
+            raise UserError(
+                f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it, in a new run_dir"
+            )
+    manifest = _manifest(config, "pretrain", {"original": original}, parent=None)
+    manifest["intactness"] = {**metric_of(task), "after": _both_splits(task, model, original)}
+    write_checkpoint(folder / "checkpoint", model, spec, manifest)
+    print(f"{folder / 'checkpoint'}: {task.metric.name} {_figures(task, manifest['intactness']['after'])}")
+
+
+def protect(config: Config) -> None:
+    """Protect the reference against fine-tuning on the restricted domain; write ``run_dir/checkpoint``."""
+    device = resolve_device(config.device)
+    reference = reference_of(config)
+    original, restricted = domains_of(config, reference.spec, device)
+    sampler = StrategySampler(config.sampler)
+    identity = {
+        **plain(config, "seed", "task", "method", "sampler", "guard"),
+        "reference": reference.sha256,
+        "original": original.hashes,
+        "restricted": restricted.hashes,
+    }
+    task = task_of(config, reference.spec, device, protects=True)
+    for head in config.sampler.heads:  # refused now rather than with a folder begun
+        task.start_head(copy.deepcopy(reference.model), head, restricted.classes)
+    for scope in config.sampler.scopes:
+        task.train_mode(copy.deepcopy(reference.model), scope)
+    folder = RunDirectory.open(run_dir(config), "protect", identity).path
+    if (folder / "checkpoint").exists():
+        print(f"already done: {folder / 'checkpoint'}")
+        return
+    model = reference.model.to(device)
+    with tracker_of(config, folder) as tracker:
+        trainer = Trainer(
+            copy.deepcopy(model),
+            model,
+            task,
+            original,
+            restricted,
+            sampler,
+            config.method,
+            config.guard,
+            config.seed,
+            folder,
+            tracker,
+        )
+        position = trainer.run()
+    _write_protected(folder / "checkpoint", config, reference, trainer.model, task, original, restricted, position)
+
+
+def export(config: Config) -> None:
+    """Copy a verified checkpoint to ``out``; from a run that is not finished, its last good state."""
+    source = required(config.checkpoint or str(default(config, "protect")), "checkpoint")
+    out = Path(config.out) if config.out is not None else default(config, "export")
+    unfinished = (Path(source) / STATE_FILE).exists() and not (Path(source) / "checkpoint").exists()
+    if not unfinished:
+        checkpoint = read_checkpoint(source)
+        write_checkpoint(out, checkpoint.model, checkpoint.spec, checkpoint.manifest)
+        print(f"exported to {out}")
+    else:
+        _export_unfinished(config, Path(source), out)
+
+
+def _export_unfinished(config: Config, run: Path, out: Path) -> None:
+    device = resolve_device(config.device)
+    reference = reference_of(config)
+    identity = read_json(run / "run.json")["identity"]
+    if identity["reference"] != reference.sha256:
+        raise UserError(f"reference: not the checkpoint that '{run}' started from; give that one")
+    weights, position = last_good(run)
+    # what the manifest says of the run is the run's, whatever this command's configuration has
+    config = replace(
+        config,
+        seed=identity["seed"],
+        method=MethodConfig(**identity["method"]),
+        sampler=SamplerConfig(**identity["sampler"]),
+        guard=GuardConfig(**identity["guard"]),
+    )
+    original, restricted = domains_of(config, reference.spec, device)
+    for domain, role in ((original, "original"), (restricted, "restricted")):
+        if domain.hashes != identity[role]:
+            raise UserError(
+                f"domain.{role}: not the images that '{run}' started from; give the run's own configuration"
+            )
+    task = task_of(config, reference.spec, device, protects=True)
+    model = copy.deepcopy(reference.model).to(device)
+    model.load_state_dict(weights)
+    reference.model.to(device)
+    _write_protected(out, config, reference, model, task, original, restricted, position)
+
+
+def _manifest(config: Config, verb: str, domains: dict[str, Domain], parent: str | None) -> dict[str, Any]:
+    return {
+        "sophon": __version__,
+        "verb": verb,
+        "name": config.name,
+        "config": plain(config),
+        "method": None,
+        "sampler_support": None,
+        "domains": {
+            role: {"name": domain.name, "classes": list(domain.classes), "hashes": dict(domain.hashes)}
+            for role, domain in domains.items()
+        },
+        "seed": config.seed,
+        "parent_sha256": parent,
+    }
+
+
+def _write_protected(
+    out: Path,
+    config: Config,
+    reference: Checkpoint,
+    model: nn.Module,
+    task: Task,
+    original: Domain,
+    restricted: Domain,
+    position: Position,
+) -> None:
+    """Measure what the protection cost the original domain, ``test`` read once, and write the checkpoint."""
+    before, after = (_both_splits(task, each, original) for each in (reference.model, model))
+    guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
+    manifest = {
+        **_manifest(config, "protect", {"original": original, "restricted": restricted}, parent=reference.sha256),
+        "method": asdict(config.method),
+        "sampler_support": StrategySampler(config.sampler).support(),
+        "intactness": {**metric_of(task), "before": before, "after": after, **guard},
+        "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
+    }
+    write_checkpoint(out, model, reference.spec, manifest)
+    print(
+        f"{out}: round {position.good_round} of {position.round}, {task.metric.name} on the original domain "
+        f"{_figures(task, before)} before, {_figures(task, after)} after"
+    )
+
+
+def _both_splits(task: Task, model: nn.Module, original: Domain) -> dict[str, float]:
+    return {split: task.evaluate(model, original[split]) for split in ("val", "test")}
+
+
+def _figures(task: Task, values: dict[str, float]) -> str:
+    return ", ".join(f"{split} {format_value(value, metric_of(task))}" for split, value in values.items())

@@ -1,0 +1,27 @@
+"""The verb that lets a generating model draw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sophon.audit.gallery import image_grid
+from sophon.config import Config
+from sophon.errors import UserError
+from sophon.export import read_checkpoint
+from sophon.runs import derive_seed, resolve_device, write_bytes
+from sophon.tasks import kind_of
+from sophon.verbs.common import default, required, run_dir, task_of
+
+
+def sample(config: Config) -> None:
+    """Draw ``n`` images from a generating model; write them as one grid, ``run_dir/samples.png``."""
+    device = resolve_device(config.device)
+    checkpoint = read_checkpoint(required(config.checkpoint or str(default(config, "protect")), "checkpoint"))
+    settings = replace(config.task, name=kind_of(checkpoint.spec))  # what the checkpoint is, needs no saying
+    task = task_of(replace(config, task=settings), checkpoint.spec, device)
+    images = task.sample(checkpoint.model.to(device), config.n, derive_seed(config.seed, "sample"))
+    if images is None:
+        raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")
+    path = run_dir(config) / "samples.png"
+    write_bytes(path, image_grid(images))
+    print(f"{path}: {config.n} images, {config.task.sample_steps} DDIM steps")

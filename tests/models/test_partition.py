@@ -1,0 +1,115 @@
+"""A model's blocks: every tensor in one of them, in the order in which images meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+from torch import nn
+
+from sophon.models import ModelSpec, build
+from sophon.models.classifiers import blocks, head_prefix
+from sophon.models.partition import attention, owned, partition
+from tests.models.test_classifiers import shipped_spec
+from tests.tiny import TinyNet, tiny_spec
+
+
+def published(library: str, architecture: str, image_size: int = 64) -> ModelSpec:
+    return ModelSpec(library, architecture, ("a", "b"), 3, image_size, (0.5,) * 3, (0.5,) * 3)
+
+
+SPECS = {
+    "resnet_tiny": shipped_spec("resnet_tiny"),
+    "resnet_small": shipped_spec("resnet_small"),
+    "caformer": published("timm", "caformer_s18"),
+    "vit": published("timm", "test_vit"),
+    "tiny": tiny_spec(),
+    **{name: published("timm", name) for name in ("resnet18", "vgg13_bn", "convnext_atto", "efficientnet_lite0")},
+    **{f"{name} of torchvision": published("torchvision", name) for name in ("resnet18", "vgg11_bn", "vit_b_16")},
+}
+
+
+def made(name: str) -> tuple[nn.Module, ModelSpec]:
+    spec = SPECS[name]
+    with torch.device("meta"):
+        return TinyNet() if name == "tiny" else build(spec), spec
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_tensor_outside_the_head_is_in_one_block(name: str) -> None:
+    model, spec = made(name)
+    found = blocks(model, spec)
+    head = head_prefix(model, spec)
+    for tensor in dict(chain(model.named_parameters(), model.named_buffers())):
+        holders = [block for block in found if owned([tensor], block)]
+        assert len(holders) == (not tensor.startswith(f"{head}.")), tensor
+    assert all(any(owned([name for name, _ in model.named_parameters()], block)) for block in found)
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in ("tiny", "vit_b_16 of torchvision")])
+def test_images_meet_the_blocks_in_order(name: str) -> None:
+    """A later block never runs before an earlier one has begun."""
+    model, spec = made(name)
+    modules, met = dict(model.named_modules()), []
+    for index, block in enumerate(blocks(model, spec)):
+        for part in owned(modules, block):
+            modules[part].register_forward_hook(lambda *_, index=index: met.append(index))
+    model.eval()(torch.empty(1, spec.channels, spec.image_size, spec.image_size, device="meta"))
+    assert list(dict.fromkeys(met)) == list(range(len(blocks(model, spec))))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tiny", [("conv1", "bn1"), ("conv2", "bn2")]),
+        ("resnet_tiny", [("conv1", "bn1"), *((f"layer{stage}.0",) for stage in (1, 2, 3, 4))]),
+        ("resnet18", [("conv1", "bn1"), *((f"layer{stage}.{at}",) for stage in (1, 2, 3, 4) for at in (0, 1))]),
+        ("vit", [("cls_token", "pos_embed", "patch_embed"), *((f"blocks.{at}",) for at in range(5))]),
+        ("vgg13_bn", [(f"features.{at}", f"features.{at + 1}") for at in (0, 3, 7, 10, 14, 17, 21, 24, 28, 31)]),
+        ("caformer", [("stem",), *((f"stages.0.blocks.{at}",) for at in range(3)), ("stages.1.downsample",)]),
+    ],
+)
+def test_blocks_by_name(name: str, expected: list[tuple[str, ...]]) -> None:
+    assert blocks(*made(name))[: len(expected)] == expected
+
+
+def test_what_follows_the_last_stage_belongs_to_it_or_stands_alone() -> None:
+    assert blocks(*made("vgg13_bn"))[10:] == [("pre_logits",)]
+    assert blocks(*made("caformer"))[-2:] == [("stages.3.blocks.2", "head.norm"), ("head.fc.fc1", "head.fc.norm")]
+    assert blocks(*made("vit"))[-1] == ("blocks.5", "norm")
+
+
+def test_the_libraries_agree_on_a_resnet() -> None:
+    assert blocks(*made("resnet18")) == blocks(*made("resnet18 of torchvision"))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)], [("0", "1")]),
+        (lambda: [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.PReLU()], [("0", "1", "2")]),
+        (lambda: [nn.BatchNorm2d(3)], [("0",)]),
+        (lambda: [nn.ReLU()], []),
+    ],
+)
+def test_what_has_no_matrix_of_its_own_joins_another(
+    make: Callable[[], list[nn.Module]], expected: list[tuple[str, ...]]
+) -> None:
+    layers = make()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2))
+    assert partition(model, str(len(layers) + 1)) == expected
+
+
+def test_owned_reads_whole_names() -> None:
+    names = ["layer1.1.weight", "layer1.10.weight", "layer1.1", "layer1", "xlayer1.1.weight"]
+    assert owned(names, ("layer1.1",)) == {"layer1.1.weight", "layer1.1"}
+    assert owned(names, ()) == set()
+
+
+def test_attention_is_found_by_its_class() -> None:
+    assert attention(made("vit")[0]) == tuple(f"blocks.{at}.attn" for at in range(6))
+    model, _ = made("caformer")
+    assert {name.split(".")[1] for name in attention(model)} == {"2", "3"}
+    assert attention(made("resnet18")[0]) == ()

@@ -1,0 +1,391 @@
+"""Checkpoints that sophon did not make open as what they are, or are refused in one line that names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from sophon.config import ModelConfig
+from sophon.errors import UserError
+from sophon.export import Checkpoint, is_ours, read_checkpoint, write_checkpoint
+from sophon.foreign import open_foreign
+from sophon.models import ModelSpec, create
+from sophon.runs import read_json, sha256_file, write_json
+
+CLASSES = ("cat", "dog", "owl")
+SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 8}
+INPUT = {"input_size": (1, 32, 32), "mean": (0.25,), "std": (0.75,)}
+# what a command line that says nothing of the model has: another architecture, size and normalisation
+OTHER = ModelConfig(architecture="vgg13_bn", image_size=64, mean=[0.1], std=[0.9], pretrained=True)
+PLAIN = ModelConfig(
+    architecture="resnet18", model_args=SMALL, image_size=32, channels=1, mean=[0.25], std=[0.75], weights="elsewhere"
+)
+NETWORK: dict[str, Any] = {
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def resnet(**changes: Any) -> nn.Module:
+    """Build what a stranger would: by timm alone."""
+    torch.manual_seed(1)
+    return timm.create_model("resnet18", **{"num_classes": 3, "in_chans": 1, **SMALL, **changes})
+
+
+def timm_folder(folder: Path, model: nn.Module, **model_config: Any) -> Path:
+    save_for_hf(model, folder, model_config={"pretrained_cfg": INPUT, **model_config}, safe_serialization=True)
+    return folder
+
+
+def state_dict(path: Path, model: nn.Module) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+def unet(**changes: Any) -> UNet2DModel:
+    torch.manual_seed(1)
+    return UNet2DModel(**{"sample_size": 8, "in_channels": 1, "out_channels": 1, **NETWORK, **changes})
+
+
+def pipeline(folder: Path, model: UNet2DModel, scheduler: Any = None, **options: Any) -> Path:
+    DDPMPipeline(unet=model, scheduler=scheduler or DDPMScheduler(num_train_timesteps=50)).save_pretrained(
+        folder, **options
+    )
+    return folder
+
+
+def assert_opened(opened: Checkpoint, model: nn.Module, path: Path, weights: Path) -> None:
+    found = opened.model.state_dict()
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module.training for module in opened.model.modules())
+    assert opened.path == path
+    assert opened.sha256 == opened.manifest["weights_sha256"] == sha256_file(weights)
+    assert opened.manifest["foreign"] is True
+    assert opened.manifest["name"] == path.name
+    assert opened.manifest.keys().isdisjoint({"method", "sampler_support", "intactness"})
+    assert json.loads(json.dumps(opened.manifest))["model"]["architecture"] == opened.spec.architecture
+
+
+def refusal(path: Path, model: ModelConfig = PLAIN, classes: tuple[str, ...] = CLASSES, key: str = "reference") -> str:
+    with pytest.raises(UserError) as caught:
+        open_foreign(path, model, classes, key)
+    message = str(caught.value)
+    assert message.startswith(f"{key}: ")
+    assert "\n" not in message
+    assert "model.weights" not in message
+    return message
+
+
+# ---- what opens -----------------------------------------------------------------------------------------------------
+
+
+def test_a_timm_folder_speaks_for_itself(tmp_path: Path) -> None:
+    model = resnet()
+    folder = timm_folder(tmp_path / "theirs", model)
+    opened = open_foreign(folder, OTHER, CLASSES, "checkpoint")
+    assert_opened(opened, model, folder, folder / "model.safetensors")
+    assert opened.manifest["kind"] == "timm folder"
+    assert opened.spec == ModelSpec("timm", "resnet18", CLASSES, 1, 32, (0.25,), (0.75,), SMALL)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(opened.model(images), again(images), rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_colours_become_one_for_a_grey_model_as_in_timm(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    config = read_json(folder / "config.json")
+    config["pretrained_cfg"] |= {"mean": [0.2, 0.3, 0.7], "std": [0.5, 0.5, 0.5]}
+    write_json(folder / "config.json", config)
+    spec = open_foreign(folder, OTHER, CLASSES).spec
+    assert spec.mean == pytest.approx((0.4,))
+    assert spec.std == (0.5,)
+
+
+def test_a_config_of_older_timm_keeps_everything_on_one_level(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, timm.create_model("test_resnet", num_classes=3, in_chans=1))
+    older = {"architecture": "test_resnet", "num_classes": 3, "input_size": [1, 40, 40], "mean": [0.4], "std": [0.2]}
+    write_json(folder / "config.json", older)
+    spec = open_foreign(folder, PLAIN, CLASSES).spec
+    assert (spec.image_size, spec.mean, spec.std, spec.model_args) == (40, (0.4,), (0.2,), {})
+
+
+@pytest.mark.parametrize("suffix", ["", ".a1_in1k"])
+def test_only_the_tag_of_the_same_architecture_is_taken_from_the_model_group(tmp_path: Path, suffix: str) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    tagged = dataclasses.replace(OTHER, architecture=f"resnet18{suffix}")
+    assert open_foreign(folder, tagged, CLASSES).spec.architecture == f"resnet18{suffix}"
+
+
+def test_arguments_that_somebody_chose_stay(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, resnet(global_pool="max"))
+    assert open_foreign(folder, OTHER, CLASSES).spec.model_args == {**SMALL, "global_pool": "max"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PLAIN,
+        dataclasses.replace(PLAIN, channels=3, mean=[0.1, 0.2, 0.3]),
+        dataclasses.replace(PLAIN, architecture="test_vit", model_args={}),
+    ],
+    ids=["grey", "colour", "vit"],
+)
+def test_what_sophon_exported_has_the_same_spec_without_its_manifest(tmp_path: Path, config: ModelConfig) -> None:
+    model, spec = create(dataclasses.replace(config, weights=None), CLASSES)
+    manifest = {"verb": "pretrain", "config": {}, "method": None, "sampler_support": None, "seed": 0}
+    write_checkpoint(tmp_path / "ours", model, spec, {**manifest, "parent_sha256": None, "intactness": {}, "name": "x"})
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs", ignore=shutil.ignore_patterns("sophon.json"))
+    assert is_ours(tmp_path / "ours")
+    assert not is_ours(tmp_path / "theirs")
+    ours = read_checkpoint(tmp_path / "ours")
+    theirs = open_foreign(tmp_path / "theirs", OTHER, CLASSES)
+    assert ours.spec == theirs.spec == spec
+    assert ours.sha256 == theirs.sha256
+    assert_opened(theirs, model, tmp_path / "theirs", tmp_path / "theirs" / "model.safetensors")
+
+
+def test_a_run_directory_of_sophon_is_its_own(tmp_path: Path) -> None:
+    model, spec = create(dataclasses.replace(PLAIN, weights=None), CLASSES)
+    manifest = {"verb": "pretrain", "config": {}, "method": None, "sampler_support": None, "seed": 0}
+    write_checkpoint(tmp_path / "checkpoint", model, spec, {**manifest, "parent_sha256": None, "intactness": {}})
+    assert is_ours(str(tmp_path))
+    assert is_ours(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "sophon.json").unlink()
+    assert not is_ours(tmp_path)
+
+
+def test_a_state_dict_of_timm_is_what_the_model_group_says(tmp_path: Path) -> None:
+    model = resnet()
+    path = state_dict(tmp_path / "weights.safetensors", model)
+    opened = open_foreign(str(path), PLAIN, CLASSES)
+    assert_opened(opened, model, path, path)
+    assert opened.manifest["kind"] == "state dict"
+    assert opened.spec == open_foreign(timm_folder(tmp_path / "folder", model), OTHER, CLASSES).spec
+
+
+def test_a_state_dict_of_torchvision(tmp_path: Path) -> None:
+    model = torchvision.models.get_model("mobilenet_v3_small", num_classes=3)
+    path = state_dict(tmp_path / "weights.safetensors", model)
+    config = ModelConfig("torchvision", "mobilenet_v3_small", image_size=32, mean=[0.1, 0.2, 0.3], std=[0.5])
+    opened = open_foreign(path, config, CLASSES)
+    assert_opened(opened, model, path, path)
+    assert opened.spec == ModelSpec(
+        "torchvision", "mobilenet_v3_small", CLASSES, 3, 32, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)
+    )
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
+def test_a_pipeline_carries_its_network_and_noise(tmp_path: Path, scheduler: Any) -> None:
+    model = unet()
+    noise = scheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    folder = pipeline(tmp_path / "theirs", model, noise)
+    opened = open_foreign(folder, OTHER, CLASSES)
+    assert_opened(opened, model, folder, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert opened.manifest["kind"] == "diffusers pipeline"
+    spec = opened.spec
+    assert (spec.library, spec.channels, spec.image_size, spec.mean, spec.std) == ("diffusers", 1, 8, (0.5,), (0.5,))
+    assert spec.classes == CLASSES
+    assert spec.scheduler["num_train_timesteps"] == 50
+    assert spec.scheduler["prediction_type"] == "v_prediction"
+    assert "num_class_embeds" not in spec.model_args
+
+
+def test_a_conditional_pipeline_knows_its_number_of_classes(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path, unet(num_class_embeds=3))
+    assert open_foreign(folder, OTHER, CLASSES).spec.model_args["num_class_embeds"] == 3
+    assert "pipeline has 3 classes, original domain has 2" in refusal(folder, classes=CLASSES[:2])
+
+
+def test_opening_draws_nothing(tmp_path: Path) -> None:
+    places = [
+        timm_folder(tmp_path / "folder", resnet()),
+        state_dict(tmp_path / "weights.safetensors", resnet()),
+        pipeline(tmp_path / "pipeline", unet()),
+    ]
+    state = torch.get_rng_state()
+    for path in places:
+        open_foreign(path, PLAIN, CLASSES)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- what does not --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pt", "pytorch_model.bin", "net.CKPT", "net.pth.tar"])
+@pytest.mark.parametrize("library", ["timm", "torchvision", "diffusers"])
+def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path, name: str, library: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    message = refusal(path, dataclasses.replace(PLAIN, library=library))
+    assert f"'{path}' is a pickle" in message
+    way = {"timm": "load_state_dict", "torchvision": "weights_only=True", "diffusers": "safe_serialization=True"}
+    assert way[library] in message
+    compile(message.split("convert it first: ")[1], "snippet", "exec")
+
+
+def test_a_timm_folder_with_nothing_but_a_pickle(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert f"'{folder / 'pytorch_model.bin'}' is a pickle" in message
+    assert f"'{folder / 'model.safetensors'}'" in message
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_timm_folder_that_lacks_a_file(tmp_path: Path, missing: str) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    (folder / missing).unlink()
+    assert missing in refusal(folder)
+
+
+def test_a_path_that_is_nothing(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("")
+    assert "is not a checkpoint; give a folder of sophon, timm or diffusers" in refusal(tmp_path / "notes.txt")
+    assert "holds neither sophon.json nor config.json nor model_index.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": None},
+        {"pretrained_cfg": None},
+        {"pretrained_cfg": {}},
+        {"pretrained_cfg": {"input_size": 32, "mean": [0.5], "std": [0.5]}},
+        {"pretrained_cfg": {"input_size": [3, 32], "mean": [0.5], "std": [0.5]}},
+        {"pretrained_cfg": {"input_size": [1, 32, 32], "mean": 0.5, "std": [0.5]}},
+        {"pretrained_cfg": {"input_size": [1, 32, 32], "mean": [], "std": [0.5]}},
+        {"model_args": 3},
+        {"num_classes": "many"},
+    ],
+)
+def test_a_config_that_is_not_timms(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    config = {**read_json(folder / "config.json"), **change}
+    if change == {"architecture": None}:
+        del config["architecture"]
+    write_json(folder / "config.json", config)
+    assert "config.json' is not timm's" in refusal(folder)
+    for text in ("[]", "{", '"x"'):
+        (folder / "config.json").write_text(text)
+        assert "config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"architecture": "resnet17"}, "'resnet17' is not known to timm; close to it: "),
+        ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "is not known to timm"),
+        ({"library": "keras"}, "library: 'keras' is not known; allowed: timm, torchvision"),
+        ({"model_args": {"stem": "deep"}}, "does not fit 'resnet18'"),
+        ({"model_args": {}}, "does not fit the model: "),
+        ({"num_classes": 4}, "checkpoint has 4 classes, original domain has 3"),
+        ({"label_names": ["dog", "cat", "owl"]}, "in another order (dog, cat, owl, ...)"),
+    ],
+)
+def test_a_timm_folder_that_fits_nothing(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **change})
+    assert expected in refusal(folder)
+
+
+def test_label_names_of_another_vocabulary_are_no_contradiction(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, resnet(), label_names=["n01440764", "n02102040", "n02979186"])
+    assert open_foreign(folder, OTHER, CLASSES).spec.classes == CLASSES
+
+
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    config = read_json(folder / "config.json")
+    config["pretrained_cfg"]["input_size"] = [1, 32, 48]
+    write_json(folder / "config.json", config)
+    assert "32 x 48 pixels" in refusal(folder)
+
+
+def test_a_config_cannot_make_timm_load_another_file(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, resnet())
+    config = read_json(folder / "config.json")
+    config["model_args"] |= {"checkpoint_path": str(tmp_path / "evil.pth"), "pretrained": True}
+    write_json(folder / "config.json", config)
+    assert open_foreign(folder, OTHER, CLASSES).spec.model_args == SMALL
+
+
+def test_a_state_dict_of_another_architecture_or_number_of_classes(tmp_path: Path) -> None:
+    path = state_dict(tmp_path / "weights.safetensors", resnet())
+    another = dataclasses.replace(PLAIN, architecture="test_resnet", model_args={})
+    assert f"{path} does not fit the model: it lacks" in refusal(path, another)
+    misnamed = dataclasses.replace(PLAIN, architecture="resnet_18")
+    assert "'resnet_18' is not known to timm" in refusal(path, misnamed)
+    misfit = dataclasses.replace(PLAIN, model_args={"stem": "deep"})
+    assert "does not fit 'resnet18'" in refusal(path, misfit)
+    assert "checkpoint has 3 classes, original domain has 2" in refusal(path, classes=CLASSES[:2], key="checkpoint")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+@pytest.mark.parametrize("kind", ["file", "folder", "pipeline"])
+def test_truncated_weights(tmp_path: Path, kind: str, kept: int) -> None:
+    if kind == "file":
+        path = weights = state_dict(tmp_path / "weights.safetensors", resnet())
+    elif kind == "folder":
+        path = timm_folder(tmp_path, resnet())
+        weights = path / "model.safetensors"
+    else:
+        path = pipeline(tmp_path, unet())
+        weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert f"cannot read {weights}: it is truncated or not a safetensors file" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_no_protection(tmp_path: Path, value: float) -> None:
+    model = resnet()
+    with torch.no_grad():
+        model.fc.bias[1] = value
+    path = state_dict(tmp_path / "weights.safetensors", model)
+    assert f"'{path}': weight 'fc.bias' holds NaN or infinite numbers" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"],
+)
+def test_a_pipeline_that_lacks_a_part(tmp_path: Path, missing: str) -> None:
+    folder = pipeline(tmp_path, unet())
+    (folder / missing).unlink()
+    assert Path(missing).name in refusal(folder)
+
+
+def test_a_pipeline_of_pickles(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path, unet())
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    message = refusal(folder)
+    assert "neither pickles nor shards are read" in message
+    assert "safe_serialization=True" in message
+
+
+def test_a_pipeline_without_a_size(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path, unet())
+    settings = read_json(folder / "unet" / "config.json")
+    for size in (None, [8, 16], "8"):
+        write_json(folder / "unet" / "config.json", {**settings, "sample_size": size})
+        assert f"takes 1 channels of {size} pixels" in refusal(folder)
+    write_json(folder / "unet" / "config.json", {**settings, "sample_size": [8, 8]})
+    assert open_foreign(folder, OTHER, CLASSES).spec.image_size == 8
