@@ -33,7 +33,7 @@ demo-diffusion: $(VENV)/.installed
 
 # Everything that has to hold: lint, format, types, walls and all tests.
 test: $(VENV)/.installed lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # The inner loop of work: under 90 seconds.
 test-fast: $(VENV)/.installed

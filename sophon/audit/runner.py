@@ -51,7 +51,7 @@ class Runner:
         frechet: how to measure generated images; None not to.
 
     Raises:
-        UserError: an attack is not well formed, or none fits the models.
+        UserError: an attack is not well formed, none fits the models, or an audit to reuse is not there.
     """
 
     def __init__(
@@ -62,6 +62,9 @@ class Runner:
         self.seed = seed
         self.folder = folder
         self.frechet = frechet
+        for other in config.reuse:
+            if not Path(other).is_dir():
+                raise UserError(f"attack.reuse: '{other}' is not a folder; give the run directories of other audits")
         self.plan = Plan(config, scene)
         self.jobs = {self._path(job): job for job in self.plan.jobs}
 
@@ -90,8 +93,6 @@ class Runner:
 
     def _take_over(self, path: Path) -> None:
         for other in map(Path, self.config.reuse):
-            if not other.is_dir():
-                raise UserError(f"attack.reuse: '{other}' is not a folder; give the run directories of other audits")
             found = other / path.relative_to(self.folder)
             if found.exists():
                 self._copy(other, read_json(found), path)

@@ -1,0 +1,191 @@
+"""The audit on the command line: searches, workers, shards, reuse, foreign checkpoints, kills, comparisons."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli_helpers import RUNS, SMALL, finish, load, make, refused, sophon, start
+
+# Every kind of job: plain, after surgery, with adapters, a search, benign transfer, the oracle.
+SUITE = """
+seeds: 1
+eval_points: 3
+oracle: adam_fresh
+benign: [adam_fresh]
+strategies:
+  adam_fresh: {optimizer: adam, lr: 0.005, batch_size: 16, steps: 4}
+  untouched: {steps: 0, head: kept}
+  healed: {optimizer: adam, lr: 0.005, batch_size: 16, steps: 4, surgery: [{operation: heal, steps: 2}]}
+  lora: {optimizer: adam, lr: 0.005, batch_size: 16, steps: 2, scope: lora, lora_rank: 2}
+  linears: {scope: lora, lora_layers: attention}
+search:
+  searching:
+    trials: 4
+    steps: 4
+    seeds: 2
+    startup: 2
+    eval_points: 3
+    optimizers: {adam: [0.001, 0.01], sgd: [0.01, 1.0]}
+    choices: {batch_size: [8, 16], surgery: [[], [{operation: renormalise}]]}
+"""
+AUDIT = (
+    "audit",
+    "--config-dir=own",
+    *SMALL,
+    "attack=everything",
+    "+domain@domain.benign=mnist_digits",
+    "domain.benign.per_class=40",
+    "domain.benign.test_per_class=20",
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which pretrain, protect and the whole audit have run; never written to again."""
+    folder = tmp_path_factory.mktemp("made")
+    make(folder)
+    (folder / "own" / "attack" / "everything.yaml").write_text(SUITE)
+    result = sophon(folder, *AUDIT)
+    assert result.code == 0, result
+    return folder
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copied"))
+
+
+def audit_of(folder: Path) -> Any:
+    """Return ``audit.json`` without what depends on how fast the machine was."""
+    return {key: value for key, value in load(folder / "audit.json").items() if not key.startswith("seconds")}
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_kind_of_job_is_in_the_result(made: Path) -> None:
+    summary = load(made / RUNS / "audit" / "audit.json")
+    assert {attack["attack"] for attack in summary["attacks"]} == {"adam_fresh", "healed", "lora", "searching"}
+    assert set(summary["controls"]["no_attack"]) == {"untouched"}
+    assert summary["controls"]["oracle"]["attack"] == "adam_fresh"
+    assert summary["controls"]["oracle"]["data_ratio"] > 1
+    assert [attack["attack"] for attack in summary["benign"]["attacks"]] == ["adam_fresh"]
+    (search,) = summary["searches"]
+    assert {role: len(course["trials"]) for role, course in search["roles"].items()} == dict.fromkeys(
+        ("protected", "unprotected", "scratch"), 4
+    )
+    assert set(summary["left_out"]) == {"linears"}
+    page = (made / RUNS / "audit" / "report.html").read_text()
+    assert all(words in page for words in ("searching", "healed", "mnist_digits", "linears"))
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_two_workers_write_what_one_does(copied: Path) -> None:
+    result = finish(start(copied, *AUDIT, "run_dir=two", "workers=2"))
+    assert result.code == 0, result
+    assert audit_of(copied / "two") == audit_of(copied / RUNS / "audit")
+
+
+def test_shards_write_what_one_run_does(copied: Path) -> None:
+    for shard in range(3):
+        result = sophon(copied, *AUDIT, "run_dir=parts", "attack.shards=3", f"attack.shard={shard}")
+        assert result.code == 0, result
+        assert not (copied / "parts" / "audit.json").exists()
+    before = len(list((copied / "parts" / "attempts").iterdir()))
+    assert sophon(copied, *AUDIT, "run_dir=parts").code == 0
+    assert len(list((copied / "parts" / "attempts").iterdir())) == before
+    assert audit_of(copied / "parts") == audit_of(copied / RUNS / "audit")
+
+
+def test_another_audit_takes_over_the_other_roles(copied: Path) -> None:
+    """The reference passed off as protected: only the role ``protected`` has to be run."""
+    passed_off = (f"checkpoint={RUNS / 'pretrain'}", f"attack.reuse=[{RUNS / 'audit'}]", "run_dir=off")
+    result = sophon(copied, *AUDIT, *passed_off)
+    assert result.code == 0, result
+    mine, theirs = (copied / folder / "attempts" for folder in ("off", RUNS / "audit"))
+    shared = {path.name for path in mine.iterdir()} & {path.name for path in theirs.iterdir()}
+    assert shared == {path.name for path in theirs.iterdir() if "-protected-" not in path.name}
+    for attack in load(copied / "off" / "audit.json")["attacks"]:
+        if attack["attack"] != "searching":  # its winners' seeds are the same too, but their names are of another role
+            assert attack["roles"]["protected"]["values"] == attack["roles"]["unprotected"]["values"]
+
+
+def test_an_audit_killed_again_and_again_ends_the_same(copied: Path) -> None:
+    draw = random.Random(0)
+    for _ in range(3):
+        process = start(copied, *AUDIT, "run_dir=killed")
+        time.sleep(draw.uniform(6, 14))
+        process.kill()
+        process.communicate()
+    result = finish(start(copied, *AUDIT, "run_dir=killed"))
+    assert result.code == 0, result
+    assert audit_of(copied / "killed") == audit_of(copied / RUNS / "audit")
+
+
+def test_foreign_checkpoints_give_the_same_numbers(copied: Path) -> None:
+    """The same weights without sophon's own file: nothing can be called seen, all else is the same."""
+    for verb in ("pretrain", "protect"):
+        shutil.copytree(copied / RUNS / verb / "checkpoint", copied / "foreign" / verb)
+        (copied / "foreign" / verb / "sophon.json").unlink()
+    state_dict = "foreign/protect/model.safetensors"
+    result = sophon(copied, *AUDIT, f"checkpoint={state_dict}", "reference=foreign/pretrain", "run_dir=stranger")
+    assert result.code == 0, result
+    ours, theirs = load(copied / RUNS / "audit" / "audit.json"), load(copied / "stranger" / "audit.json")
+    assert theirs["support"] is None
+    assert [attack["roles"] for attack in theirs["attacks"]] == [
+        attack["roles"] for attack in sorted(ours["attacks"], key=lambda each: each["attack"])
+    ]
+
+
+def test_audits_are_compared(copied: Path) -> None:
+    assert sophon(copied, *AUDIT, "run_dir=other", f"checkpoint={RUNS / 'pretrain'}").code == 0
+    result = sophon(copied, "report", "compare", str(RUNS / "audit"), "other", "out=both")
+    assert result.code == 0, result
+    assert "both" in result.out
+    page, text = (copied / "both" / "compare.html").read_text(), (copied / "both" / "compare.md").read_text()
+    for folder in (RUNS / "audit", Path("other")):
+        verdict = load(copied / folder / "audit.json")["verdict"]
+        assert verdict.split("(")[0] in text
+    assert "healed" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["report compare", "two audits"]),
+        (("nowhere", "own"), ["nowhere", "does not exist"]),
+        (("own", "own"), ["own", "once"]),
+        (("own", str(RUNS / "audit")), ["own", "audit.json"]),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(copied: Path, arguments: tuple[str, ...], words: list[str]) -> None:
+    message = refused(copied, "report", "compare", *arguments)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("attack.shard=3", "attack.shards=3"), ["attack.shard", "0 to 2"]),
+        (("workers=0",), ["workers"]),
+        (("attack.oracle=nobody",), ["attack.oracle", "nobody", "adam_fresh"]),
+        (("attack.benign=[nobody]",), ["attack.benign", "nobody"]),
+        (("attack.search.searching.trials=0",), ["attack.search.searching.trials"]),
+        (("attack.search.searching.sampler=grid",), ["attack.search.searching.sampler", "tpe"]),
+        (("attack.search.searching.optimizers={lion: [1.0, 2.0]}",), ["attack.search.searching.optimizers", "lion"]),
+        (("+attack.search.searching.choices.steps=[1]",), ["attack.search.searching.choices.steps"]),
+        (("attack.reuse=[nowhere]",), ["attack.reuse", "nowhere"]),
+    ],
+)
+def test_bad_audits_are_refused(copied: Path, overrides: tuple[str, ...], words: list[str]) -> None:
+    message = refused(copied, *AUDIT, "run_dir=new", *overrides)
+    for word in words:
+        assert word in message
