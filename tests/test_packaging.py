@@ -20,8 +20,8 @@ def test_wheel_carries_configuration_data_and_licences(tmp_path: Path) -> None:
         "sophon/domains/data/fashion_mnist.npz",
         "sophon/domains/data/LICENSE.mnist",
         "sophon/templates/model_card.md.j2",
-        "sophon/audit/templates/page.html.j2",
-        "sophon/audit/templates/page.css.j2",
+        "sophon/report/templates/page.html.j2",
+        "sophon/report/templates/page.css.j2",
     ):
         assert path in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -23,6 +23,11 @@ HOLDS_FROM = 0.9
 HARM_ABOVE = 1.0
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with everything replaced that XML, a terminal or a table row cannot show."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def format_value(value: float | None, metric: Record) -> str:
     """Write a metric's value for people: ``41.0 %``, or four digits and the unit; ``-`` for None."""
     if value is None:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sophon.audit import metrics, report
-from sophon.audit.compare import write_comparison
+from sophon.audit import metrics
 from sophon.audit.fidelity import Fidelity, feature_network
 from sophon.audit.gallery import write_gallery
 from sophon.audit.plan import Scene
@@ -22,6 +21,8 @@ from sophon.config import Config, plain
 from sophon.domains import Domain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
+from sophon.report import single as report
+from sophon.report.compare import write_comparison
 from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, write_json
 from sophon.verbs.common import checkpoint_of, default, domains_of, metric_of, required, run_dir, task_of, tracker_of
 

@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 from sophon.audit.metrics import summarise
-from sophon.audit.report import write_reports
+from sophon.report.single import write_reports
 
 ACCURACY = {"name": "accuracy", "unit": "%", "higher_is_better": True}
 MSE = {"name": "eps-MSE", "unit": "", "higher_is_better": False}

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon.audit.heat import blocks, gap_strength, strengths
 from sophon.audit.metrics import summarise
-from sophon.audit.report import write_reports
-from tests.audit.reports import ACCURACY, CONTEXT, MSE, Page, attempt, audit, rows, write
+from sophon.report.heat import blocks, gap_strength, strengths
+from sophon.report.single import write_reports
+from tests.report.reports import ACCURACY, CONTEXT, MSE, Page, attempt, audit, rows, write
 
 
 def several():

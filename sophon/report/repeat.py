@@ -6,10 +6,9 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 
-from sophon.audit import tables
-from sophon.audit.document import Code, Fold, Note, Part, Table, Terms
-from sophon.audit.figures import printable
-from sophon.audit.verdict import Record
+from sophon.audit.verdict import Record, printable
+from sophon.report import tables
+from sophon.report.document import Code, Fold, Note, Part, Table, Terms
 
 _TERMS = {
     "Exposure": "seen: protection could have simulated this attacker. longer: only its number of steps lies outside "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sophon.audit.document import Name, Table
-from sophon.audit.figures import EXPOSURE_WORDS, printable
-from sophon.audit.verdict import EXPOSURES, ROLES, Record, describe
+from sophon.audit.verdict import EXPOSURES, ROLES, Record, describe, printable
+from sophon.report.document import Name, Table
+from sophon.report.figures import EXPOSURE_WORDS
 
 # Left to right from what the attacker has without us to what is left to it.
 SHOWN_ROLES = ROLES[::-1]

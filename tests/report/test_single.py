@@ -7,13 +7,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sophon.audit.figures import printable
 from sophon.audit.gallery import image_grid, write_gallery
 from sophon.audit.metrics import summarise
-from sophon.audit.repeat import command, experiment
-from sophon.audit.report import curves_frame, read_audit, table, write_curves, write_reports
+from sophon.audit.verdict import printable
 from sophon.errors import UserError
-from tests.audit.reports import CONTEXT, EVIL, MSE, Page, attempt, audit, write
+from sophon.report.repeat import command, experiment
+from sophon.report.single import curves_frame, read_audit, table, write_curves, write_reports
+from tests.report.reports import CONTEXT, EVIL, MSE, Page, attempt, audit, write
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 

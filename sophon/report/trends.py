@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from sophon.audit.figures import COLOURS, HUES, MARKERS, STYLE, shorten, spread, svg
 from sophon.audit.scores import sign_of
 from sophon.audit.verdict import ROLES, Record
+from sophon.report.figures import COLOURS, HUES, MARKERS, STYLE, shorten, spread, svg
 
 _BOX = (0.13, 0.19, 0.62, 0.74)
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from sophon.audit.compare import write_comparison
 from sophon.audit.metrics import summarise
 from sophon.errors import UserError
-from tests.audit.reports import CONTEXT, EVIL, MSE, Page, attempt, rows
+from sophon.report.compare import write_comparison
+from tests.report.reports import CONTEXT, EVIL, MSE, Page, attempt, rows
 
 HASHES = {"attack": "12" * 32, "select": "34" * 32}
 

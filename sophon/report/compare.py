@@ -12,14 +12,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sophon.audit import tables
-from sophon.audit.document import Document, Figures, Fold, Heat, Note, Part, Section, Table, Terms
-from sophon.audit.figures import COLOURS, EXPOSURE_WORDS, HUES, dots, printable
-from sophon.audit.heat import blocks, gap_strength
-from sophon.audit.report import read_audit
 from sophon.audit.results import worst_case
-from sophon.audit.verdict import EXPOSURES, Record, format_difference
+from sophon.audit.verdict import EXPOSURES, Record, format_difference, printable
 from sophon.errors import UserError
+from sophon.report import tables
+from sophon.report.document import Document, Figures, Fold, Heat, Note, Part, Section, Table, Terms
+from sophon.report.figures import COLOURS, EXPOSURE_WORDS, HUES, dots
+from sophon.report.heat import blocks, gap_strength
+from sophon.report.single import read_audit
 from sophon.runs import read_json, write_text
 from sophon.strategies import FineTuneStrategy
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from sophon.audit import tables
-from sophon.audit.document import Card, Figures, Fold, Note, Part, Pictures, Section, Strips
-from sophon.audit.figures import EXPOSURE_WORDS, curve_panels, dot_plots, printable
 from sophon.audit.gallery import shot, strips
-from sophon.audit.heat import attack_map
-from sophon.audit.repeat import repeat
-from sophon.audit.tables import SHOWN_ROLES, metric_name
-from sophon.audit.trends import course_panels, decay_plot, search_panels
-from sophon.audit.verdict import EXPOSURES, Record, format_difference, format_value
+from sophon.audit.verdict import EXPOSURES, Record, format_difference, format_value, printable
+from sophon.report import tables
+from sophon.report.document import Card, Figures, Fold, Note, Part, Pictures, Section, Strips
+from sophon.report.figures import EXPOSURE_WORDS, curve_panels, dot_plots
+from sophon.report.heat import attack_map
+from sophon.report.repeat import repeat
+from sophon.report.tables import SHOWN_ROLES, metric_name
+from sophon.report.trends import course_panels, decay_plot, search_panels
 
 _LEGEND = (("protected", "● protected"), ("unprotected", "■ unprotected"), ("scratch", "◆ scratch"))
 _MANY = 12  # so many tables' rows or panels are shown without being asked for

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from sophon.audit.document import Heat
-from sophon.audit.figures import EXPOSURE_WORDS
 from sophon.audit.scores import sign_of
-from sophon.audit.tables import SHOWN_ROLES, gap, name, number
 from sophon.audit.verdict import EXPOSURES, Record
+from sophon.report.document import Heat
+from sophon.report.figures import EXPOSURE_WORDS
+from sophon.report.tables import SHOWN_ROLES, gap, name, number
 
 Row = tuple[str, list[tuple[str, int | None]]]
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from sophon.audit.results import successful
 from sophon.audit.scores import Array, ci95, points, resample
-from sophon.audit.verdict import EXPOSURES, ROLES, Record
+from sophon.audit.verdict import EXPOSURES, ROLES, Record, printable
 
 # Drawn in these colours, which the SVG then replaces by CSS variables of the same name: one file serves light and dark.
 COLOURS = {
@@ -58,11 +58,6 @@ STYLE = {
     "grid.alpha": 0.35,
     "grid.linewidth": 0.5,
 }
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with everything replaced that XML, a terminal or a table row cannot show."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def band(attempts: Iterable[Record]) -> tuple[Array, Array, Array]:

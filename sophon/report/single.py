@@ -9,12 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from sophon.audit import sections, tables
-from sophon.audit.document import Document
-from sophon.audit.figures import printable
 from sophon.audit.metrics import SCHEMA_VERSION
-from sophon.audit.verdict import Record
+from sophon.audit.verdict import Record, printable
 from sophon.errors import UserError
+from sophon.report import sections, tables
+from sophon.report.document import Document
 from sophon.runs import read_json, write_bytes, write_text
 
 _COLUMNS = ["attack", "role", "seed", "step", "select", "exposure", "domain"]

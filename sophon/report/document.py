@@ -220,7 +220,7 @@ class Document:
     def html(self) -> str:
         """Return the document as one HTML page that loads nothing."""
         environment = Environment(
-            loader=PackageLoader("sophon.audit"),
+            loader=PackageLoader("sophon.report"),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,

@@ -3,10 +3,10 @@ import re
 import numpy as np
 import pytest
 
-from sophon.audit.figures import band, curve_panels, dot_plots
 from sophon.audit.metrics import summarise
-from sophon.audit.trends import course_panels, decay_plot, search_panels
-from tests.audit.reports import ACCURACY, CONTEXT, MSE, attempt, audit
+from sophon.report.figures import band, curve_panels, dot_plots
+from sophon.report.trends import course_panels, decay_plot, search_panels
+from tests.report.reports import ACCURACY, CONTEXT, MSE, attempt, audit
 
 
 def test_band_is_the_mean_and_its_interval():
