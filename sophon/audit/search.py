@@ -164,12 +164,6 @@ def best(trials: Sequence[Trial], higher_is_better: bool) -> Trial | None:
     return (max if higher_is_better else min)(complete, key=attrgetter("value"), default=None)
 
 
-def best_so_far(trials: Sequence[Trial], higher_is_better: bool) -> list[float | None]:
-    """Return, for each trial, the `best` value of those up to it; None as long as none is complete."""
-    winners = [best(trials[: end + 1], higher_is_better) for end in range(len(trials))]
-    return [None if winner is None else winner.value for winner in winners]
-
-
 def _study(config: SearchConfig, seed: int, higher_is_better: bool) -> optuna.Study:
     sampler: optuna.samplers.BaseSampler
     if config.sampler == "tpe":

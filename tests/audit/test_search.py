@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from sophon import strategies
 from sophon.audit import search
-from sophon.audit.search import Report, Trial, best, best_so_far, check, run_search, suggest
+from sophon.audit.search import Report, Trial, best, check, run_search, suggest
 from sophon.config import SearchConfig
 from sophon.errors import UserError
 from sophon.strategies import FineTuneStrategy, Operation
@@ -336,7 +336,6 @@ def test_a_trial_that_diverges_has_failed_and_the_search_goes_on(tmp_path, value
     trials = run(changed(trials=6), tmp_path / "search.db", diverging, higher=higher)
     assert [(trial.state, trial.value, trial.step) for trial in trials] == [("failed", None, 0)] * 6
     assert best(trials, higher) is None
-    assert best_so_far(trials, higher) == [None] * 6
 
 
 @pytest.mark.slow
@@ -604,11 +603,8 @@ def test_the_best_is_the_earliest_of_the_best_complete_ones():
     assert best(trials, True) == trials[3]
     assert best(trials, False) == trials[6]
     assert best(trials[:6], False) == trials[1]
-    assert best_so_far(trials, True) == [None, 2.0, 2.0, 5.0, 5.0, 5.0, 5.0]
-    assert best_so_far(trials, False) == [None, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0]
 
 
 def test_without_a_complete_trial_there_is_no_best():
     assert best([], True) is None
     assert best([trial(0, 9.0, "pruned")], True) is None
-    assert best_so_far([], True) == []
