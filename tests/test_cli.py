@@ -41,6 +41,8 @@ from tests.cli_helpers import (
 
 NEW = "run_dir=new"
 
+pytestmark = pytest.mark.slow  # whole commands
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -82,7 +84,6 @@ def test_version(tmp_path: Path) -> None:
     assert (result.code, result.out, result.err) == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verbs_help_lists_groups_and_keys_and_runs_nothing(tmp_path: Path, verb: str) -> None:
     result = sophon(tmp_path, verb, "--help")
@@ -205,7 +206,6 @@ WRONG_FOR_AUDIT = {
 }
 
 
-@pytest.mark.slow
 def test_an_attack_that_does_not_fit_is_left_out_and_said_so(copied: Path) -> None:
     three = ("domain.restricted.classes=[sandal,bag,sneaker]", "++attack.strategies.adam_fresh.data_budget=100000")
     result = sophon(copied, *AUDIT, NEW, *three, "tracking.progress=true")
@@ -290,7 +290,6 @@ def test_no_verb_takes_weights_that_are_not_those_exported(copied: Path, verb: s
     assert "sha256" in message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.json", "state.safetensors"])
 def test_a_damaged_run_is_refused_and_kept(copied: Path, name: str) -> None:
     run = copied / RUNS / "protect"
@@ -299,7 +298,6 @@ def test_a_damaged_run_is_refused_and_kept(copied: Path, name: str) -> None:
     assert name in refused(copied, *PROTECT)
 
 
-@pytest.mark.slow
 def test_a_damaged_attempt_is_refused_by_name(copied: Path) -> None:
     assert sophon(copied, *AUDIT).code == 0
     attempt = sorted((copied / RUNS / "audit" / "attempts").iterdir())[0]
@@ -357,7 +355,6 @@ def test_an_empty_folder_is_refused(tmp_path: Path, folders: tuple[str, ...]) ->
 # ---- folders that are not ours --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "override", "words"),
     [
@@ -412,7 +409,6 @@ def test_a_diverging_pretraining_says_what_to_lower(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.slow
 def test_a_diverging_reinforcement_says_what_to_lower_each_time(copied: Path) -> None:
     for _ in range(2):
         message = refusal(sophon(copied, *PROTECT, NEW, "method.ntr_lr=1e30", "method.ntr_steps=20"))
@@ -421,7 +417,6 @@ def test_a_diverging_reinforcement_says_what_to_lower_each_time(copied: Path) ->
         assert set(tree(copied / "new")) == {"run.json"}
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_leaves_the_last_good_state(made: Path, copied: Path) -> None:
     whole, losses = ClassificationTask.original_loss, 0
 
@@ -444,7 +439,6 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(made: Path, copied
 # ---- the guard ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_guard_that_accepts_nothing_exits_with_3_and_writes_no_checkpoint(copied: Path) -> None:
     command = (*PROTECT, NEW, "guard.tolerance=0", "guard.repair_steps=0", "method.fts_lr=10")
     for _ in range(2):
@@ -486,7 +480,6 @@ def out_of_space(folder: Path, writes: int, *command: str) -> None:
 
 
 # run.json; the state after each of three rounds; then the checkpoint's weights, config, manifest and card
-@pytest.mark.slow
 @pytest.mark.parametrize("writes", [0, 2, 5, 7])
 def test_protect_goes_on_after_the_disk_was_full(made: Path, copied: Path, writes: int) -> None:
     out_of_space(copied, writes, *PROTECT, NEW)
@@ -497,7 +490,6 @@ def test_protect_goes_on_after_the_disk_was_full(made: Path, copied: Path, write
     assert weights_sha256(copied / "new" / "checkpoint") == protected_sha256(made)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("writes", [0, 1, 4])
 def test_pretrain_starts_again_after_the_disk_was_full(made: Path, tmp_path: Path, writes: int) -> None:
     out_of_space(tmp_path, writes, *PRETRAIN)
@@ -506,14 +498,12 @@ def test_pretrain_starts_again_after_the_disk_was_full(made: Path, tmp_path: Pat
     assert weights_sha256(tmp_path / checkpoint) == weights_sha256(made / checkpoint)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("writes", [0, 1, 3])
 def test_a_full_disk_leaves_an_older_export_whole(copied: Path, writes: int) -> None:
     assert sophon(copied, "export", f"checkpoint={RUNS / 'pretrain'}", "out=out").code == 0
     out_of_space(copied, writes, "export", f"checkpoint={RUNS / 'protect'}", "out=out")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("writes", [0, 3, 10, 11, 13])
 def test_an_audit_goes_on_after_the_disk_was_full(copied: Path, writes: int) -> None:
     out_of_space(copied, writes, *AUDIT)
@@ -532,7 +522,6 @@ def test_a_write_that_fails_before_its_end_leaves_no_trace(copied: Path, monkeyp
 # ---- wandb ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_wandb_online_without_a_key_is_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -551,7 +540,6 @@ def test_wandb_online_without_a_key_is_wrong_input(tmp_path: Path, monkeypatch: 
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_protection_saves_and_goes_on_to_the_bit(made: Path, copied: Path, number: int) -> None:
     command = (*PROTECT, NEW, "guard.every=3")  # no state is due before the end
@@ -574,7 +562,6 @@ def test_an_interrupted_protection_saves_and_goes_on_to_the_bit(made: Path, copi
     assert weights_sha256(copied / "new" / "checkpoint") == protected_sha256(made)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_audit_goes_on_with_what_is_missing(copied: Path, number: int) -> None:
     from sophon.audit import runner
@@ -615,7 +602,6 @@ def straight(made: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return weights_sha256(folder / "new" / "checkpoint")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_process_that_is_stopped_goes_on_to_the_bit(copied: Path, straight: str, number: int, code: int) -> None:
     process = start(copied, *LONG, NEW)
@@ -637,7 +623,6 @@ def test_a_process_that_is_stopped_goes_on_to_the_bit(copied: Path, straight: st
 # ---- sweeps ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_sweep_runs_every_value_in_a_folder_of_its_own(made: Path, tmp_path: Path) -> None:
     result = finish(start(tmp_path, *PRETRAIN, "--multirun", "seed=0,1"))
     assert result.code == 0, result
@@ -646,7 +631,6 @@ def test_a_sweep_runs_every_value_in_a_folder_of_its_own(made: Path, tmp_path: P
     assert digests[0] != digests[1]
 
 
-@pytest.mark.slow
 def test_a_sweep_with_a_wrong_value_exits_with_2(tmp_path: Path) -> None:
     result = sophon(tmp_path, *PRETRAIN, "--multirun", "pretrain.batch_size=16,0")
     assert result.code == 2
