@@ -122,6 +122,7 @@ def test_the_groups_are_those_of_the_schema() -> None:
     assert all(options(group) for group in GROUPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "option"), [(group, option) for group in GROUPS if group != "domain" for option in options(group)]
 )
@@ -180,6 +181,7 @@ def test_every_suppression_loss_has_a_method() -> None:
     assert set(shipped_losses) == {name for losses in LOSSES.values() for name in losses}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [option for option in options("model") if option.startswith("unet")])
 def test_every_unet_makes_a_denoising_task(option: str) -> None:
     composed = compose("task=denoising", "method=sophon_dos", f"model={option}")

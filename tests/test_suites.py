@@ -28,6 +28,8 @@ from sophon.strategies import (
     FineTuneStrategy,
 )
 
+pytestmark = pytest.mark.slow  # composes every suite
+
 FOLDER = conf_dir() / "attack"
 SUITES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 FAMILIES = sorted(path.stem for path in (FOLDER / "family").glob("*.yaml"))

@@ -29,6 +29,8 @@ from tests.cli_helpers import (
     weights_sha256,
 )
 
+pytestmark = pytest.mark.slow  # whole commands
+
 CLASSES = ["t_shirt", "trouser", "pullover", "dress", "coat"]
 OTHERS = ["sandal", "shirt", "sneaker", "bag", "ankle_boot"]
 ROLES = ["protected", "unprotected", "scratch"]
@@ -239,7 +241,6 @@ def test_a_finished_run_is_left_alone(copied: Path, command: tuple[str, ...]) ->
     assert "already done" in run_again(copied, command).out
 
 
-@pytest.mark.slow
 def test_a_finished_audit_comes_to_the_same_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     assert "report.html" in run_again(copied, AUDIT).out
@@ -256,7 +257,6 @@ def test_report_renders_the_same_bytes_from_disk(copied: Path) -> None:
     assert load(folder / "audit.json")["verdict"] in result.out
 
 
-@pytest.mark.slow
 def test_report_finds_an_audit_by_its_folder(copied: Path, tmp_path: Path) -> None:
     moved = (copied / RUNS / "audit").rename(tmp_path / "moved")
     before = tree(moved)
@@ -280,7 +280,6 @@ def test_an_audit_completes_what_is_missing(copied: Path) -> None:
     assert without_seconds(load(folder / "audit.json")) == without_seconds(before)
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_elsewhere(made: Path, tmp_path: Path) -> None:
     result = sophon(tmp_path, *PRETRAIN, "run_dir=here/reference")
     assert result.code == 0, result
@@ -290,7 +289,6 @@ def test_the_same_seed_gives_the_same_weights_elsewhere(made: Path, tmp_path: Pa
         assert weights_sha256(tmp_path / folder / "checkpoint") == manifest(made, verb)["weights_sha256"]
 
 
-@pytest.mark.slow
 def test_another_seed_gives_other_weights_in_another_folder(copied: Path) -> None:
     before = tree(copied / RUNS)
     result = sophon(copied, *PRETRAIN, "seed=1")
@@ -310,7 +308,6 @@ def test_export_copies_a_checkpoint_to_the_byte(copied: Path) -> None:
         assert tree(copied / f"out-{source.name}") == tree(copied / RUNS / "protect" / "checkpoint")
 
 
-@pytest.mark.slow
 def test_export_goes_to_its_default_folder_and_again(copied: Path) -> None:
     for _ in range(2):
         result = sophon(copied, "export", *SMALL)
@@ -351,7 +348,6 @@ def test_export_of_an_unfinished_run_describes_the_run_not_the_export(copied: Pa
 # ---- tracking -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_wandb_offline_writes_below_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     result = sophon(tmp_path, *PRETRAIN, "tracking=offline", "tracking.progress=false", "run_dir=run")
@@ -360,7 +356,6 @@ def test_wandb_offline_writes_below_the_run(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.slow
 def test_progress_goes_to_stderr_and_changes_nothing(made: Path, tmp_path: Path) -> None:
     result = sophon(tmp_path, *PRETRAIN, "tracking.progress=true")
     assert result.code == 0, result

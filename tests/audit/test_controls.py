@@ -36,6 +36,8 @@ from tests.audit.staging import (
 )
 from tests.tiny import tiny_spec
 
+pytestmark = pytest.mark.slow  # whole audits
+
 
 @pytest.fixture(autouse=True)
 def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:

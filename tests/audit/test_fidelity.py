@@ -13,6 +13,8 @@ from sophon.domains import Domain, load_original, load_restricted
 from sophon.errors import UserError
 from sophon.runs import read_tensors
 
+pytestmark = pytest.mark.slow  # trains a network
+
 CPU = torch.device("cpu")
 STEPS = 40
 

@@ -23,6 +23,8 @@ from sophon.tasks import ClassificationTask
 from tests.audit.staging import BENIGN, DISTILLED, FRESH, KEPT, ORIGINAL, RESTRICTED, build_tiny, run_all, staged
 from tests.tiny import assert_same_state, state_of, tiny_model, tiny_spec, tiny_task
 
+pytestmark = pytest.mark.slow  # whole attacks
+
 NOISY = Operation("noise", (("scale", 0.5),))
 HEALED = Operation("heal", (("batch_size", 8), ("domain", "benign"), ("steps", 3)))
 CHANGES: dict[str, FineTuneStrategy] = {

@@ -33,6 +33,8 @@ from tests.audit.staging import (
 )
 from tests.tiny import tiny_model, tiny_spec
 
+pytestmark = pytest.mark.slow  # whole audits
+
 SMALL = AttackConfig(seeds=1, eval_points=2, samples=1, strategies={"a": FRESH})
 WHOLE = replace(SMALL, search={"tuned": replace(SEARCH, trials=2, seeds=1)}, oracle="a", benign=["a"])
 

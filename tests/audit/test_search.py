@@ -30,6 +30,8 @@ from sophon.config import SearchConfig
 from sophon.errors import UserError
 from sophon.strategies import FineTuneStrategy, Operation
 
+pytestmark = pytest.mark.slow  # a database for each search
+
 NOISE = {"operation": "noise", "scale": 0.1}
 CONFIG = SearchConfig(
     trials=14,
@@ -250,7 +252,6 @@ def test_logging_is_as_verbose_afterwards_as_before(tmp_path):
     assert optuna.logging.get_verbosity() == before == logging.INFO
 
 
-@pytest.mark.slow
 def test_tpe_finds_better_ones_than_chance_does(tmp_path):
     late: dict[str, list[float]] = {"tpe": [], "random": []}
     for sampler, seed in itertools.product(late, range(4)):
@@ -338,7 +339,6 @@ def test_a_trial_that_diverges_has_failed_and_the_search_goes_on(tmp_path, value
     assert best(trials, higher) is None
 
 
-@pytest.mark.slow
 def test_tpe_keeps_away_from_where_trials_diverge(tmp_path):
     def flat(strategy, report):  # so that only divergence can teach anything
         return 50.0 if strategy.lr < 1e-5 else None
@@ -453,7 +453,6 @@ _CHILD = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["evaluate", "INSERT INTO trial_intermediate_values"])
 def test_a_process_killed_is_as_if_it_had_not_been(tmp_path, whole, moment):
     path = tmp_path / "search.db"

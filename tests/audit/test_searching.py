@@ -36,6 +36,8 @@ from tests.audit.staging import (
 )
 from tests.tiny import assert_same_state, state_of, tiny_spec
 
+pytestmark = pytest.mark.slow  # whole searches
+
 
 @pytest.fixture(autouse=True)
 def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -748,6 +748,7 @@ def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return request.param, everything(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "how"), [(1, "stopped"), (3, "killed")])
 def test_a_denoisers_protection_goes_on_to_the_bit(
     at: int, how: str, denoiser: tuple[str, dict[str, Any]], tmp_path: Path
