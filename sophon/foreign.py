@@ -110,8 +110,6 @@ def _pickle(path: Path, library: str, out: Path | None = None) -> UserError:
             "from diffusers import DiffusionPipeline; "
             f"DiffusionPipeline.from_pretrained({folder!r}).save_pretrained({folder!r}, safe_serialization=True)"
         )
-    elif library == "timm":
-        code = f"from timm.models import load_state_dict; d = load_state_dict({source!r}); {save}"
-    else:
-        code = f"import torch; d = torch.load({source!r}, weights_only=True); {save}"
+    else:  # timm reads torchvision's as well
+        code = f"from timm.models import load_state_dict; d = load_state_dict({source!r}, weights_only=True); {save}"
     return UserError(f"'{path}' is a pickle, which can run any code; where you trust it, convert it first: {code}")
