@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon import __version__
-from sophon.config import Config, from_omegaconf
+from sophon.config import Config
 from sophon.errors import GuardError, UserError
+from sophon.validation import from_omegaconf
 from sophon.verbs import ACTIONS, VERBS
 
 USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted domain, and audit how well that holds

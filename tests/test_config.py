@@ -20,17 +20,19 @@ from omegaconf.errors import OmegaConfBaseException
 from sophon import config as config_module
 from sophon.audit.plan import strategies
 from sophon.cli import conf_dir
-from sophon.config import Config, TaskConfig, from_omegaconf, plain
+from sophon.config import Config, TaskConfig, plain
 from sophon.domains.batches import AUGMENTATIONS
 from sophon.domains.sources import BUNDLED, SOURCES, TORCHVISION
 from sophon.errors import UserError
 from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
 from sophon.models import ModelSpec, build, classifiers, diffusion
-from sophon.protect.simulate import ENGINES, GAMMAS
+from sophon.protect.simulate import GAMMAS
+from sophon.protect.suppress import ENGINES
 from sophon.runs import resolve_device
 from sophon.strategies import SCHEDULES, FineTuneStrategy, StrategySampler
 from sophon.tasks import TASKS, make_task
 from sophon.tracking import MODES
+from sophon.validation import from_omegaconf
 
 CONF = conf_dir()
 MODELS = ("caformer_m36", "resnet50", "resnet34", "resnet18", "vgg13_bn")

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from sophon.audit import search, surgery
 from sophon.audit.plan import strategies
 from sophon.cli import conf_dir
-from sophon.config import AttackConfig, from_omegaconf
+from sophon.config import AttackConfig
 from sophon.strategies import (
     AUGMENTATIONS,
     BATCH_NORMS,
@@ -27,6 +27,7 @@ from sophon.strategies import (
     SCOPES,
     FineTuneStrategy,
 )
+from sophon.validation import from_omegaconf
 
 pytestmark = pytest.mark.slow  # composes every suite
 

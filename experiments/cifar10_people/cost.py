@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon.cli import conf_dir
-from sophon.config import from_omegaconf
 from sophon.domains import Batch
 from sophon.models import create
 from sophon.tasks import DenoisingTask
+from sophon.validation import from_omegaconf
 
 BATCHES = (4, 8)
 REPEATS = 3

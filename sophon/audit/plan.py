@@ -17,12 +17,13 @@ from torch import nn
 from sophon.audit import search, surgery
 from sophon.audit.adapters import add_adapters
 from sophon.audit.verdict import ORACLE, ROLES
-from sophon.config import AttackConfig, SearchConfig, strategy_from
+from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import Domain, few_shot
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
 from sophon.strategies import FineTuneStrategy, Operation
 from sophon.tasks import Task
+from sophon.validation import strategy_from
 
 ORACLE_TIMES = 10
 ORACLE_SPLITS = ("attack", "adapt", "query")  # all but those that judge

@@ -21,12 +21,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.domains import Batch
-from sophon.protect import differentiable
-from sophon.protect.moments import moments_of, restore_moments
-from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
+from sophon.strategies import FineTuneStrategy
 from sophon.tasks import Task
 
 
@@ -104,106 +101,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def first_order(
-    attacker: nn.Module,
-    strategy: FineTuneStrategy,
-    task: Task,
-    adapt: Iterator[Batch],
-    query: Iterator[Batch],
-    gammas: Sequence[float],
-    past: Past | None = None,
-) -> Simulation:
-    """Run the attacker in place; add up ``gamma_k`` times the query gradients at theta^1 .. theta^K.
-
-    Args:
-        attacker: scratch copy of the released model with the attacker's head; it ends as the fine-tuned model.
-        strategy: how it fine-tunes.
-        task: gives both losses.
-        adapt: the attacker's batches; one is taken for each step.
-        query: the defender's batches; one is taken for each gamma that is not zero.
-        gammas: K weights, one for each step.
-        past: of an attacker that has begun before and goes on.
-    """
-    trainable = task.train_mode(attacker, strategy.scope)
-    attacker.requires_grad_(True)
-    parameters = dict(attacker.named_parameters())
-    optimizer = build_optimizer(strategy, trainable.values())
-    done = 0
-    if past is not None:
-        done = past.steps
-        restore_moments(optimizer, past.moments)
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    query_losses, attacker_losses = [], []
-    for step, gamma in enumerate(gammas):
-        _set_learning_rate(optimizer, strategy, done + step)
-        loss = task.attacker_loss(attacker, next(adapt))
-        # one that the loss does not reach gets None, and torch.optim leaves it alone, as after a backward()
-        gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        for parameter, gradient in zip(trainable.values(), gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        attacker_losses.append(loss.detach())
-        if gamma:
-            with frozen_statistics(attacker):
-                suppression = task.suppression_loss(attacker, next(query))
-            found = torch.autograd.grad(suppression, list(parameters.values()), allow_unused=True)
-            for summed, part in zip(total.values(), found, strict=True):
-                if part is not None:
-                    summed.add_(part, alpha=gamma)
-            query_losses.append(suppression.detach())
-    optimizer.zero_grad(set_to_none=True)
-    return Simulation(total, _floats(query_losses), _floats(attacker_losses), moments_of(optimizer))
-
-
-def second_order(
-    attacker: nn.Module,
-    strategy: FineTuneStrategy,
-    task: Task,
-    adapt: Iterator[Batch],
-    query: Iterator[Batch],
-    gammas: Sequence[float],
-) -> Simulation:
-    """Compute the exact gradient of the same objective through the attacker's steps; arguments as for `first_order`.
-
-    Memory grows with K times the activations of a step. Flash attention has no second derivative, so attention runs as
-    plain matrix products.
-    """
-    trainable = task.train_mode(attacker, strategy.scope)
-    attacker.requires_grad_(True)
-    parameters = dict(attacker.named_parameters())
-    optimizer = build_optimizer(strategy, trainable.values())
-    query_losses, attacker_losses = [], []
-    device = next(attacker.parameters()).device
-    objective = torch.zeros((), dtype=next(iter(parameters.values())).dtype, device=device)
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        differentiable.innerloop(attacker, optimizer) as (model, steps),
-    ):
-        for step, gamma in enumerate(gammas):
-            loss = task.attacker_loss(model, next(adapt))
-            steps.step(loss, override={"lr": [learning_rate(strategy, step)]})
-            attacker_losses.append(loss.detach())
-            if gamma:
-                with frozen_statistics(model):
-                    suppression = task.suppression_loss(model, next(query))
-                objective = objective + gamma * suppression
-                query_losses.append(suppression.detach())
-        found = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
-    total = {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
-    }
-    return Simulation(total, _floats(query_losses), _floats(attacker_losses))
-
-
-ENGINES: dict[str, Engine] = {"first_order": first_order, "second_order": second_order}
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrategy, step: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(strategy, step)
-
-
-def _floats(values: list[Tensor]) -> list[float]:
+def floats(values: list[Tensor]) -> list[float]:
+    """Read scalar losses."""
     # Read once, at the end: reading each loss as it comes would make a GPU wait for every step.
     return torch.stack(values).tolist() if values else []

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, batches
+from sophon.protect.first_order import first_order
 from sophon.protect.pool import Pool
-from sophon.protect.simulate import ENGINES, Past, Simulation, first_order, query_weights
+from sophon.protect.second_order import second_order
+from sophon.protect.simulate import Engine, Past, Simulation, query_weights
 from sophon.runs import derive_seed
 from sophon.strategies import FineTuneStrategy, StrategySampler
 from sophon.tasks import Task
+
+ENGINES: dict[str, Engine] = {"first_order": first_order, "second_order": second_order}
 
 
 class SuppressionStep(NamedTuple):

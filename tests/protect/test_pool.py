@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sophon.config import Config, MethodConfig, validate
+from sophon.config import Config, MethodConfig
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
 from sophon.protect import suppress
@@ -26,6 +26,7 @@ from sophon.protect.suppress import Suppressor
 from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, SamplerConfig, StrategySampler, build_optimizer
 from sophon.tasks import ClassificationTask
+from sophon.validation import validate
 from tests.tiny import assert_same_state, state_of, tiny_bands, tiny_batches, tiny_model, tiny_spec, tiny_task
 
 RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sophon.protect.simulate import ENGINES, GAMMAS, first_order, query_weights, second_order
+from sophon.protect.first_order import first_order
+from sophon.protect.second_order import second_order
+from sophon.protect.simulate import GAMMAS, query_weights
+from sophon.protect.suppress import ENGINES
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
 from tests.tiny import tiny_batches, tiny_model, tiny_task
 
@@ -194,7 +197,8 @@ import sys, torch
 from sophon.models import ModelSpec, build
 from sophon.tasks import ClassificationTask
 from sophon.domains import Batch
-from sophon.protect.simulate import first_order, query_weights
+from sophon.protect.first_order import first_order
+from sophon.protect.simulate import query_weights
 from sophon.strategies import FineTuneStrategy
 import itertools
 steps = int(sys.argv[1])

@@ -17,8 +17,8 @@ from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, ImageSet, batches
 from sophon.errors import UserError
 from sophon.protect import suppress
-from sophon.protect.simulate import ENGINES, Simulation, query_weights
-from sophon.protect.suppress import Suppressor
+from sophon.protect.simulate import Simulation, query_weights
+from sophon.protect.suppress import ENGINES, Suppressor
 from sophon.runs import derive_seed
 from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask

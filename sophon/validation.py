@@ -1,0 +1,109 @@
+"""Where a DictConfig becomes the typed configuration, and what its types cannot say is checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sophon.config import AttackConfig, Config, StrategyConfig
+from sophon.errors import UserError, choose
+from sophon.strategies import AUGMENTATIONS, SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
+
+
+def from_omegaconf(config: DictConfig) -> Config:
+    """Turn a composed configuration into the typed one, and check what types cannot say.
+
+    Raises:
+        UserError: a key is missing, or a value is outside its range.
+    """
+    try:
+        # through plain data: a key appended with `+` has slipped past the types of the composed configuration
+        plain_data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain_data))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{key or 'configuration'}: {str(error).splitlines()[0]}") from error
+    if not isinstance(typed, Config):
+        raise UserError("the configuration is not a whole sophon configuration")
+    typed.pretrain = strategy_from("pretrain", vars(typed.pretrain))
+    typed.attack.strategies = {
+        name: strategy_from(f"attack.strategies.{name}", values) for name, values in typed.attack.strategies.items()
+    }
+    validate(typed)
+    return typed
+
+
+def strategy_from(key: str, values: Any) -> FineTuneStrategy:
+    """Make a strategy of plain data: untyped in `AttackConfig`, so that ``+attack.strategies.NAME.lr=...`` adds one."""
+    try:
+        strategy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StrategyConfig), values))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        below = getattr(error, "full_key", None)
+        raise UserError(f"{key}{f'.{below}' if below else ''}: {str(error).splitlines()[0]}") from error
+    return FineTuneStrategy.of(vars(strategy), key)
+
+
+def validate(config: Config) -> None:
+    """Raise a `UserError` that names the key if a value is outside its range."""
+    config.pretrain.validate("pretrain")
+    if config.pretrain.surgery or config.pretrain.scope == "lora":
+        raise UserError("pretrain: surgery and scope lora are for audits")
+    method, guard, attack = config.method, config.guard, config.attack
+    for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size", "ntr_batch_size"):
+        _within(f"method.{name}", getattr(method, name), 1)
+    _within("guard.every", guard.every, 1)
+    _within("attack.seeds", attack.seeds, 1)
+    for name in ("ntr_steps", "probe_steps", "distillation", "fts_original_weight", "pool"):
+        _within(f"method.{name}", getattr(method, name), 0)
+    for name in ("fts_lr", "ntr_lr", "probe_lr", "temperature"):
+        _within(f"method.{name}", getattr(method, name), 0, exclusive=True)
+    if not 0 < method.suppression_timesteps <= 1:
+        raise UserError(
+            f"method.suppression_timesteps: {method.suppression_timesteps} is not allowed; give > 0 and <= 1"
+        )
+    if method.pool and method.engine != "first_order":
+        raise UserError(f"method.pool: {method.pool} is not allowed with engine {method.engine}; it needs first_order")
+    if method.fts_max_norm is not None:
+        _within("method.fts_max_norm", method.fts_max_norm, 0, exclusive=True)
+    for name in ("tolerance", "repair_steps", "patience", "max_ntr_steps"):
+        _within(f"guard.{name}", getattr(guard, name), 0)
+    _within("guard.growth", guard.growth, 1)
+    _within("attack.eval_points", attack.eval_points, 2)
+    _within("attack.samples", attack.samples, 0)
+    if attack.frechet_samples:
+        _within("attack.frechet_samples", attack.frechet_samples, 2)
+    for name in ("evaluation_images", "sample_steps"):
+        _within(f"task.{name}", getattr(config.task, name), 1)
+    _within("n", config.n, 1)
+    _within("threads", config.threads, 0)
+    _within("workers", config.workers, 1)
+    _validate_searches(attack)
+    _within("attack.shards", attack.shards, 1)
+    if not 0 <= attack.shard < attack.shards:
+        raise UserError(f"attack.shard: {attack.shard} is not allowed; it must be 0 to {attack.shards - 1}")
+    choose("method.ntr_augmentation", method.ntr_augmentation, AUGMENTATIONS)
+    choose("tracking.wandb", config.tracking.wandb, ("disabled", "offline", "online"))
+    choose("method.engine", method.engine, ("first_order", "second_order"))
+    choose("method.schedule", method.schedule, SCHEDULES)
+    choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise UserError(f"name: '{config.name}' is not allowed; it names a folder")
+
+
+def _validate_searches(attack: AttackConfig) -> None:
+    for name, search in attack.search.items():
+        key = f"attack.search.{name}"
+        choose(f"{key}.sampler", search.sampler, ("tpe", "random"))
+        for part in ("trials", "steps", "seeds"):
+            _within(f"{key}.{part}", getattr(search, part), 1)
+        _within(f"{key}.startup", search.startup, 0)
+        _within(f"{key}.eval_points", search.eval_points, 2)
+        StrategySampler(SamplerConfig(search.optimizers), where=f"{key}.optimizers")
+
+
+def _within(key: str, value: float, lowest: float, *, exclusive: bool = False) -> None:
+    if not math.isfinite(value) or value < lowest or (exclusive and value == lowest):
+        raise UserError(f"{key}: {value} is not allowed; it must be {'>' if exclusive else '>='} {lowest}")
