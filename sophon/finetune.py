@@ -46,29 +46,52 @@ def fine_tune(
     Returns:
         True; False when the loss stopped being finite, at which point fine-tuning ends.
     """
-    parameters = _thaw(model, strategy, task)
     objective = loss or task.attacker_loss
-    averaged = AveragedModel(model, avg_fn=partial(_averaged, strategy.ema)) if strategy.ema else None
-    optimizer = build_optimizer(strategy, parameters.values())
+    descent = Descent(model, strategy, task)
     stream = batches(images, strategy.batch_size, generator, strategy.augmentation)
     for step in range(strategy.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(strategy, step)
         value = objective(model, next(stream))
         if not math.isfinite(value.item()):
             return False
-        optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
-        if strategy.max_norm is not None:
-            clip_grad_norm_(parameters.values(), strategy.max_norm)
-        optimizer.step()
-        if averaged is not None:
-            averaged.update_parameters(model)
-            if step + 1 == strategy.steps:
-                for mean, parameter in zip(averaged.module.parameters(), model.parameters(), strict=True):
-                    parameter.data.copy_(mean)
+        descent.step()
         after_step(step + 1, value.item())
     return True
+
+
+class Descent:
+    """The steps of a strategy's optimizer, for whoever gives the parameters their gradients.
+
+    Args:
+        model: what the strategy's scope trains takes gradients from here on, and nothing else; none has one yet.
+        strategy: optimizer, learning rates, clipping and averaging.
+        task: says what the scope trains.
+    """
+
+    def __init__(self, model: nn.Module, strategy: FineTuneStrategy, task: Task) -> None:
+        self._model = model
+        self._strategy = strategy
+        self._parameters = list(thaw(model, strategy, task).values())
+        self._averaged = AveragedModel(model, avg_fn=partial(_averaged, strategy.ema)) if strategy.ema else None
+        self._optimizer = build_optimizer(strategy, self._parameters)
+        self._optimizer.zero_grad()
+        self._done = 0
+
+    def step(self) -> None:
+        """Take the next step along the gradients, and clear them."""
+        strategy = self._strategy
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(strategy, self._done)
+        if strategy.max_norm is not None:
+            clip_grad_norm_(self._parameters, strategy.max_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._done += 1
+        if self._averaged is not None:
+            self._averaged.update_parameters(self._model)
+            if self._done == strategy.steps:
+                for mean, parameter in zip(self._averaged.module.parameters(), self._model.parameters(), strict=True):
+                    parameter.data.copy_(mean)
 
 
 def _averaged(decay: float, mean: Tensor, now: Tensor, updates: Tensor | int) -> Tensor:
@@ -87,7 +110,7 @@ def flops_per_step(
     apart from its modes and which of its parameters take gradients.
     """
     few = images.take(torch.arange(strategy.batch_size) % len(images))
-    parameters = _thaw(model, strategy, task)
+    parameters = thaw(model, strategy, task)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with FlopCounterMode(display=False) as counter:
         batch = next(batches(few, strategy.batch_size, torch.Generator().manual_seed(0)))
@@ -98,8 +121,11 @@ def flops_per_step(
     return int(counter.get_total_flops())
 
 
-def _thaw(model: nn.Module, strategy: FineTuneStrategy, task: Task) -> dict[str, nn.Parameter]:
-    """Let what the strategy's scope trains take gradients, and nothing else; return it by name."""
+def thaw(model: nn.Module, strategy: FineTuneStrategy, task: Task) -> dict[str, nn.Parameter]:
+    """Let what the strategy's scope trains take gradients, and nothing else; return it by name.
+
+    The model gets the modes that training it so needs, too.
+    """
     parameters = task.train_mode(model, strategy.scope, strategy.blocks)
     if strategy.batch_norm == "frozen":
         for layer in model.modules():

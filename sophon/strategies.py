@@ -149,10 +149,30 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def build_optimizer(strategy: FineTuneStrategy, parameters: Parameters) -> torch.optim.Optimizer:
-    """Make the strategy's torch optimizer over ``parameters`` at its peak learning rate."""
+# Whose fused kernels are faster than torch's default, by device: on the CPU that of SGD is not.
+_FUSED: dict[str, tuple[type[torch.optim.Optimizer], ...]] = {
+    "cpu": (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad),
+    "cuda": (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD),
+}
+
+
+def build_optimizer(
+    strategy: FineTuneStrategy, parameters: Parameters, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Make the strategy's torch optimizer over ``parameters`` at its peak learning rate.
+
+    Args:
+        strategy: says which, and its settings.
+        parameters: what it steps.
+        fused: take torch's fused kernel where it is faster. In float32 its steps differ from the default's by rounding:
+            by less than 1e-5 of a step, and the last bit of a weight. The kernel takes gradients and moments to lie in
+            memory as the parameters do, and does not check: leave gradients to ``backward()``, which sees to it.
+    """
     optimizer, settings = OPTIMIZERS[strategy.optimizer]
-    return optimizer(list(parameters), lr=strategy.lr, weight_decay=strategy.weight_decay, **settings)  # type: ignore[call-arg]
+    owned = list(parameters)
+    if fused and all(optimizer in _FUSED.get(parameter.device.type, ()) for parameter in owned):
+        settings = {**settings, "fused": True}
+    return optimizer(owned, lr=strategy.lr, weight_decay=strategy.weight_decay, **settings)  # type: ignore[call-arg]
 
 
 def _warmup(step: int, steps: int) -> float:
@@ -311,7 +331,7 @@ class StrategySampler:
 # defender's own: it does not decide whether an attack was seen.
 _NOT_SAMPLED = ("probe_steps", "probe_lr")
 # What decides only where the scope asks for it.
-_OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_rank": ("lora",), "lora_layers": ("lora",)}
+OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_rank": ("lora",), "lora_layers": ("lora",)}
 
 
 def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tuple[str, ...]:
@@ -331,7 +351,7 @@ def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tu
     for part in dataclasses.fields(strategy):
         if part.name in ("optimizer", "lr", "steps", *_NOT_SAMPLED):
             continue
-        if strategy.scope not in _OF_SCOPE.get(part.name, (strategy.scope,)):
+        if strategy.scope not in OF_SCOPE.get(part.name, (strategy.scope,)):
             continue
         # an older checkpoint does not name a field that came later: its attackers all had the default
         if getattr(strategy, part.name) not in support.get(part.name, (part.default,)):

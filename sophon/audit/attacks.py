@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +31,10 @@ class Outcome:
         curve: (steps done, metric on the attacker's ``select`` split), the start included.
         test: the metric on ``test``, read once, after the last step; NaN where it was not to be read.
         finished: whether the loss stayed finite to the end.
-        seconds: wall time of the whole attempt.
+        seconds: wall time of the whole attempt; of attempts trained together, an equal share of theirs.
         flops: of all its training (forward and backward).
         prepared_flops: the part of them before the first step: surgery and probing.
+        stacked: how many attempts were trained together, this one among them.
     """
 
     model: nn.Module
@@ -42,29 +44,17 @@ class Outcome:
     seconds: float
     flops: float
     prepared_flops: float
+    stacked: int = 1
 
 
-def attack(
-    model: nn.Module,
-    strategy: FineTuneStrategy,
-    task: Task,
-    restricted: Domain,
-    *,
-    spec: ModelSpec,
-    seed: int,
-    eval_points: int,
-    original: Domain | None = None,
-    benign: Domain | None = None,
-    read_test: bool = True,
-    at_point: Callable[[nn.Module, int, float], None] = lambda model, step, value: None,
-) -> Outcome:
-    """Fine-tune ``model`` (in place) on the restricted domain's ``attack`` split as ``strategy`` says.
+class Attacker:
+    """An attacker that has prepared its model (in place) as ``strategy`` says, and is ready for the first step.
 
     Args:
         model: the model under attack; hand in a copy.
         strategy: the attacker.
         task: the model kind.
-        restricted: domain with ``attack``, ``select`` and ``test``.
+        restricted: domain with ``attack``, which is fine-tuned on, ``select`` and ``test``.
         spec: of the model.
         seed: of the attacker's surgery, head, data, batches and augmentation; the same seed against two models gives
             both the same of each.
@@ -74,32 +64,72 @@ def attack(
         read_test: whether to read the ``test`` split: a search does not.
         at_point: called with the model, the number of steps done and the value at every point of the curve; it must
             leave the model as it is, and may raise to give the attempt up.
+
+    Attributes:
+        model: what is fine-tuned; not the model handed in if surgery put another in its place.
+        images: to fine-tune on.
+        generator: on the CPU; draws the batches and the augmentation.
     """
-    start = time.perf_counter()
-    seed_all(derive_seed(seed, "head"))
-    generator = torch.Generator().manual_seed(derive_seed(seed, "data"))
-    images = few_shot(restricted["attack"], strategy.data_budget, generator)
-    means = Means(task, spec, restricted.classes, images, generator, original, benign, strategy.batch_size)
-    model = _prepare(model, strategy, means, seed)
-    prepared = means.flops
-    flops = prepared + strategy.steps * flops_per_step(model, strategy, task, images)
 
-    last = strategy.steps
-    points = {round(last * i / (eval_points - 1)) for i in range(1, eval_points)}
-    curve: list[tuple[int, float]] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        strategy: FineTuneStrategy,
+        task: Task,
+        restricted: Domain,
+        *,
+        spec: ModelSpec,
+        seed: int,
+        eval_points: int,
+        original: Domain | None = None,
+        benign: Domain | None = None,
+        read_test: bool = True,
+        at_point: Callable[[nn.Module, int, float], None] = lambda model, step, value: None,
+    ) -> None:
+        self._start = time.perf_counter()
+        self.strategy = strategy
+        self.task = task
+        self._restricted = restricted
+        self._read_test = read_test
+        self._at_point = at_point
+        seed_all(derive_seed(seed, "head"))
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, "data"))
+        self.images = few_shot(restricted["attack"], strategy.data_budget, self.generator)
+        means = Means(
+            task, spec, restricted.classes, self.images, self.generator, original, benign, strategy.batch_size
+        )
+        self.model = _prepare(model, strategy, means, seed)
+        self._prepared = means.flops
+        self._flops = means.flops + strategy.steps * flops_per_step(self.model, strategy, task, self.images)
+        self._points = {round(strategy.steps * i / (eval_points - 1)) for i in range(1, eval_points)}
+        self._curve: list[tuple[int, float]] = []
 
-    def measure(step: int) -> None:
-        curve.append((step, task.evaluate(model, restricted["select"])))
-        at_point(model, *curve[-1])
+    def measure(self, step: int) -> None:
+        """Add to the curve how the model does now, after ``step`` steps."""
+        self._curve.append((step, self.task.evaluate(self.model, self._restricted["select"])))
+        self._at_point(self.model, *self._curve[-1])
 
-    def after_step(step: int, loss: float) -> None:
-        if step in points:
-            measure(step)
+    def after_step(self, step: int, loss: float) -> None:
+        """Measure where the curve has a point; to be called after each step, as `fine_tune` does."""
+        if step in self._points:
+            self.measure(step)
 
-    measure(0)
-    finished = fine_tune(model, strategy, task, images, generator, after_step)
-    test = task.evaluate(model, restricted["test"]) if read_test else math.nan
-    return Outcome(model, curve, test, finished, time.perf_counter() - start, flops, prepared)
+    def outcome(self, finished: bool) -> Outcome:
+        """Return what came of it, with ``test`` if that is to be read; ``finished``: the loss stayed finite."""
+        test = self.task.evaluate(self.model, self._restricted["test"]) if self._read_test else math.nan
+        seconds = time.perf_counter() - self._start
+        return Outcome(self.model, self._curve, test, finished, seconds, self._flops, self._prepared)
+
+
+def attack(model: nn.Module, strategy: FineTuneStrategy, task: Task, restricted: Domain, **options: Any) -> Outcome:
+    """Fine-tune ``model`` (in place) on the restricted domain's ``attack`` split as ``strategy`` says.
+
+    The arguments are those of `Attacker`.
+    """
+    attacker = Attacker(model, strategy, task, restricted, **options)
+    attacker.measure(0)
+    finished = fine_tune(attacker.model, strategy, task, attacker.images, attacker.generator, attacker.after_step)
+    return attacker.outcome(finished)
 
 
 def _prepare(model: nn.Module, strategy: FineTuneStrategy, means: Means, seed: int) -> nn.Module:

@@ -21,7 +21,7 @@ from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import Domain, few_shot
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
-from sophon.strategies import FineTuneStrategy, Operation
+from sophon.strategies import OF_SCOPE, FineTuneStrategy, Operation
 from sophon.tasks import Task
 from sophon.validation import strategy_from
 
@@ -250,7 +250,7 @@ class Plan:
         choices: dict[str, list[Any]] = {}
         for key, values in sorted(config.choices.items(), key=lambda item: item[0] != "scope"):
             # what matters to certain scopes only is judged with one of these
-            scopes = [scope for scope in choices.get("scope", ()) if scope in _OF_SCOPE.get(key, ())]
+            scopes = [scope for scope in choices.get("scope", ()) if scope in OF_SCOPE.get(key, ())]
             beside = {"head": "fresh", **({"scope": scopes[0]} if scopes else {})}
             kept = []
             for value in values:
@@ -270,9 +270,6 @@ class Plan:
         """Let a choice other than the head's be judged with a head that the model can have."""
         has_head = bool(self.scene.task.head_names(self.scene.models["protected"]))
         return strategy if key == "head" or has_head else replace(strategy, head="kept")
-
-
-_OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_layers": ("lora",)}
 
 
 def _length(job: Job) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sophon.audit import search
-from sophon.audit.attacks import Outcome, attack
+from sophon.audit.attacks import Attacker, Outcome, attack
 from sophon.audit.gallery import image_grid
 from sophon.audit.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
+from sophon.audit.stacked import attack_together, likeness
 from sophon.audit.verdict import ORACLE, format_value
 from sophon.config import AttackConfig
 from sophon.domains import Domain, ImageSet
@@ -26,6 +28,7 @@ from sophon.strategies import FineTuneStrategy, fields_outside
 
 SCHEMA_VERSION = 1
 Record = dict[str, Any]
+_T = TypeVar("_T")
 
 
 class Frechet(NamedTuple):
@@ -49,23 +52,35 @@ class Runner:
         seed: the audit's.
         folder: the run directory.
         frechet: how to measure generated images; None not to.
+        stack: attempts that are trained together at most, >= 1.
 
     Raises:
         UserError: an attack is not well formed, none fits the models, or an audit to reuse is not there.
     """
 
     def __init__(
-        self, scene: Scene, config: AttackConfig, seed: int, folder: Path, frechet: Frechet | None = None
+        self,
+        scene: Scene,
+        config: AttackConfig,
+        seed: int,
+        folder: Path,
+        frechet: Frechet | None = None,
+        stack: int = 1,
     ) -> None:
         self.scene = scene
         self.config = config
         self.seed = seed
         self.folder = folder
-        self.frechet = frechet
+        self.stack = stack
         for other in config.reuse:
             if not Path(other).is_dir():
                 raise UserError(f"attack.reuse: '{other}' is not a folder; give the run directories of other audits")
         self.plan = Plan(config, scene)
+        self.measure_with(frechet)
+
+    def measure_with(self, frechet: Frechet | None) -> None:
+        """Change how generated images are measured, and with it what the jobs' files are called."""
+        self.frechet = frechet
         self.jobs = {self._path(job): job for job in self.plan.jobs}
 
     def _path(self, job: Job) -> Path:
@@ -81,7 +96,9 @@ class Runner:
         # distances in the features of two networks do not compare
         measured = [config.eval_points, config.samples, self.frechet and [self.frechet.network, config.frechet_samples]]
         hashes = [sorted(each.hashes.items()) for each in (domain, *others) if each is not None]
-        return repr([scene.provenance.get(role, role), hashes, self.seed, measured])
+        # trained together, an attempt comes out the same to rounding only
+        stacked = ["stacked"] if self.stack > 1 and likeness(job) is not None else []
+        return repr([scene.provenance.get(role, role), hashes, self.seed, measured, *stacked])
 
     def missing(self) -> list[Path]:
         """Return the files of this shard's jobs that are not there yet, after taking over what other audits have."""
@@ -112,10 +129,30 @@ class Runner:
             record |= self._exposure(FineTuneStrategy.of(record["strategy"]))
         write_json(path, record)
 
+    def run_group(
+        self, paths: Sequence[Path], on_trial: Callable[[str], None] = lambda note: None
+    ) -> Iterator[tuple[Path, str]]:
+        """Run the jobs whose files are ``paths``, together if their models can be stacked; several are alike.
+
+        Returns:
+            Each job's file and the line that `run` returns, as soon as it is done.
+        """
+        attempts = {path: job for path in paths if isinstance(job := self.jobs[path], Attempt)}
+        makers = [partial(self._launch, Attacker, path.stem, attempt) for path, attempt in attempts.items()]
+        outcomes = attack_together(makers) if len(makers) > 1 else None
+        if outcomes is None:
+            yield from ((path, self.run(path, on_trial)) for path in paths)
+            return
+        for (path, attempt), outcome in zip(attempts.items(), outcomes, strict=True):
+            yield path, self._write(path, attempt, self._record(path.stem, attempt, outcome))
+
     def run(self, path: Path, on_trial: Callable[[str], None] = lambda note: None) -> str:
         """Run the job whose file is ``path``; return a line on what came of it."""
         job = self.jobs[path]
         record = self._attempt(path.stem, job) if isinstance(job, Attempt) else self._search(path.stem, job, on_trial)
+        return self._write(path, job, record)
+
+    def _write(self, path: Path, job: Job, record: Record) -> str:
         write_json(path, record)
         if isinstance(job, Attempt):
             return f"{job.attack} on {job.role}: {format_value(record['test'], record['metric'])}"
@@ -138,6 +175,7 @@ class Runner:
             if unfit(strategy, self.scene, self.scene.restricted):  # choices that each fit, but not together
                 return None
             outcome = self._attack(
+                attack,
                 self._victim(job.role, seed),
                 strategy,
                 self.scene.restricted,
@@ -179,9 +217,11 @@ class Runner:
             "attempts": winners,
         }
 
-    def _attack(self, victim: nn.Module, strategy: FineTuneStrategy, domain: Domain, **options: Any) -> Outcome:
+    def _attack(
+        self, how: Callable[..., _T], victim: nn.Module, strategy: FineTuneStrategy, domain: Domain, **options: Any
+    ) -> _T:
         scene = self.scene
-        return attack(
+        return how(
             victim,
             strategy,
             scene.task,
@@ -193,23 +233,30 @@ class Runner:
         )
 
     def _attempt(self, key: str, attempt: Attempt) -> Record:
+        return self._record(key, attempt, self._launch(attack, key, attempt))
+
+    def _launch(self, how: Callable[..., _T], key: str, attempt: Attempt) -> _T:
+        """Call `attack` or `Attacker` with all that belongs to an attempt."""
         # The role is not part of the seed: all roles face the same head, data order and augmentation.
         seed = derive_seed(self.seed, "attempt", attempt.attack, attempt.seed)
-        pictures: list[Record] = []
 
         def draw(model: nn.Module, step: int, value: float) -> None:
             if attempt.seed == 0 and self.config.samples:  # one seed's pictures are enough to look at
-                self._draw(model, f"samples/{key}-{step}.png", step, pictures)
+                self._draw(model, key, step)
 
-        domain = self._domain(attempt)
-        outcome = self._attack(
+        return self._attack(
+            how,
             self._victim(attempt.role, seed),
             attempt.strategy,
-            domain,
+            self._domain(attempt),
             seed=seed,
             eval_points=self.config.eval_points,
             at_point=draw,
         )
+
+    def _record(self, key: str, attempt: Attempt, outcome: Outcome) -> Record:
+        pictures = {step: _picture(key, step) for step, _ in outcome.curve}
+        details = self._details(outcome.model, self._domain(attempt))
         record = {
             "schema_version": SCHEMA_VERSION,
             "id": key,
@@ -222,11 +269,12 @@ class Runner:
             "metric": asdict(self.scene.task.metric),
             "curve": [{"step": step, "select": _finite(value)} for step, value in outcome.curve],
             "test": _finite(outcome.test),
-            "details": {name: _finite(value) for name, value in self._details(outcome.model, domain).items()},
-            "samples": pictures,
+            "details": {name: _finite(value) for name, value in details.items()},
+            "samples": [{"step": at, "file": name} for at, name in pictures.items() if (self.folder / name).exists()],
             "search": None,
             "finished": outcome.finished,
             "seconds": outcome.seconds,
+            "stacked": outcome.stacked,
             "flops": outcome.flops,
             "prepared_flops": outcome.prepared_flops,
             "steps": attempt.strategy.steps,
@@ -257,12 +305,11 @@ class Runner:
                 details["Frechet distance"] = self.frechet.distance(images)
         return details
 
-    def _draw(self, model: nn.Module, name: str, step: int, pictures: list[Record]) -> None:
-        """Write a grid of what the model generates, and note it; the same noise for every role, attack and step."""
+    def _draw(self, model: nn.Module, key: str, step: int) -> None:
+        """Write a grid of what the model generates, if it does; the same noise for every role, attack and step."""
         images = self.scene.task.sample(model, self.config.samples, derive_seed(self.seed, "samples"))
         if images is not None:
-            write_bytes(self.folder / name, image_grid(images))
-            pictures.append({"step": step, "file": name})
+            write_bytes(self.folder / _picture(key, step), image_grid(images))
 
     def _victim(self, role: str, seed: int) -> nn.Module:
         models: Mapping[str, nn.Module] = self.scene.models
@@ -271,6 +318,10 @@ class Runner:
         seed_all(derive_seed(seed, "scratch"))
         device = next(next(iter(models.values())).parameters()).device
         return build(self.scene.spec).to(device)
+
+
+def _picture(key: str, step: int) -> str:
+    return f"samples/{key}-{step}.png"
 
 
 def with_more_data(restricted: Domain) -> Domain:

@@ -28,7 +28,7 @@ from sqlalchemy.pool import NullPool
 from sophon.config import SearchConfig
 from sophon.errors import UserError, choose
 from sophon.runs import derive_seed
-from sophon.strategies import FineTuneStrategy, check_field, operations_from
+from sophon.strategies import OF_SCOPE, FineTuneStrategy, check_field, operations_from
 
 Report = Callable[[int, float], None]
 Evaluate = Callable[[FineTuneStrategy, Report], float | None]
@@ -36,9 +36,7 @@ Evaluate = Callable[[FineTuneStrategy, Report], float | None]
 _FIELDS = [part.name for part in dataclasses.fields(FineTuneStrategy) if part.name not in ("optimizer", "lr", "steps")]
 # These matter only beside certain values of another field; elsewhere they would be noise to the sampler.
 _CONDITIONS = {
-    "blocks": ("scope", ("first_blocks", "last_blocks")),
-    "lora_rank": ("scope", ("lora",)),
-    "lora_layers": ("scope", ("lora",)),
+    **{field: ("scope", scopes) for field, scopes in OF_SCOPE.items()},
     "probe_steps": ("head", ("probed",)),
     "probe_lr": ("head", ("probed",)),
 }

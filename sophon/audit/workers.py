@@ -6,13 +6,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from sophon.audit.runner import Runner
+from sophon.audit.stacked import grouped, likeness
 from sophon.errors import UserError
 from sophon.tracking import Tracker
 
@@ -33,14 +34,15 @@ def run_jobs(runner: Runner, make: Callable[[], Runner], workers: int, tracker: 
     total = sum(job.cost for job in runner.jobs.values())
     left = sum(runner.jobs[path].cost for path in missing)
     with tracker.progress("audit", total, total - left) as advance:
-        if workers == 1 or len(missing) < 2:
-            _in_turn(runner, missing, advance)
+        groups = grouped(missing, lambda path: likeness(runner.jobs[path]), runner.stack)
+        if workers == 1 or len(groups) < 2:
+            _in_turn(runner, groups, advance)
         else:
-            _side_by_side(runner, missing, make, min(workers, len(missing)), advance)
+            _side_by_side(runner, groups, make, min(workers, len(groups)), advance)
 
 
-def _in_turn(runner: Runner, missing: Sequence[Path], advance: Callable[..., None]) -> None:
-    for path in missing:
+def _in_turn(runner: Runner, groups: Sequence[Sequence[Path]], advance: Callable[..., None]) -> None:
+    for group in groups:
         told = 0
 
         def on_trial(note: str) -> None:
@@ -48,20 +50,24 @@ def _in_turn(runner: Runner, missing: Sequence[Path], advance: Callable[..., Non
             told += 1
             advance(note)
 
-        note = runner.run(path, on_trial)
-        advance(note, steps=runner.jobs[path].cost - told)
+        for path, note in runner.run_group(group, on_trial):
+            advance(note, steps=runner.jobs[path].cost - told)
 
 
 def _side_by_side(
-    runner: Runner, missing: Sequence[Path], make: Callable[[], Runner], workers: int, advance: Callable[..., None]
+    runner: Runner,
+    groups: Sequence[Sequence[Path]],
+    make: Callable[[], Runner],
+    workers: int,
+    advance: Callable[..., None],
 ) -> None:
     context = get_context("spawn")  # a fork would copy torch's threads in whatever state they are
     reading, writing = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(workers, context, _begin, (make, reading))
     try:
-        jobs: dict[Future[str], Path] = {executor.submit(_run, path): path for path in missing}
-        for done in as_completed(jobs):
-            advance(done.result(), steps=runner.jobs[jobs[done]].cost)
+        for done in as_completed([executor.submit(_run, group) for group in groups]):
+            for path, note in done.result():
+                advance(note, steps=runner.jobs[path].cost)
     except BrokenProcessPool as error:
         writing.close()
         raise UserError(
@@ -77,7 +83,7 @@ def _side_by_side(
             end.close()
 
 
-_runner: Runner
+_runner: Runner | UserError
 
 
 def _begin(make: Callable[[], Runner], ended: Connection) -> None:
@@ -85,7 +91,15 @@ def _begin(make: Callable[[], Runner], ended: Connection) -> None:
     global _runner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is interrupted is the parent; it tells us
     threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
-    _runner = make()
+    try:  # what gets out of here the executor prints as a traceback; so it is the first job that raises it
+        _runner = make()
+    except UserError as error:
+        _runner = error
+    except Exception as error:
+        reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+        _runner = UserError(
+            f"workers: a process could not begin ({reason}); the same command goes on, and fewer workers need less"
+        )
 
 
 def _end_with(ended: Connection) -> None:
@@ -93,5 +107,7 @@ def _end_with(ended: Connection) -> None:
     os._exit(1)
 
 
-def _run(path: Path) -> str:
-    return _runner.run(path)
+def _run(group: Sequence[Path]) -> list[tuple[Path, str]]:
+    if isinstance(_runner, UserError):
+        raise _runner
+    return list(_runner.run_group(group))

@@ -43,11 +43,11 @@ def audit(config: Config) -> None:
     stage = _stage(config)
     scene, task = stage.scene, stage.scene.task
     folder = run_dir(config)
-    Runner(scene, config.attack, config.seed, folder)  # refuses what it cannot run before a folder is begun
+    runner = _runner(config, stage)  # refuses what it cannot run before a folder is begun
     RunDirectory.open(folder, "audit", _identity(config, stage))
     gallery = _gallery(config, scene, folder)
     features = _features(config, stage, folder)
-    runner = _runner(config, stage, features)
+    runner.measure_with(_frechet(stage, features))
     with tracker_of(config, folder) as tracker:
         for name, reason in runner.plan.left_out.items():
             tracker.say(f"left out: {name} ({reason})")
@@ -76,7 +76,7 @@ def audit(config: Config) -> None:
             "benign": None if scene.benign is None else scene.benign.name,
         },
         "hashes": {"restricted": dict(scene.restricted.hashes)},
-        "config": _identifying(config, "name", "seed", "task", "domain", "model", "attack", "threads"),
+        "config": _identifying(config, "name", "seed", "task", "domain", "model", "attack", "threads", "stack"),
         "packages": package_versions(),
     }
     summary = metrics.summarise(attempts, context)
@@ -99,7 +99,9 @@ def _in_worker(config: Config) -> Runner:
         torch.set_num_threads(config.threads)
     _torch_threads(config)
     stage = _stage(config)
-    return _runner(config, stage, _features(config, stage, run_dir(config)))
+    runner = _runner(config, stage)
+    runner.measure_with(_frechet(stage, _features(config, stage, run_dir(config))))
+    return runner
 
 
 def _stage(config: Config) -> _Stage:
@@ -136,10 +138,14 @@ def _stage(config: Config) -> _Stage:
     )
 
 
-def _runner(config: Config, stage: _Stage, features: Fidelity | None) -> Runner:
-    real = stage.scene.restricted["test"].images
-    frechet = None if features is None else Frechet(features.name, partial(features.distance, real=real))
-    return Runner(stage.scene, config.attack, config.seed, run_dir(config), frechet)
+def _runner(config: Config, stage: _Stage) -> Runner:
+    return Runner(stage.scene, config.attack, config.seed, run_dir(config), stack=config.stack)
+
+
+def _frechet(stage: _Stage, features: Fidelity | None) -> Frechet | None:
+    if features is None:
+        return None
+    return Frechet(features.name, partial(features.distance, real=stage.scene.restricted["test"].images))
 
 
 def _features(config: Config, stage: _Stage, folder: Path) -> Fidelity | None:
@@ -158,6 +164,8 @@ def _identity(config: Config, stage: _Stage) -> dict[str, Any]:
         "reference": stage.reference.sha256,
         "restricted": stage.scene.restricted.hashes,
         **({} if benign is None else {"benign": benign.hashes}),
+        # results of attempts trained together differ in rounding, however many they are
+        **({"stack": "more than 1"} if config.stack > 1 else {}),
     }
 
 
