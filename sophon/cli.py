@@ -132,7 +132,8 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sophon: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # the ranks of one run fail alike; one speaks for all
+        print(f"sophon: {message}", file=sys.stderr)
     return code
 
 

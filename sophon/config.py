@@ -133,6 +133,11 @@ class MethodConfig:
         suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`, or for denoisers of
             `sophon.losses.DENOISING_SUPPRESSION_LOSSES`.
         engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.suppress.ENGINES`).
+        segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
+            and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
+            twice: ``segment`` >= K is fastest and needs the most.
+        window: second order: inner steps that a query's derivative follows back at most, >= 0, in blocks counted from
+            the last step (see `sophon.protect.second_order`); null for all of them, which is exact.
         rounds: how many alternations.
         fts_steps: FTS steps a round (l_FTS of the paper).
         ntr_steps: NTR steps a round (l_NTR).
@@ -152,17 +157,21 @@ class MethodConfig:
         fts_original_weight: weight (mu) of the original domain's loss inside an FTS step, 0 for none. With it the step
             follows the sum of both gradients, and spends nothing on what NTR would undo.
         pool: attackers that stay alive across rounds, each going on for ``chunk`` steps in its turn; 0 simulates a new
-            one from its first to its last step each time. Needs the engine ``first_order``.
+            one from its first to its last step each time. At least as many as ``attackers``. Needs the engine
+            ``first_order``.
         chunk: steps of a turn.
         suppression_timesteps: denoising: the suppression loss draws its timesteps from this first part of the noise
             schedule, > 0 and <= 1. Where nearly all is noise the domains cannot be told apart.
-        probe_steps: steps by which the defender's probed head is refreshed before each attacker that starts from it.
+        probe_steps: steps by which the defender's probed head is refreshed in each FTS step in which an attacker starts
+            from it.
         probe_lr: Adam's rate of those steps.
     """
 
     name: str = MISSING
     suppression_loss: str = "klu"
     engine: str = "first_order"
+    segment: int = 1
+    window: int | None = None
     rounds: int = 100
     fts_steps: int = 1
     ntr_steps: int = 10
@@ -309,11 +318,20 @@ class Config:
         threads: CPU threads of torch; 0 leaves torch's choice.
         workers: processes that run an audit's attempts side by side. With ``threads=0`` each takes its share of the
             cores; with the same ``threads`` the results do not depend on the number of workers.
+        stack: attempts of an audit that are trained together at most, as one stacked model, >= 1: those of the same
+            steps, batch size, scope and kinds of surgery. 1 trains each by itself. More is for a GPU that one small
+            model cannot fill; on a CPU it takes longer, and ``workers`` is what helps. The results are then those of 1
+            to rounding, not to the bit, since batched kernels add in another order: so a run directory keeps to one or
+            to more, and ``attack.reuse`` takes no attempt over from one to the other. Searches, adapters and models
+            whose loss draws random numbers (dropout, denoisers) are trained one by one. What is killed loses up to
+            ``stack`` attempts.
         run_dir: where the run writes.
         reference: the unprotected checkpoint: what protect starts from and the audit compares with.
         checkpoint: the checkpoint to export or audit.
         out: where export writes.
         n: images that ``sample`` draws.
+        profile: let ``protect`` record some rounds with torch's profiler and say where their time went:
+            ``run_dir/profile.txt``, and the trace ``profile.json.gz``. The results stay the same.
         runs: run directories of audits that ``report compare`` sets side by side.
         task: the model kind.
         pretrain: how ``pretrain`` trains the reference on the original domain; ``steps=0`` takes ``model.weights`` as
@@ -327,11 +345,13 @@ class Config:
     amp: bool = True
     threads: int = 0
     workers: int = 1
+    stack: int = 1
     run_dir: str | None = None
     reference: str | None = None
     checkpoint: str | None = None
     out: str | None = None
     n: int = 64
+    profile: bool = False
     runs: list[str] = field(default_factory=list)
     task: TaskConfig = field(default_factory=TaskConfig)
     domain: DomainsConfig = field(default_factory=DomainsConfig)

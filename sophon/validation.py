@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,7 @@ def from_omegaconf(config: DictConfig) -> Config:
     """Turn a composed configuration into the typed one, and check what types cannot say.
 
     Raises:
-        UserError: a key is missing, or a value is outside its range.
+        UserError: a key is missing, a value is outside its range, or torchrun started what does not spread over ranks.
     """
     try:
         # through plain data: a key appended with `+` has slipped past the types of the composed configuration
@@ -33,6 +34,9 @@ def from_omegaconf(config: DictConfig) -> Config:
         name: strategy_from(f"attack.strategies.{name}", values) for name, values in typed.attack.strategies.items()
     }
     validate(typed)
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and typed.verb != "protect":
+        raise UserError(f"{typed.verb}: runs as one process, but WORLD_SIZE is {size}; only protect spreads over ranks")
     return typed
 
 
@@ -54,6 +58,9 @@ def validate(config: Config) -> None:
     method, guard, attack = config.method, config.guard, config.attack
     for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size", "ntr_batch_size"):
         _within(f"method.{name}", getattr(method, name), 1)
+    _within("method.segment", method.segment, 1)
+    if method.window is not None:
+        _within("method.window", method.window, 0)
     _within("guard.every", guard.every, 1)
     _within("attack.seeds", attack.seeds, 1)
     for name in ("ntr_steps", "probe_steps", "distillation", "fts_original_weight", "pool"):
@@ -66,6 +73,10 @@ def validate(config: Config) -> None:
         )
     if method.pool and method.engine != "first_order":
         raise UserError(f"method.pool: {method.pool} is not allowed with engine {method.engine}; it needs first_order")
+    if 0 < method.pool < method.attackers:
+        raise UserError(
+            f"method.pool: {method.pool} is not allowed with {method.attackers} attackers; give 0, or at least as many"
+        )
     if method.fts_max_norm is not None:
         _within("method.fts_max_norm", method.fts_max_norm, 0, exclusive=True)
     for name in ("tolerance", "repair_steps", "patience", "max_ntr_steps"):
@@ -80,6 +91,7 @@ def validate(config: Config) -> None:
     _within("n", config.n, 1)
     _within("threads", config.threads, 0)
     _within("workers", config.workers, 1)
+    _within("stack", config.stack, 1)
     _validate_searches(attack)
     _within("attack.shards", attack.shards, 1)
     if not 0 <= attack.shard < attack.shards:

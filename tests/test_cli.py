@@ -17,7 +17,7 @@ import yaml
 
 from sophon import __version__
 from sophon.protect.reinforce import Reinforcer
-from sophon.protect.trainer import last_good
+from sophon.protect.state import last_good
 from sophon.runs import read_tensors
 from sophon.tasks import ClassificationTask
 from sophon.verbs import VERBS

@@ -319,6 +319,8 @@ def test_a_missing_value_is_refused_by_name(key: str) -> None:
         "method.rounds=many",
         "method.rounds=[1]",
         "method.pool=1.5",
+        "method.segment=null",
+        "method.window=1.5",
         "method.chunk=null",
         "method.schedule=null",
         "method.fts_original_weight=much",
@@ -356,6 +358,8 @@ def test_a_value_of_the_wrong_type_is_refused(override: str, shipped: DictConfig
 OUT_OF_RANGE = [
     *(f"method.{name}=0" for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size")),
     "method.ntr_batch_size=0",
+    *(f"method.segment={value}" for value in (0, -1)),
+    "method.window=-1",
     *(f"method.{name}=-1" for name in ("ntr_steps", "probe_steps", "distillation", "fts_original_weight", "pool")),
     *(
         f"method.{name}={value}"
@@ -416,6 +420,8 @@ def test_a_value_outside_its_range_is_refused_before_anything_runs(override: str
         "method.pool=0",
         "method.pool=1",
         "method.chunk=1",
+        "method.segment=1",
+        *(f"method.window={value}" for value in (0, 1, "null")),
         "method.fts_original_weight=0",
         "method.suppression_timesteps=1",
         "method.suppression_timesteps=0.001",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sophon.protect.trainer import last_good
+from sophon.protect.state import last_good
 from sophon.strategies import FineTuneStrategy, fields_outside
 from tests.cli_helpers import (
     ATTACKS,

@@ -7,7 +7,7 @@ sum of the query gradients along the trajectory, this is FTS with the horizon of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,13 @@ class Pool:
     """A fixed number of places for attackers; a place is empty until one is drawn for it, and after its last step.
 
     Args:
-        size: the number of places, >= 1.
+        size: the number of places, >= 1; 0 for no pool at all.
+        own: the places whose attackers live in this process; None for all.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, own: Collection[int] | None = None) -> None:
         self.size = size
+        self.own = range(size) if own is None else own
         self.members: dict[int, Member] = {}
 
     def leave(
@@ -111,12 +113,16 @@ class Pool:
             for place, member in self.members.items()
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Take up what `tensors` and `record` returned."""
+    def restore(
+        self, tensors: Mapping[str, Tensor], record: Mapping[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
+        """Take up what `tensors` and `record` returned, of all processes together, as far as it belongs here."""
         self.members = {
             int(place): Member(FineTuneStrategy.of(facts["strategy"]), facts["taken"], {}, {}, {})
             for place, facts in record.items()
+            if int(place) in self.own
         }
         for key, value in tensors.items():
             place, part, name = key.split("/", 2)
-            getattr(self.members[int(place)], part)[name] = value
+            if int(place) in self.own:
+                getattr(self.members[int(place)], part)[name] = value.to(device)

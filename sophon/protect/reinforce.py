@@ -7,16 +7,23 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from sophon.config import MethodConfig
 from sophon.domains import Batch, ImageSet, batches
 from sophon.errors import UserError
+from sophon.protect.ranks import ALONE, Ranks
+from sophon.protect.regions import BATCH, NTR_PASS, NTR_STEP, REDUCE
 from sophon.runs import derive_seed
 from sophon.tasks import Task
 
 
 class Reinforcer:
     """Takes NTR steps on the released model.
+
+    Every batch is spread over the ranks, BatchNorm still sees it whole, and every rank takes the same Adam step. So the
+    result is the serial one to rounding, for a loss that is a mean over the images and draws nothing; what it does
+    draw (noise, timesteps, dropout), each rank draws for its own slice.
 
     Args:
         model: the released model, trained in place, BatchNorm statistics included.
@@ -25,6 +32,7 @@ class Reinforcer:
         images: the original domain's training images.
         config: batch size, rate (beta), augmentation.
         seed: the run's.
+        ranks: who trains on which slice of a batch.
     """
 
     def __init__(
@@ -35,6 +43,7 @@ class Reinforcer:
         images: ImageSet,
         config: MethodConfig,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.reference = reference
@@ -42,6 +51,7 @@ class Reinforcer:
         self.images = images
         self.config = config
         self.seed = seed
+        self.ranks = ranks
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.ntr_lr)
 
     def run(self, steps: int, *key: object, factor: float = 1.0, anneal: bool = False) -> float:
@@ -61,10 +71,11 @@ class Reinforcer:
         for step in range(steps):
             annealed = 0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0
             self.optimizer.param_groups[0]["lr"] = self.config.ntr_lr * factor * annealed
-            loss, gradients = self._gradients(next(stream), parameters)
-            for name, parameter in parameters.items():
-                parameter.grad = gradients[name]
-            self.optimizer.step()
+            loss, gradients = self._gradients(stream, parameters)
+            with record_function(NTR_STEP):
+                for name, parameter in parameters.items():
+                    parameter.grad = gradients[name]
+                self.optimizer.step()
             total += loss
         return total / max(1, steps)
 
@@ -77,21 +88,32 @@ class Reinforcer:
             UserError: the loss is not finite.
         """
         stream, parameters = self._begin(key)
-        return self._gradients(next(stream), parameters)[1]
+        return self._gradients(stream, parameters)[1]
 
     def _begin(self, key: tuple[object, ...]) -> tuple[Iterator[Batch], dict[str, nn.Parameter]]:
-        torch.manual_seed(derive_seed(self.seed, "ntr", "noise and dropout", *key))
+        own = ("rank", self.ranks.rank) if self.ranks.rank else ()
+        torch.manual_seed(derive_seed(self.seed, "ntr", "noise and dropout", *key, *own))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "ntr", *key))
         stream = batches(self.images, self.config.ntr_batch_size, generator, self.config.ntr_augmentation)
         return stream, self.task.train_mode(self.model, "all")
 
-    def _gradients(self, batch: Batch, parameters: dict[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
-        loss = self.task.original_loss(self.model, batch, self.reference)
-        if not math.isfinite(loss.item()):
+    def _gradients(
+        self, stream: Iterator[Batch], parameters: dict[str, nn.Parameter]
+    ) -> tuple[float, dict[str, Tensor]]:
+        with record_function(BATCH):
+            batch = next(stream)
+            part = self.ranks.share(batch)
+        with record_function(NTR_PASS), self.ranks.whole_batch():
+            # weighted before it is differentiated: through BatchNorm a slice's loss reaches the other slices' images
+            loss = self.task.original_loss(self.model, part, self.reference) * (len(part.labels) / len(batch.labels))
+            found = torch.autograd.grad(loss, list(parameters.values()))
+        with record_function(REDUCE):
+            *gradients, loss = self.ranks.sum([*found, loss.detach()])
+        value = loss.item()
+        if not math.isfinite(value):
             raise UserError(
-                f"method.ntr_lr: the loss on the original domain became {loss.item()} at ntr_lr="
+                f"method.ntr_lr: the loss on the original domain became {value} at ntr_lr="
                 f"{self.config.ntr_lr}, fts_lr={self.config.fts_lr}; lower them, in a new run_dir "
                 "(the last good state is kept)"
             )
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        return loss.item(), dict(zip(parameters, gradients, strict=True))
+        return value, dict(zip(parameters, gradients, strict=True))

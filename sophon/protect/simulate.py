@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sophon.domains import Batch
 from sophon.strategies import FineTuneStrategy
@@ -87,18 +88,26 @@ def query_weights(gamma: str, steps: int, every: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
+def recording_layers(model: nn.Module) -> list[_BatchNorm]:
+    """Return the normalisation layers that record running statistics in training."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
 @contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Let normalisation layers normalise as in training without recording into their running statistics."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
+def frozen_statistics(model: nn.Module | Sequence[_BatchNorm]) -> Iterator[None]:
+    """Let normalisation layers normalise as in training without recording: neither their statistics nor a count.
+
+    Args:
+        model: a model, or its `recording_layers`, for who comes here often.
+    """
+    layers = recording_layers(model) if isinstance(model, nn.Module) else model
     for layer in layers:
-        layer.momentum = 0.0
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def floats(values: list[Tensor]) -> list[float]:

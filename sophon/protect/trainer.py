@@ -12,49 +12,25 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Domain
 from sophon.errors import GuardError, UserError
 from sophon.protect.moments import moments_of, restore_moments
+from sophon.protect.profiling import OFF, Profile
+from sophon.protect.ranks import ALONE, Ranks
+from sophon.protect.regions import GUARD
 from sophon.protect.reinforce import Reinforcer
+from sophon.protect.state import STATE_FILE, Position, State, read_state, write_state
 from sophon.protect.suppress import SuppressionStep, Suppressor
-from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import SCHEDULES, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
-
-STATE_FILE = "state.safetensors"
-
-
-@dataclass
-class Position:
-    """Where the alternation stands.
-
-    Attributes:
-        round: rounds done.
-        good_round: the last round after which the guard was satisfied; 0 is the unprotected start.
-        ntr_steps: NTR steps of a round, grown by roll-backs.
-        rollbacks: how often the guard rolled back.
-        breaches: looks in a row at which the guard was not satisfied.
-        before: the reference's metric on ``val``.
-        good: the good state's metric on ``val``.
-        history: one row a round: losses, and the metric where the guard looked.
-    """
-
-    round: int
-    good_round: int
-    ntr_steps: int
-    rollbacks: int
-    before: float
-    good: float
-    history: list[dict[str, Any]] = field(default_factory=list)
-    breaches: int = 0
 
 
 class Trainer:
@@ -72,6 +48,8 @@ class Trainer:
         seed: the run's.
         folder: where the state is kept.
         tracker: told of every round.
+        ranks: who shares the work. All end every round alike; the first alone measures, and writes the state.
+        profile: records some of the rounds.
     """
 
     def __init__(
@@ -87,6 +65,8 @@ class Trainer:
         seed: int,
         folder: Path,
         tracker: Tracker,
+        ranks: Ranks = ALONE,
+        profile: Profile = OFF,
     ) -> None:
         self.model = model
         self.task = task
@@ -94,9 +74,11 @@ class Trainer:
         self.method = method
         self.guard = guard
         self.tracker = tracker
+        self.ranks = ranks
+        self.profile = profile
         self.state_path = folder / STATE_FILE
-        self.suppressor = Suppressor(model, task, restricted, sampler, method, seed)
-        self.reinforcer = Reinforcer(model, reference, task, original["train"], method, seed)
+        self.suppressor = Suppressor(model, task, restricted, sampler, method, seed, ranks)
+        self.reinforcer = Reinforcer(model, reference, task, original["train"], method, seed, ranks)
         self.at, self.good = self._start(reference)
 
     def run(self) -> Position:
@@ -105,10 +87,14 @@ class Trainer:
         Raises:
             GuardError: no round's state satisfied the guard.
             UserError: a loss stopped being finite; the state of the last guard check is kept.
-            KeyboardInterrupt: on SIGINT or SIGTERM, after the round in progress was finished and saved.
+            KeyboardInterrupt: on SIGINT or SIGTERM to any rank, after the round in progress was finished and saved.
         """
         rounds = self.method.rounds
-        with _stop_requests() as stop, self.tracker.progress("protect", rounds, self.at.round) as advance:
+        with (
+            _stop_requests() as stop,
+            self.tracker.progress("protect", rounds, self.at.round) as advance,
+            self.profile.over(self.at.round, rounds) as round_done,
+        ):
             while self.at.round < rounds:
                 row = self._round()
                 due = self.at.round % self.guard.every == 0 or self.at.round == rounds
@@ -116,10 +102,12 @@ class Trainer:
                     row |= self._check()
                 self.at.history.append({"round": self.at.round, **row})
                 self.tracker.log({name: v for name, v in row.items() if v is not None}, self.at.round)
-                if due or stop.is_set():
+                stopping = self.ranks.any(stop.is_set())
+                if due or stopping:
                     self.save()
                 advance(f"query loss {_show(row['query_loss'])}, val {_show(self.at.good)}")
-                if stop.is_set() and self.at.round < rounds:
+                round_done()
+                if stopping and self.at.round < rounds:
                     raise KeyboardInterrupt
         if self.at.good_round == 0:
             raise GuardError(
@@ -169,7 +157,8 @@ class Trainer:
         return {**measured, "repaired": repaired, "accepted": accepted}
 
     def _measure(self) -> tuple[float, float]:
-        value = self.task.evaluate(self.model, self.val)
+        with record_function(GUARD):
+            value = self.ranks.first(lambda: self.task.evaluate(self.model, self.val))
         worse = self.at.before - value if self.task.metric.higher_is_better else value - self.at.before
         return value, 100 * worse / abs(self.at.before) if self.guard.relative else worse
 
@@ -190,58 +179,40 @@ class Trainer:
 
     def save(self) -> None:
         """Write the whole state as one file, atomically."""
+        pool = self.suppressor.pool
         tensors = {
-            **_prefixed("model", self.model.state_dict()),
-            **_prefixed("good", self.good),
-            **_prefixed("probe", self.suppressor.probed_head),
-            **_prefixed("fts", moments_of(self.suppressor.optimizer)),
-            **_prefixed("ntr", moments_of(self.reinforcer.optimizer)),
-            **_prefixed("pool", self.suppressor.pool.tensors()),
+            "model": self.model.state_dict(),
+            "good": self.good,
+            "probe": self.suppressor.probed_head,
+            "fts": moments_of(self.suppressor.optimizer),
+            "ntr": moments_of(self.reinforcer.optimizer),
+            "pool": self.ranks.collect(pool.tensors()),
         }
-        write_tensors(self.state_path, tensors, {**asdict(self.at), "pool": self.suppressor.pool.record()})
+        members = {place: facts for part in self.ranks.gather(pool.record()) for place, facts in part.items()}
+        self.ranks.first(lambda: write_state(self.state_path, State(self.at, tensors, members)))
 
     def _start(self, reference: nn.Module) -> tuple[Position, dict[str, Tensor]]:
         """Return the position and the good state to go on from: the saved ones, or the reference itself."""
-        if not self.state_path.exists():
-            before = self.task.evaluate(reference, self.val)
+        if not self.ranks.first(self.state_path.exists):
+            before = self.ranks.first(lambda: self.task.evaluate(reference, self.val))
             if self.guard.relative and before == 0:
                 raise UserError("guard.relative: the reference's value on val is 0; give an absolute tolerance")
             return Position(0, 0, self.method.ntr_steps, 0, before, before), _copied(self.model.state_dict())
-        tensors, metadata = read_tensors(self.state_path)
+        with self.ranks.together():
+            saved = read_state(self.state_path)
         device = next(self.model.parameters()).device
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.model.load_state_dict(_within("model", tensors))
-        self.suppressor.probed_head = _within("probe", tensors)
-        restore_moments(self.suppressor.optimizer, _within("fts", tensors))
-        restore_moments(self.reinforcer.optimizer, _within("ntr", tensors))
-        self.suppressor.pool.restore(_within("pool", tensors), metadata.pop("pool", {}))
-        position = Position(**metadata)
-        self.tracker.say(f"going on after round {position.round}")
-        return position, _within("good", tensors)
-
-
-def last_good(folder: Path) -> tuple[dict[str, Tensor], Position]:
-    """Read the last good state out of a run that may still be unfinished: its weights and where it stood.
-
-    Raises:
-        UserError: there is no readable state.
-        GuardError: no round's state satisfied the guard so far.
-    """
-    tensors, metadata = read_tensors(folder / STATE_FILE)
-    metadata.pop("pool", None)
-    position = Position(**metadata)
-    if position.good_round == 0:
-        raise GuardError(f"checkpoint: '{folder}' holds no state that satisfied the guard yet")
-    return _within("good", tensors), position
-
-
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = prefix + "/"
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        self.suppressor.pool.restore(saved.tensors["pool"], saved.members, device)
+        parts = {
+            part: {name: value.to(device) for name, value in tensors.items()}
+            for part, tensors in saved.tensors.items()
+            if part != "pool"  # of which only a part may live here
+        }
+        self.model.load_state_dict(parts["model"])
+        self.suppressor.probed_head = parts["probe"]
+        restore_moments(self.suppressor.optimizer, parts["fts"])
+        restore_moments(self.reinforcer.optimizer, parts["ntr"])
+        self.tracker.say(f"going on after round {saved.at.round}")
+        return saved.at, parts["good"]
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,14 @@ from sophon.errors import UserError
 from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.finetune import fine_tune
 from sophon.models import create
-from sophon.protect.trainer import STATE_FILE, Position, Trainer, last_good
+from sophon.protect.profiling import Profile
+from sophon.protect.ranks import Ranks, join, require_work
+from sophon.protect.state import STATE_FILE, Position, last_good
+from sophon.protect.trainer import Trainer
 from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all
 from sophon.strategies import SamplerConfig, StrategySampler
 from sophon.tasks import Task
+from sophon.tracking import Tracker
 from sophon.verbs.common import default, domains_of, metric_of, reference_of, required, run_dir, task_of, tracker_of
 
 
@@ -62,43 +69,90 @@ def pretrain(config: Config) -> None:
 
 
 def protect(config: Config) -> None:
-    """Protect the reference against fine-tuning on the restricted domain; write ``run_dir/checkpoint``."""
-    device = resolve_device(config.device)
+    """Protect the reference against fine-tuning on the restricted domain; write ``run_dir/checkpoint``.
+
+    Started by torchrun the ranks share the work; the first one alone writes and reports.
+    """
+    ranks, device = join(config.device)
+    with ranks.together():
+        require_work(config.method, ranks)
+        stage = _stage(config, device)
+    if len({json.dumps(identity) for identity in ranks.gather(stage.identity)}) > 1:
+        raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
+    if ranks.first(partial(_begin, run_dir(config), stage.identity)):
+        _protect(config, stage, ranks)
+    elif ranks.rank == 0:
+        print(f"already done: {run_dir(config) / 'checkpoint'}")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a protection starts from, read and ready."""
+
+    reference: Checkpoint
+    original: Domain
+    restricted: Domain
+    task: Task
+    identity: dict[str, Any]
+
+
+def _stage(config: Config, device: torch.device) -> _Stage:
     reference = reference_of(config)
     original, restricted = domains_of(config, reference.spec, device)
-    sampler = StrategySampler(config.sampler)
     identity = {
         **plain(config, "seed", "task", "method", "sampler", "guard"),
         "reference": reference.sha256,
         "original": original.hashes,
         "restricted": restricted.hashes,
     }
+    StrategySampler(config.sampler)
     task = task_of(config, reference.spec, device, protects=True)
     for head in config.sampler.heads:  # refused now rather than with a folder begun
         task.start_head(copy.deepcopy(reference.model), head, restricted.classes)
     for scope in config.sampler.scopes:
         task.train_mode(copy.deepcopy(reference.model), scope)
-    folder = RunDirectory.open(run_dir(config), "protect", identity).path
-    if (folder / "checkpoint").exists():
-        print(f"already done: {folder / 'checkpoint'}")
-        return
-    model = reference.model.to(device)
-    with tracker_of(config, folder) as tracker:
+    reference.model.to(device)
+    return _Stage(reference, original, restricted, task, identity)
+
+
+def _begin(folder: Path, identity: dict[str, Any]) -> bool:
+    """Open the run's folder; return whether there is anything left to do."""
+    return not (RunDirectory.open(folder, "protect", identity).path / "checkpoint").exists()
+
+
+def _protect(config: Config, stage: _Stage, ranks: Ranks) -> None:
+    folder, model = run_dir(config), stage.reference.model
+    with ExitStack() as stack:
+        with ranks.together():
+            tracker = stack.enter_context(tracker_of(config, folder)) if ranks.rank == 0 else Tracker()
+        device = next(model.parameters()).device
         trainer = Trainer(
             copy.deepcopy(model),
             model,
-            task,
-            original,
-            restricted,
-            sampler,
+            stage.task,
+            stage.original,
+            stage.restricted,
+            StrategySampler(config.sampler),
             config.method,
             config.guard,
             config.seed,
             folder,
             tracker,
+            ranks,
+            Profile(folder, device, config.profile, config.amp, tracker.say, ranks.rank),
         )
         position = trainer.run()
-    _write_protected(folder / "checkpoint", config, reference, trainer.model, task, original, restricted, position)
+    if ranks.rank == 0:
+        _write_protected(
+            folder / "checkpoint",
+            config,
+            stage.reference,
+            trainer.model,
+            stage.task,
+            stage.original,
+            stage.restricted,
+            position,
+        )
 
 
 def export(config: Config) -> None:

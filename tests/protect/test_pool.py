@@ -22,6 +22,7 @@ from sophon.errors import UserError
 from sophon.protect import suppress
 from sophon.protect.moments import moments_of, restore_moments
 from sophon.protect.pool import Member, Pool
+from sophon.protect.ranks import Ranks
 from sophon.protect.suppress import Suppressor
 from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, SamplerConfig, StrategySampler, build_optimizer
@@ -33,6 +34,7 @@ RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
 METHOD = MethodConfig(name="test", fts_lr=1e-2, query_batch_size=9, probe_steps=2, pool=1, chunk=2)
 HEAD = {"fc.weight", "fc.bias"}
 SAMPLER = SamplerConfig({"momentum": [0.05, 0.05]}, batch_sizes=[8], steps=[6, 6], heads=["kept"])
+MODEL = tiny_model()
 STILL = 0.0  # a factor on FTS's rate with which the released weights stay where they are
 
 
@@ -260,7 +262,7 @@ def test_a_frozen_backbone_has_the_released_statistics() -> None:
 def test_the_released_model_is_left_alone() -> None:
     model = tiny_model().eval()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    fts = suppressor(model, replace(METHOD, pool=2, attackers=3), heads=["kept", "fresh", "probed"])
+    fts = suppressor(model, replace(METHOD, pool=4, attackers=3), heads=["kept", "fresh", "probed"])
     for turn in range(5):
         fts.step(turn)
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
@@ -305,7 +307,7 @@ def test_heads_of_another_number_of_classes(classes: int) -> None:
     model, domain = tiny_model(), Domain("other", names, splits, {})
     before = parameters_of(model)
     fts = suppressor(model, replace(METHOD, pool=2, attackers=2), domain=domain, heads=["fresh", "probed"])
-    for turn in range(6):
+    for turn in range(5):
         assert math.isfinite(fts.step(turn).query_loss)
     assert fts.pool.members[0].displacement["fc.weight"].shape == (classes, 4)
     assert all(torch.equal(value, before[name]) == (name in HEAD) for name, value in model.named_parameters())
@@ -428,17 +430,42 @@ def test_whoever_diverges_later_leaves_its_place(value: float) -> None:
 
 
 def test_the_others_stay_when_one_diverges() -> None:
-    fts = suppressor(tiny_model(), replace(METHOD, pool=2, attackers=8, chunk=1), steps=[50, 50])
+    fts = suppressor(tiny_model(), replace(METHOD, pool=2, attackers=2, chunk=1), steps=[50, 50])
     fts.step(0)
     assert set(fts.pool.members) == {0, 1}
     fts.pool.members[1].displacement["conv1.weight"][0] = math.nan
-    age = fts.pool.members[0].taken
     step = fts.step(1)
-    assert step.diverged == 1  # its next turn draws a new one
+    assert step.diverged == 1
     assert math.isfinite(step.query_loss)
-    assert fts.pool.members[0].taken > age
-    assert fts.pool.members[1].taken < 8
-    assert fts.pool.members[1].displacement["conv1.weight"].isfinite().all()
+    assert {place: member.taken for place, member in fts.pool.members.items()} == {0: 2}
+    assert fts.step(2).diverged == 0
+    assert {place: member.taken for place, member in fts.pool.members.items()} == {0: 3, 1: 1}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 4))
+def test_each_place_belongs_to_one_attacker_and_one_rank(attackers: int, more: int, size: int) -> None:
+    """So two attackers of a step never meet, and a member's tensors lie on one rank; the places are spread evenly."""
+    size = min(size, attackers)
+    owned = []
+    for rank in range(size):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, size
+        method = replace(METHOD, pool=attackers + more, attackers=attackers)
+        fts = Suppressor(MODEL, tiny_task(), RESTRICTED, StrategySampler(SAMPLER), method, 0, ranks)
+        chosen = {fts._draw((step,), index).place for step in range(3) for index in ranks.mine(attackers)}
+        assert chosen <= set(fts.pool.own)
+        owned.append(set(fts.pool.own))
+        for index in range(attackers):
+            assert fts._draw((0,), index).place % attackers == index
+    assert sorted(itertools.chain(*owned)) == list(range(attackers + more))
+    assert max(map(len, owned)) - min(map(len, owned)) <= -(-(attackers + more) // attackers)
+
+
+def test_every_place_has_its_turn() -> None:
+    fts = suppressor(tiny_model(), replace(METHOD, pool=7, attackers=3))
+    drawn = {index: {fts._draw((step,), index).place for step in range(40)} for index in range(3)}
+    assert drawn == {0: {0, 3, 6}, 1: {1, 4}, 2: {2, 5}}
 
 
 # --- determinism --------------------------------------------------------------------------------------------------
@@ -465,7 +492,7 @@ def test_a_pool_holds_no_more_than_its_places() -> None:
     model = tiny_model()
     fts = suppressor(
         model,
-        replace(METHOD, pool=3, attackers=4),
+        replace(METHOD, pool=3, attackers=2),
         heads=["kept", "fresh", "probed"],
         optimizers={"adam": [0.01, 0.01]},
     )
@@ -592,6 +619,10 @@ def test_a_state_file_holds_the_pool(optimizer: str, places: tuple[int, ...], tm
     tensors, metadata = read_tensors(tmp_path / "pool.safetensors")
     again.restore(tensors, metadata["pool"])
     assert_same_members(again, pool)
+    part = Pool(3, {2})  # where one process of several holds one place
+    part.restore(tensors, metadata["pool"])
+    assert set(part.members) == {2} & set(places)
+    assert all(torch.equal(value, pool.tensors()[name]) for name, value in part.tensors().items())
 
 
 NAMES = st.text(st.sampled_from("ab./0 -é"), min_size=1, max_size=8)
@@ -632,6 +663,10 @@ def test_only_first_order_attackers_go_on() -> None:
     check(pool=0, engine="second_order")
     with pytest.raises(UserError, match=r"^method.pool: 2 is not allowed with engine second_order; .*first_order$"):
         check(pool=2, engine="second_order")
+    check(pool=3, attackers=3)
+    check(pool=0, attackers=3)
+    with pytest.raises(UserError, match=r"^method.pool: 2 is not allowed with 3 attackers; .* at least as many$"):
+        check(pool=2, attackers=3)
 
 
 def test_a_record_is_plain_data() -> None:

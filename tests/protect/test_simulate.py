@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -165,8 +162,7 @@ def test_attacker_ends_where_torch_optim_does(engine: str) -> None:
     assert len(run.attacker_losses) == STEPS
     if engine == "first_order":
         for name, value in attacker.state_dict().items():
-            if not name.endswith("num_batches_tracked"):
-                torch.testing.assert_close(value, run_attacker(model, plan)[-1].state_dict()[name])
+            torch.testing.assert_close(value, run_attacker(model, plan)[-1].state_dict()[name])
 
 
 def test_weight_without_gradient_stays_finite() -> None:
@@ -190,50 +186,3 @@ def test_query_weights_sum_to_one_and_include_the_last_step(gamma: str, steps: i
     assert sum(weights) == pytest.approx(1)
     assert weights[-1] > 0
     assert all(weight == 0 or k % every == 0 or k == steps for k, weight in enumerate(weights, start=1))
-
-
-MEMORY_SCRIPT = """
-import sys, torch
-from sophon.models import ModelSpec, build
-from sophon.tasks import ClassificationTask
-from sophon.domains import Batch
-from sophon.protect.first_order import first_order
-from sophon.protect.simulate import query_weights
-from sophon.strategies import FineTuneStrategy
-import itertools
-steps = int(sys.argv[1])
-torch.set_num_threads(1)
-torch.manual_seed(0)
-small = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 128], "stem_type": "deep", "stem_width": 16}
-spec = ModelSpec("timm", "resnet18", tuple("0123456789"), 3, 32, (0.5,) * 3, (0.5,) * 3, small)
-batch = Batch(torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (128,)))
-task = ClassificationTask(spec, suppression_loss="klu")
-plan = FineTuneStrategy(optimizer="adam", lr=1e-4, steps=steps)
-stream = itertools.repeat(batch)
-model = build(spec)
-def memory(key):  # kB; ru_maxrss would be that of the parent where it is larger
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-open("/proc/self/clear_refs", "w").write("5")  # begin the peak anew
-before = memory("VmRSS")
-first_order(model, plan, task, stream, stream, query_weights("uniform", steps, 1))
-print(memory("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-def test_first_order_memory_does_not_grow_with_steps() -> None:
-    """What a round adds to the process's peak memory at K = 50 is within 5 % of K = 5."""
-    peaks = {
-        steps: int(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY_SCRIPT, str(steps)],
-                # glibc otherwise raises this threshold as it goes, and what it then keeps for itself is not the round's
-                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        )
-        for steps in (5, 50)
-    }
-    assert 0 < peaks[50] < 1.05 * peaks[5]

@@ -44,8 +44,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, S
     runs: list[tuple[FineTuneStrategy, Simulation]] = []
 
     def recorded(engine: Any) -> Any:
-        def run(attacker: nn.Module, strategy: FineTuneStrategy, *rest: Any) -> Simulation:
-            simulation = engine(attacker, strategy, *rest)
+        def run(attacker: nn.Module, strategy: FineTuneStrategy, *rest: Any, **settings: Any) -> Simulation:
+            simulation = engine(attacker, strategy, *rest, **settings)
             runs.append((strategy, simulation))
             return simulation
 
@@ -255,11 +255,10 @@ def test_only_a_kept_heads_gradient_is_applied(engine: str, heads: list[str], mo
 def test_fresh_heads_differ_and_leave_the_released_one() -> None:
     model = tiny_model()
     fts = suppressor(model, heads=["fresh"])
-    generator = torch.Generator().manual_seed(0)
     plan = FineTuneStrategy(head="fresh")
     torch.manual_seed(1)
-    one = fts._attacker(plan, generator).fc.weight.detach().clone()
-    two = fts._attacker(plan, generator).fc.weight.detach().clone()
+    one = fts._attacker(plan).fc.weight.detach().clone()
+    two = fts._attacker(plan).fc.weight.detach().clone()
     assert not torch.equal(one, two)
     assert not torch.equal(one, model.fc.weight)
 
@@ -308,11 +307,38 @@ def test_probed_head_is_refreshed_and_remembered(simulated: list[tuple[FineTuneS
 def test_refreshing_moves_the_head_alone() -> None:
     model = tiny_model()
     fts = suppressor(model, heads=["probed"])
-    fts._attacker(FineTuneStrategy(head="probed"), torch.Generator().manual_seed(0))
+    fts._refresh_probe((0,), [fts._draw((0,), 0)])
     scratch = fts._scratch["fresh"].state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(scratch[name], value) == (name not in HEAD), name
     assert all(torch.equal(scratch[name], fts.probed_head[name]) for name in HEAD)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_probed_once_a_step(index: int, simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    """Before all attackers, if any of them starts from the probed head; they then all start from the same."""
+    model = tiny_model()
+    fts = suppressor(model, replace(METHOD, attackers=3), heads=["kept", "fresh", "probed"], steps=[1, 1])
+    before, starts = copy.deepcopy(fts.probed_head), []
+    attacker = fts._attacker
+
+    def watched(strategy: FineTuneStrategy) -> nn.Module:
+        started = attacker(strategy)
+        starts.append((strategy.head, state_of(started)))
+        return started
+
+    fts._attacker = watched  # type: ignore[method-assign]
+    fts.step(index)
+    plans, probes = [plan for plan, _ in simulated], []
+    if any(plan.head == "probed" for plan in plans):
+        probes, plans, starts = plans[:1], plans[1:], starts[1:]
+        assert plans[0].head == "probed"
+    assert [plan.scope for plan in probes] == ["head"] * len(probes)
+    assert len(plans) == 3
+    for head, state in starts:
+        if head == "probed":
+            assert all(torch.equal(state[name], value) for name, value in fts.probed_head.items())
+    assert any(not torch.equal(fts.probed_head[name], before[name]) for name in HEAD) == bool(probes)
 
 
 def test_no_probing_without_steps() -> None:
