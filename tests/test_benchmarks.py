@@ -44,6 +44,7 @@ def _options(out: Path, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(options), **changes})
 
 
+@pytest.mark.slow
 def test_cells_become_json_and_a_table(tmp_path: Path) -> None:
     from inner_loop import cells, run
     from measure import measure
@@ -119,6 +120,7 @@ def test_a_cell_that_fails_is_not_written_and_the_next_one_is_measured(
     assert "time/tiny/K1: not measured: the process ended with 1" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet_tiny", pytest.param("unet16_tiny", marks=pytest.mark.slow)])
 def test_all_methods_find_the_same(model: str) -> None:
     from measure import measure_time

@@ -217,6 +217,7 @@ def test_a_window_of_all_steps_is_exact(window: int) -> None:
     assert_same_gradients(simulated(second_order, model, plan, window=window), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment", [1, 2, 4])
 @pytest.mark.parametrize(("window", "cuts"), [(1, (1, 2, 3, 4)), (2, (1, 3)), (3, (2,)), (4, (1,))])
 @pytest.mark.parametrize(("optimizer", "scope"), [("momentum", "all"), ("adamw", "all"), ("adam", "head")])
