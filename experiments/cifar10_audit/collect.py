@@ -1,8 +1,8 @@
-"""Gather the four audits of this experiment into results.json, table.md and families.svg.
+"""Gather the audits of this experiment into results.json, table.md and families.svg.
 
     python experiments/cifar10_audit/collect.py [runs/standard]
 
-Reads <folder>/<checkpoint>/audit.json and writes beside this file.
+Reads <folder>/<checkpoint>/audit.json, of those that are done, and writes beside this file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def gather(folder: Path) -> dict[str, Any]:
     """Return by checkpoint what its audit found, and every test value by attack and role."""
     found = {}
     for name in CHECKPOINTS:
+        if not (folder / name / "audit.json").exists():
+            continue
         audit = json.loads((folder / name / "audit.json").read_text())
         found[name] = {
             **{key: audit[key] for key in ("verdict", "intactness", "families", "decay", "controls", "seconds_total")},
@@ -57,8 +59,8 @@ def _brief(group: dict[str, Any]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """Return the Markdown table: for each family and checkpoint the best attack's test accuracy, and the gap closed."""
-    first = found[CHECKPOINTS[0]]
-    lines = ["| family | scratch | unprotected | " + " | ".join(CHECKPOINTS) + " |", "|---|" + "---|" * 6]
+    first = next(iter(found.values()))
+    lines = ["| family | scratch | unprotected | " + " | ".join(found) + " |", "|---|" + "---|" * (2 + len(found))]
     rows = {name: name.replace("_", " ") for name in first["families"]}
     for family, label in rows.items():
         lines.append(_row(label, [each["families"][family] for each in found.values()]))
@@ -79,14 +81,14 @@ def _row(label: str, groups: list[dict[str, Any]]) -> str:
 
 def figure(found: dict[str, Any], path: Path) -> None:
     """Draw each family's best attack against every model, one row a family."""
-    families = list(found[CHECKPOINTS[0]]["families"])
+    first = next(iter(found.values()))["families"]
+    families = list(first)
     drawing = Figure(figsize=(7.5, 0.36 * len(families) + 1.3), layout="constrained")
     axes = drawing.subplots()
-    first = found[CHECKPOINTS[0]]["families"]
     for role in ("scratch", "unprotected"):
         values = [first[family]["roles"][role]["mean"] for family in families]
         axes.plot(values, range(len(families)), "|", color=COLOURS[role], label=role, markersize=14, markeredgewidth=3)
-    for name in CHECKPOINTS:
+    for name in found:
         values = [found[name]["families"][family]["roles"]["protected"]["mean"] for family in families]
         axes.plot(values, range(len(families)), "o", color=COLOURS[name], label=name, markersize=6, alpha=0.8)
     axes.set_yticks(range(len(families)), [family.replace("_", " ") for family in families])
