@@ -155,9 +155,9 @@ def verdict(summary: Record) -> str:
         )
     if judged and "unknown" in states.values():
         text += f"; it cannot be judged against {against('unknown')}"
-    # where nothing holds there is nothing to wear off
-    wearing = _wearing_off(summary) if judged - {"fails"} else ""
-    return "; ".join(part for part in (text, wearing, _cost(summary)) if part) + "."
+    # where nothing holds there is nothing to undo or to wear off
+    undone, wearing = (_undone(summary, judged), _wearing_off(summary)) if judged - {"fails"} else ("", "")
+    return "; ".join(part for part in (text, undone, wearing, _cost(summary)) if part) + "."
 
 
 def _groups(summary: Record) -> dict[str, Record]:
@@ -181,6 +181,28 @@ def _evidence(group: Record | None, summary: Record) -> str:
     best = roles["protected"]
     attack = next(a for a in summary["attacks"] if a["attack"] == best["attack"])
     return f"{_attacker(attack)} reaches {format_value(best['mean'], metric)}; {', '.join(others)}"
+
+
+def _undone(summary: Record, judged: set[str]) -> str:
+    """Name the family of attacks that leaves less than every group spoken of, if there is one.
+
+    Among many attacks the luck of a small ``select`` split decides which one an attacker takes; within a family few
+    compete.
+    """
+    known = {name: group for name, group in summary["families"].items() if group and _gap(group) is not None}
+    if not known:
+        return ""
+    name, group = min(known.items(), key=lambda item: _gap(item[1]) or 0.0)
+    states = list(_STATES)
+    state = _state(_gap(group))
+    if states.index(state) <= max(states.index(each) for each in judged - {"unknown"}):
+        return ""
+    return f"the family '{name}' {'undoes' if state == 'fails' else 'weakens'} it ({_evidence(group, summary)})"
+
+
+def _gap(group: Record) -> float | None:
+    gap: float | None = group["gap_closed"]["value"]
+    return gap
 
 
 def _attacker(attack: Record) -> str:

@@ -6,7 +6,7 @@ import pytest
 from sophon.audit.metrics import summarise
 from sophon.audit.verdict import describe, format_difference, format_value
 from sophon.strategies import FineTuneStrategy, Operation
-from tests.audit.records import ACCURACY, CONTEXT, MSE, benign, lasting, search, trio
+from tests.audit.records import ACCURACY, CONTEXT, MSE, attempt, benign, lasting, search, trio
 
 
 def test_values_in_words():
@@ -99,6 +99,34 @@ def test_verdict_speaks_once_of_groups_in_the_same_state_and_shows_the_worst():
         "Protection holds against the simulated kind of attacker and held-out attacks ('b', adam at 0.1, reaches "
         "69.0 %; unprotected 80.0 %, scratch 70.0 %, gap closed 1.10); "
     )
+
+
+def renormalised(protected, select):
+    """An attack after surgery against a model that re-scales its weights, beside unprotected 75 % and scratch 50 %."""
+    surgery = {"optimizer": "adam", "lr": 0.1, "surgery": [{"operation": "renormalise"}]}
+    values = {"protected": (protected, select), "unprotected": (75.0, 75.0), "scratch": (50.0, 50.0)}
+    return [
+        attempt("renormalise", role, test, select=select, strategy=surgery, exposure="held_out")
+        for role, (test, select) in values.items()
+    ]
+
+
+@pytest.mark.parametrize(("protected", "word"), [(74.8, "undoes"), (65.0, "weakens")])
+def test_verdict_names_a_family_that_undoes_what_the_luckiest_attack_leaves(protected, word):
+    """The attack that looks best on select is another one."""
+    attempts = trio("a", 40.0, 75.0, 50.0, select=76.0, exposure="held_out") + renormalised(protected, 74.0)
+    verdict = summarise(attempts, CONTEXT | {"support": None})["verdict"]
+    assert verdict.startswith("Protection holds against the attacks that were tried ('a', ")
+    assert (
+        f"; the family 'surgery' {word} it ('renormalise', adam at 0.1, after re-normalising the weights, " in verdict
+    )
+
+
+def test_verdict_is_silent_on_families_where_nothing_is_left_to_undo():
+    attempts = trio("a", 75.0, 75.0, 50.0, select=76.0, exposure="held_out") + renormalised(74.8, 74.0)
+    verdict = summarise(attempts, CONTEXT | {"support": None})["verdict"]
+    assert verdict.startswith("No protection against the attacks that were tried ('a', ")
+    assert "family" not in verdict
 
 
 def test_nothing_is_held_out_from_a_foreign_checkpoint():
