@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sophon.config import MethodConfig
@@ -135,7 +135,7 @@ class Group(Ranks):
     def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Send each rank's tensors as one safetensors message."""
         if self.rank > 0:
-            message = _bytes(safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()}))
+            message = _bytes(save({name: t.cpu().contiguous() for name, t in tensors.items()}))
             self.gather(len(message))
             dist.send(message, dst=0)
             return {}
@@ -143,7 +143,7 @@ class Group(Ranks):
         for rank, length in enumerate(self.gather(0)[1:], start=1):
             message = torch.empty(length, dtype=torch.uint8)
             dist.recv(message, src=rank)
-            found |= safetensors.torch.load(message.numpy().tobytes())
+            found |= load(message.numpy().tobytes())
         return found
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
