@@ -35,7 +35,7 @@ demo-diffusion: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(BIN)/pytest -n 2
 
-# The inner loop of work: about a minute and a half on two cores.
+# The inner loop of work: all tests but those marked slow.
 test-fast: $(VENV)/.installed
 	$(BIN)/pytest -m 'not slow' -n 2
 
