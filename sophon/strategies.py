@@ -23,10 +23,10 @@ Parameters = Iterable[Tensor]
 
 @dataclass(frozen=True)
 class Operation:
-    """A change to the released weights before fine-tuning; what it does is in `sophon.audit.surgery`.
+    """A change to the released weights before fine-tuning; what it does is in `sophon.surgery`.
 
     Attributes:
-        name: a key of `sophon.audit.surgery.OPERATIONS`, or the dotted path of a function like those.
+        name: a key of `sophon.surgery.OPERATIONS`, or the dotted path of a function like those.
         arguments: of that function: pairs of name and value (numbers, strings, booleans or null), sorted by name.
     """
 
@@ -247,6 +247,8 @@ class SamplerConfig:
         weight_decays: drawn uniformly.
         schedules: drawn uniformly.
         augmentations: drawn uniformly.
+        surgeries: drawn uniformly; repeat one to weigh it. Each is a list of operations on the weights as
+            `FineTuneStrategy.surgery` takes it, empty for none; those of `sophon.surgery.OPERATIONS` are simulated.
     """
 
     optimizers: dict[str, list[float] | None] = field(default_factory=dict)
@@ -257,6 +259,7 @@ class SamplerConfig:
     weight_decays: list[float] = field(default_factory=lambda: [0.0])
     schedules: list[str] = field(default_factory=lambda: ["constant"])
     augmentations: list[str] = field(default_factory=lambda: ["none"])
+    surgeries: list[Any] = field(default_factory=lambda: [[]])
 
 
 _LISTS = {
@@ -285,6 +288,9 @@ class StrategySampler:
         self.ranges = {name: limits for name, limits in config.optimizers.items() if limits is not None}
         self.config = config
         self._validate()
+        self.surgeries = [
+            operations_from(f"sampler.surgeries[{index}]", entries) for index, entries in enumerate(config.surgeries)
+        ]
 
     def _validate(self) -> None:
         if not self.ranges:
@@ -293,7 +299,7 @@ class StrategySampler:
             choose(self.where, name, OPTIMIZERS)
             if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
                 raise UserError(f"{self.where}.{name}: {limits} is not a range; give [low, high], 0 < low <= high")
-        for key in _LISTS.values():
+        for key in (*_LISTS.values(), "surgeries"):
             if not getattr(self.config, key):
                 raise UserError(f"sampler.{key}: empty; give at least one value")
         steps = self.config.steps
@@ -314,16 +320,30 @@ class StrategySampler:
         optimizer = pick(sorted(self.ranges))
         low, high = (math.log(limit) for limit in self.ranges[optimizer])
         lr = math.exp(low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64)))
+        steps = self.steps(generator)
+        choices = self.choices()
+        surgeries = choices.pop("surgery")
+        drawn = {name: pick(values) for name, values in choices.items()}
+        # last, and no draw without a choice: a sampler without surgery draws what it drew before there was any
+        surgery = surgeries[0] if len(surgeries) == 1 else pick(surgeries)
+        return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=steps, surgery=surgery, **drawn)
+
+    def steps(self, generator: torch.Generator) -> int:
+        """Draw a number of steps."""
         fewest, most = self.config.steps
-        steps = int(torch.randint(fewest, most + 1, (), generator=generator))
-        drawn = {name: pick(getattr(self.config, key)) for name, key in _LISTS.items()}
-        return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=steps, **drawn)
+        return int(torch.randint(fewest, most + 1, (), generator=generator))
+
+    def choices(self) -> dict[str, list[Any]]:
+        """Return the values of each field that is drawn from a list, as a strategy has them; repeats weigh."""
+        return {name: list(getattr(self.config, key)) for name, key in _LISTS.items()} | {"surgery": self.surgeries}
 
     def support(self) -> dict[str, Any]:
         """Return what can be drawn, as plain JSON data: the form that a checkpoint's manifest stores."""
         lists = {name: sorted(set(getattr(self.config, key))) for name, key in _LISTS.items()}
         ranges = {name: [float(limit) for limit in limits] for name, limits in sorted(self.ranges.items())}
-        return {"optimizer": ranges, "steps": list(self.config.steps), **lists, "data_budget": [None], "ema": [0.0]}
+        surgeries = [[operation.plain() for operation in each] for each in dict.fromkeys(self.surgeries)]
+        rest = {"data_budget": [None], "ema": [0.0], "surgery": surgeries}
+        return {"optimizer": ranges, "steps": list(self.config.steps), **lists, **rest}
 
 
 # How long an attacker probes before it fine-tunes has no counterpart in the simulation, whose probed head is the
@@ -340,6 +360,7 @@ def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tu
     of attacker, only longer (or shorter) than any that was simulated.
     """
     outside = []
+    given, usual = strategy.plain(), FineTuneStrategy().plain()
     ranges = support["optimizer"]
     if strategy.optimizer not in ranges:
         outside.append("optimizer")
@@ -353,6 +374,6 @@ def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tu
         if strategy.scope not in OF_SCOPE.get(part.name, (strategy.scope,)):
             continue
         # an older checkpoint does not name a field that came later: its attackers all had the default
-        if getattr(strategy, part.name) not in support.get(part.name, (part.default,)):
+        if given[part.name] not in support.get(part.name, (usual[part.name],)):
             outside.append(part.name)
     return tuple(outside)

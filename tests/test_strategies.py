@@ -22,6 +22,7 @@ from sophon.strategies import (
     SCHEDULES,
     SCOPES,
     FineTuneStrategy,
+    Operation,
     SamplerConfig,
     StrategySampler,
     build_optimizer,
@@ -49,6 +50,11 @@ configs = st.builds(
     weight_decays=st.lists(st.floats(0, 0.1), min_size=1, max_size=3),
     schedules=some(SCHEDULES),
     augmentations=some(AUGMENTATIONS),
+    surgeries=st.lists(
+        st.lists(st.sampled_from([{"operation": "renormalise"}, {"operation": "noise", "scale": 0.5}]), max_size=2),
+        min_size=1,
+        max_size=3,
+    ),
 )
 
 
@@ -238,6 +244,41 @@ def test_choices_are_uniform_and_repeats_weigh() -> None:
         assert abs(sum(draw.steps == steps for draw in draws) - 1000) < 130
 
 
+NOISE = {"operation": "noise", "scale": 0.5}
+
+
+def test_surgeries_are_drawn_uniformly_and_repeats_weigh() -> None:
+    sampler = StrategySampler(small(surgeries=[[], [], [NOISE, {"operation": "restate"}], [NOISE]]))
+    generator = seeded()
+    draws = [sampler.sample(generator).surgery for _ in range(2000)]
+    noise, restate = Operation("noise", (("scale", 0.5),)), Operation("restate")
+    counts = {surgery: draws.count(surgery) for surgery in ((), (noise,), (noise, restate))}
+    assert sum(counts.values()) == len(draws)
+    assert abs(counts[()] - 1000) < 110
+    assert abs(counts[noise,] - 500) < 100
+
+
+@given(configs, st.integers(0, 2**63 - 1))
+def test_surgery_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed: int) -> None:
+    """It is drawn last, and without a choice not at all: what was drawn before there was surgery still is."""
+    with_surgery, generator = StrategySampler(config).sample(seeded(seed)), seeded(seed)
+    sampler = StrategySampler(replace(config, surgeries=[[]]))
+    plain = sampler.sample(generator)
+    assert plain == replace(with_surgery, surgery=())
+    fixed, other = StrategySampler(replace(config, surgeries=[[NOISE]])), seeded(seed)
+    assert fixed.sample(other) == replace(plain, surgery=(Operation("noise", (("scale", 0.5),)),))
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+def test_draws_pinned_before_there_was_surgery() -> None:
+    sampler, generator = StrategySampler(small(heads=["kept", "fresh"], steps=[1, 50], batch_sizes=[8, 16])), seeded(3)
+    first, second = sampler.sample(generator), sampler.sample(generator)
+    assert [(each.steps, each.head, each.batch_size) for each in (first, second)] == [
+        (18, "kept", 8),
+        (40, "fresh", 8),
+    ]
+
+
 def test_an_optimizer_set_to_null_is_left_out() -> None:
     sampler = StrategySampler(small(optimizers={"adam": None, "sgd": [0.1, 0.1]}))
     assert list(sampler.support()["optimizer"]) == ["sgd"]
@@ -262,8 +303,12 @@ def test_an_optimizer_set_to_null_is_left_out() -> None:
         *(("sampler.steps", {"steps": limits}) for limits in ([], [5], [0, 5], [6, 5], [1, 2, 3])),
         *(
             (f"sampler.{name}", {name: []})
-            for name in ("batch_sizes", "heads", "scopes", "weight_decays", "schedules", "augmentations")
+            for name in ("batch_sizes", "heads", "scopes", "weight_decays", "schedules", "augmentations", "surgeries")
         ),
+        ("sampler.surgeries[1]", {"surgeries": [[], {"operation": "noise"}]}),
+        ("sampler.surgeries[0]", {"surgeries": ["noise"]}),
+        ("sampler.surgeries[0][1]", {"surgeries": [[{"operation": "noise"}, {"scale": 0.1}]]}),
+        ("sampler.surgeries[0][0].scale", {"surgeries": [[{"operation": "noise", "scale": [0.1]}]]}),
         ("sampler.batch_sizes", {"batch_sizes": [32, 0]}),
         ("sampler.heads", {"heads": ["kept", "new"]}),
         ("sampler.scopes", {"scopes": ["tail"]}),
@@ -337,6 +382,28 @@ def test_a_support_from_before_a_field_existed_means_its_default() -> None:
     assert fields_outside(older, replace(SEEN, ema=0.9, steps=51)) == ("steps", "ema")
 
 
+@pytest.mark.parametrize("through_json", [False, True])
+def test_surgery_is_seen_if_it_was_sampled(through_json: bool) -> None:
+    surgeries = [[], [NOISE], [NOISE], [NOISE, {"operation": "renormalise", "per": "channel"}]]
+    support = StrategySampler(small(surgeries=surgeries, steps=[1, 500])).support()
+    support = json.loads(json.dumps(support)) if through_json else support
+    assert support["surgery"] == [surgeries[0], surgeries[1], surgeries[3]]
+    plain = FineTuneStrategy(optimizer="adam", lr=1e-3)
+    for entries in surgeries:
+        assert fields_outside(support, FineTuneStrategy.of({**plain.plain(), "surgery": entries})) == ()
+    for entries in ([{"operation": "noise", "scale": 0.4}], [{"operation": "renormalise"}], [NOISE, NOISE]):
+        assert fields_outside(support, FineTuneStrategy.of({**plain.plain(), "surgery": entries})) == ("surgery",)
+
+
+def test_a_support_without_surgery_means_none() -> None:
+    older = {name: values for name, values in SUPPORT.items() if name != "surgery"}
+    operated = replace(SEEN, surgery=(Operation("renormalise"),))
+    assert SUPPORT["surgery"] == [[]]
+    for support in (older, SUPPORT):
+        assert fields_outside(support, SEEN) == ()
+        assert fields_outside(support, operated) == ("surgery",)
+
+
 def test_fields_outside_names_them_all() -> None:
     strategy = replace(SEEN, lr=1.0, steps=1000, head="probed", data_budget=10)
     assert set(fields_outside(SUPPORT, strategy)) == {"lr", "steps", "head", "data_budget"}
@@ -352,7 +419,6 @@ def test_every_field_decides_but_the_probing() -> None:
         "blocks",
         "lora_rank",
         "lora_layers",
-        "surgery",
     }  # simulated attackers have these
     assert {field.name for field in dataclasses.fields(FineTuneStrategy)} - decided == unsampled | defaults
 

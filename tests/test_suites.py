@@ -13,7 +13,8 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from sophon.audit import search, surgery
+from sophon import surgery
+from sophon.audit import search
 from sophon.audit.plan import strategies
 from sophon.cli import conf_dir
 from sophon.config import AttackConfig

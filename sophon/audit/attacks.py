@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from sophon.audit.adapters import add_adapters
-from sophon.audit.means import Means
-from sophon.audit.surgery import operate
 from sophon.domains import Domain, few_shot
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.models import ModelSpec
 from sophon.runs import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy
+from sophon.surgery import operate
+from sophon.surgery.means import Means
 from sophon.tasks import Task
 
 

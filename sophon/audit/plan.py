@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sophon.audit import search, surgery
+from sophon import surgery
+from sophon.audit import search
 from sophon.audit.adapters import add_adapters
 from sophon.audit.verdict import ORACLE, ROLES
 from sophon.config import AttackConfig, SearchConfig

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from sophon.audit import means
 from sophon.audit import runner as module
 from sophon.audit.plan import Scene
 from sophon.audit.runner import Runner
@@ -25,6 +24,7 @@ from sophon.domains import Domain
 from sophon.errors import UserError
 from sophon.models import ModelSpec
 from sophon.strategies import FineTuneStrategy, Operation, SamplerConfig, StrategySampler
+from sophon.surgery import means
 from sophon.tracking import Tracker
 from tests.tiny import TinyNet, tiny_bands, tiny_model, tiny_spec, tiny_task
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import means
 from sophon.audit import runner as module
 from sophon.audit.runner import Frechet, with_more_data
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.strategies import FineTuneStrategy
+from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import attacks, means
+from sophon.audit import attacks
 from sophon.audit import runner as module
 from sophon.audit.attacks import Outcome, attack
 from sophon.config import AttackConfig
@@ -19,6 +19,7 @@ from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
 from sophon.strategies import FineTuneStrategy, Operation
+from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from tests.audit.staging import BENIGN, DISTILLED, FRESH, KEPT, ORIGINAL, RESTRICTED, build_tiny, run_all, staged
 from tests.tiny import assert_same_state, state_of, tiny_model, tiny_spec, tiny_task

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import means
 from sophon.audit import runner as module
 from sophon.audit.runner import Frechet
 from sophon.config import AttackConfig
 from sophon.errors import UserError
 from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
+from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from tests.audit.staging import (
     BENIGN,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import means
 from sophon.audit import runner as module
 from sophon.audit.runner import exposure
 from sophon.audit.verdict import ROLES
@@ -22,6 +21,7 @@ from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.models import ModelSpec
 from sophon.strategies import FineTuneStrategy
+from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sophon.audit import means, plan
+from sophon.audit import plan
 from sophon.audit import runner as module
 from sophon.audit.attacks import Attacker, Outcome, attack
 from sophon.audit.plan import Attempt, Job, Search
@@ -27,6 +27,7 @@ from sophon.config import AttackConfig, Config, DomainConfig, MethodConfig, Mode
 from sophon.errors import UserError
 from sophon.runs import RunDirectory, read_json
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
+from sophon.surgery import means
 from sophon.tracking import Tracker
 from sophon.validation import validate
 from sophon.verbs import auditing
@@ -342,7 +343,7 @@ def test_a_run_directory_keeps_to_one_kind(tmp_path: Path) -> None:
 
     def config(stack: int) -> Config:
         made = Config("audit", "x", stack=stack, model=ModelConfig(architecture="a"), method=MethodConfig("m"))
-        made.domain.original = made.domain.restricted = domain
+        made.domain.original, made.domain.restricted = domain, [domain]
         made.pretrain = made.attack.strategies["a"] = PLAN
         return made
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from sophon.audit import means
 from sophon.audit import runner as module
 from sophon.audit.runner import Runner
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.errors import UserError
 from sophon.runs import read_json
+from sophon.surgery import means
 from sophon.tracking import Tracker
 from tests.audit.staging import (
     BENIGN,

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, GroupNorm1, LayerNorm2d
 from torch import Tensor, nn
 
-from sophon.audit import means as means_module
-from sophon.audit import surgery
-from sophon.audit.means import Means
-from sophon.audit.renormalise import NORMS
 from sophon.domains import Batch, batches
 from sophon.errors import UserError
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.strategies import FineTuneStrategy, Operation
+from sophon.surgery import means as means_module
+from sophon.surgery import operations as surgery
+from sophon.surgery.means import Means
+from sophon.surgery.renormalise import NORMS
 from sophon.tasks import ClassificationTask
-from tests.audit.surgical import (
+from tests.surgery.surgical import (
     WIDE,
     build_also,
     changed,

@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from sophon.audit.means import Means
 from sophon.config import ModelConfig
 from sophon.domains import Domain, ImageSet
 from sophon.models import ModelSpec, build, create
+from sophon.surgery.means import Means
 from sophon.tasks import ClassificationTask
 from tests.tiny import (
     CLASSES,

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import means as module
-from sophon.audit.means import Means
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
 from sophon.models.classifiers import with_fresh_head
+from sophon.surgery import means as module
+from sophon.surgery.means import Means
 from tests.audit.staging import BENIGN, FRESH, ORIGINAL, RESTRICTED, build_tiny
 from tests.tiny import (
     CLASSES,

@@ -6,7 +6,7 @@ it draws at random comes from torch's global generator, which the caller seeds, 
 its `Means`. Which parameters take gradients afterwards is not promised: fine-tuning sets that itself.
 
 A user's own operation is a function of the same form, named by its dotted path. What its arguments may be is read from
-their annotations: see `sophon.audit.arguments`.
+their annotations: see `sophon.surgery.arguments`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon import domains
-from sophon.audit.arguments import Limits, check_arguments, function_at
-from sophon.audit.means import Means
-from sophon.audit.renormalise import NORMS, renormalise
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.models.partition import owned
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
+from sophon.surgery.arguments import Limits, check_arguments, function_at
+from sophon.surgery.means import Means
+from sophon.surgery.renormalise import NORMS, renormalise
 from sophon.tasks.task import evaluating
 
 Count = Annotated[int, Limits("a whole number >= 1", lambda value: value >= 1)]
@@ -43,14 +43,23 @@ def reinitialise(
     Raises:
         UserError: the model has fewer blocks.
     """
+    names = reinitialised(model, means, blocks=blocks, end=end)
+    state, fresh = model.state_dict(), means.fresh(model).state_dict()
+    for name in names:
+        state[name].copy_(fresh[name])
+    return model
+
+
+def reinitialised(model: nn.Module, means: Means, *, blocks: int, end: str) -> set[str]:
+    """Name the parameters and buffers that `reinitialise` replaces.
+
+    Raises:
+        UserError: the model has fewer blocks.
+    """
     found = means.task.blocks(model)
     if blocks > len(found):
         raise UserError(f"surgery: reinitialise has {blocks} blocks to replace; the model has only {len(found)}")
-    chosen = found[:blocks] if end == "first" else found[-blocks:]
-    state, fresh = model.state_dict(), means.fresh(model).state_dict()
-    for name in owned(state, chain.from_iterable(chosen)):
-        state[name].copy_(fresh[name])
-    return model
+    return owned(model.state_dict(), chain.from_iterable(found[:blocks] if end == "first" else found[-blocks:]))
 
 
 @torch.no_grad()
@@ -82,13 +91,21 @@ def prune(
 
     Their number is rounded to a whole one. Fine-tuning may move them again.
     """
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            smallest = parameter.flatten().abs().argsort(stable=True)[: round(fraction * parameter.numel())]
-            pruned = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
-            pruned[smallest] = True
-            parameter.masked_fill_(pruned.view(parameter.shape), 0)
+    for name, mask in pruned(model, fraction).items():
+        model.get_parameter(name).masked_fill_(mask, 0)
     return model
+
+
+def pruned(model: nn.Module, fraction: float) -> dict[str, Tensor]:
+    """Return what `prune` sets to zero: by parameter, a mask (bool) of its shape."""
+    masks = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            smallest = parameter.detach().flatten().abs().argsort(stable=True)[: round(fraction * parameter.numel())]
+            mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+            mask[smallest] = True
+            masks[name] = mask.view(parameter.shape)
+    return masks
 
 
 @torch.no_grad()
@@ -134,11 +151,19 @@ def restate(model: nn.Module, means: Means, *, batches: Count = 20) -> nn.Module
 @torch.no_grad()
 def reset_affine(model: nn.Module, means: Means) -> nn.Module:
     """Set the weight of every normalisation layer to one and its bias to zero, where it has them."""
-    for norm in model.modules():
-        if isinstance(norm, NORMS):
-            for name, parameter in norm.named_parameters(recurse=False):
-                parameter.fill_(1.0 if name == "weight" else 0.0)
+    for name in affine(model):
+        model.get_parameter(name).fill_(1.0 if name.rpartition(".")[2] == "weight" else 0.0)
     return model
+
+
+def affine(model: nn.Module) -> list[str]:
+    """Name the weights and biases of the normalisation layers: what `reset_affine` replaces."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, NORMS)]
+    return [
+        f"{name}.{part}" if name else part
+        for name, layer in layers
+        for part, _ in layer.named_parameters(recurse=False)
+    ]
 
 
 def heal(

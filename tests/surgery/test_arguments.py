@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from sophon.audit import surgery
-from sophon.audit.means import Means
+from sophon import surgery
 from sophon.errors import UserError
 from sophon.strategies import Operation
-from tests.audit.surgical import means_for
+from sophon.surgery.means import Means
+from tests.surgery.surgical import means_for
 from tests.tiny import tiny_model
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ OPTIMIZERS = "sgd, momentum, nesterov, adam, adamw, adagrad, adadelta, rmsprop"
         ("nois", {}, f"operation: 'nois' is not known; allowed: {NAMES}, or a function's dotted path"),
         ("", {}, f"operation: '' is not known; allowed: {NAMES}, or a function's dotted path"),
         ("noise", {"size": 1}, "size: 'noise' has no such argument; allowed: scale"),
-        ("renormalise", {"scale": 1}, "scale: 'renormalise' has no such argument; allowed: none"),
+        ("reset_affine", {"scale": 1}, "scale: 'reset_affine' has no such argument; allowed: none"),
+        ("renormalise", {"per": "filter"}, "per: filter is not allowed; it must be layer or channel"),
         ("noise", {"model": 1}, "model: 'noise' has no such argument; allowed: scale"),
         ("heal", {"step": 1}, "step: 'heal' has no such argument; allowed: batch_size, domain, lr, optimizer, steps"),
         ("noise", {"scale": -0.1}, "scale: -0.1 is not allowed; it must be a finite number >= 0"),

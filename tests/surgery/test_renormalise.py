@@ -12,15 +12,15 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from sophon.audit import means as means_module
-from sophon.audit.means import Means
-from sophon.audit.renormalise import renormalise
 from sophon.domains import Batch
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
 from sophon.strategies import FineTuneStrategy
+from sophon.surgery import means as means_module
+from sophon.surgery.means import Means
+from sophon.surgery.renormalise import Per, norms, renormalise, scale_free
 from sophon.tasks import ClassificationTask
-from tests.audit.surgical import SPARE, build_also, changed, fresh_state, means_for, outputs, resnet, unet
+from tests.surgery.surgical import SPARE, build_also, changed, fresh_state, means_for, outputs, resnet, unet
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_model
 
 
@@ -252,3 +252,184 @@ def test_renormalise_finds_nothing_in_a_unet(conditional: bool) -> None:
     before = state_of(model)
     renormalise(model, means)
     assert_same_state(model, before)
+
+
+# --- per channel ----------------------------------------------------------------------------------------------------
+
+
+def uneven(model: nn.Module, pairs: list[tuple[str, str]], spread: float = 100.0) -> nn.Module:
+    """Return the same function in evaluation mode, its filters before BatchNorm of very different norms.
+
+    The norm of each layer as a whole stays.
+    """
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, norm in ((model.get_submodule(one), model.get_submodule(other)) for one, other in pairs):
+            weight = layer.weight
+            factor = torch.logspace(0, 1, len(weight), base=spread, dtype=torch.float64)
+            factor *= weight.double().norm() / (weight.double() * factor.view(-1, 1, 1, 1)).norm()
+            before = norm.running_var.double().clone()
+            weight.mul_(factor.view(-1, 1, 1, 1))
+            norm.running_mean.mul_(factor)
+            norm.running_var.mul_(factor**2)
+            norm.weight.mul_(((factor**2 * before + norm.eps) / (before + norm.eps)).sqrt() / factor)
+    return model
+
+
+def test_per_channel_evens_out_channels_and_per_layer_does_not() -> None:
+    genuine, means = tiny_model(), means_for()
+    hiding = uneven(genuine, TINY_PAIRS)
+    torch.testing.assert_close(outputs(hiding), outputs(genuine), rtol=1e-9, atol=1e-12)
+    fresh = fresh_state(6)
+    for per in ("channel", "layer"):
+        model = copy.deepcopy(hiding)
+        torch.manual_seed(6)
+        assert renormalise(model, means, per=per) is model
+        torch.testing.assert_close(outputs(model), outputs(genuine), rtol=1e-9, atol=1e-12)
+        for layer, norm in TINY_PAIRS:
+            wanted = fresh[f"{layer}.weight"].flatten(1).norm(dim=1)
+            found = model.get_submodule(layer).weight.flatten(1).norm(dim=1)
+            even = torch.allclose(found, wanted, rtol=1e-12)
+            assert even == (per == "channel")
+            assert found.norm().item() == pytest.approx(wanted.norm().item(), rel=1e-12)
+            assert torch.equal(model.get_submodule(norm).bias, genuine.get_submodule(norm).bias)
+
+
+def test_per_channel_uneven_and_even_become_one() -> None:
+    genuine, means = tiny_model(), means_for()
+    hiding = uneven(genuine, TINY_PAIRS)
+    for model in (genuine, hiding):
+        torch.manual_seed(7)
+        renormalise(model, means, per="channel")
+    torch.testing.assert_close(state_of(hiding), state_of(genuine), rtol=1e-9, atol=1e-12)
+
+
+def test_per_channel_of_a_resnet_in_float32_keeps_its_format() -> None:
+    model, means = resnet()
+    expected = outputs(model, 32)
+    torch.manual_seed(6)
+    fresh = means.fresh(model)
+    torch.manual_seed(6)
+    renormalise(model, means, per="channel")
+    torch.testing.assert_close(outputs(model, 32), expected, rtol=1e-5, atol=1e-5)
+    for name, _ in pairs_of(model):
+        weight, wanted = model.get_submodule(name).weight, fresh.get_submodule(name).weight
+        torch.testing.assert_close(weight.flatten(1).norm(dim=1), wanted.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_per_channel_touches_what_per_layer_touches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, means = other_means(monkeypatch, Net)
+    twin = copy.deepcopy(model)
+    before, expected = state_of(model), outputs(model)
+    renormalise(model, means, per="channel")
+    renormalise(twin, means)
+    assert changed(model, before) == changed(twin, before)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_channel_that_has_no_scale_is_left_and_the_others_are_not() -> None:
+    model, fresh = tiny_model(), fresh_state(6)
+    with torch.no_grad():
+        model.conv1.weight[1] = 0
+    before = state_of(model)
+    torch.manual_seed(6)
+    renormalise(model, means_for(), per="channel")
+    found, wanted = (weight.flatten(1).norm(dim=1) for weight in (model.conv1.weight, fresh["conv1.weight"]))
+    assert found[1] == 0
+    others = [0, 2, 3]
+    torch.testing.assert_close(found[others], wanted[others], rtol=1e-12, atol=0)
+    for name in ("weight", "running_mean", "running_var"):
+        now, was = model.state_dict()[f"bn1.{name}"], before[f"bn1.{name}"]
+        assert (now == was).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("norm", "alone"),
+    [
+        (lambda: nn.BatchNorm2d(4), True),
+        (lambda: nn.BatchNorm2d(4, track_running_stats=False), True),
+        (lambda: nn.InstanceNorm2d(4, affine=True), True),
+        (lambda: nn.GroupNorm(4, 4), True),
+        (lambda: nn.GroupNorm(2, 4), False),
+        (lambda: LayerNorm2d(4), False),
+    ],
+    ids=["batch", "no statistics", "instance", "group of one", "group of two", "layer"],
+)
+def test_per_channel_falls_back_to_the_layer_where_channels_are_normalised_together(
+    norm: Callable[[], nn.Module], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, means = other_means(monkeypatch, normalised_by(norm))
+    twin, expected = copy.deepcopy(model), outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    for each, per in ((model, "channel"), (twin, "layer")):
+        torch.manual_seed(2)
+        renormalise(each, means, per=per)
+    found, wanted = (each[0].weight.flatten(1).norm(dim=1) for each in (model, fresh))
+    assert torch.allclose(found, wanted, rtol=1e-12) == alone
+    assert alone or not changed(model, state_of(twin))
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("per", ["layer", "channel"])
+def test_transposed_convolutions(groups: int, per: Per, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their output channels lie on the second axis; in groups on two, so that the whole layer is scaled."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 2, 1),
+            nn.ConvTranspose2d(2, 4, 3, groups=groups),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        )
+
+    model, means = other_means(monkeypatch, make)
+    expected = outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    torch.manual_seed(2)
+    renormalise(model, means, per=per)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
+    axes = (0, 2, 3) if per == "channel" and groups == 1 else (0, 1, 2, 3)
+    found, wanted = (each[1].weight.square().sum(axes) for each in (model, fresh))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+class Tokens(nn.Module):
+    """A linear layer on a sequence as long as it is wide: normalised along the sequence, not along its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.fc = nn.Linear(6, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.tanh(self.norm(self.linear(images[:, 0]))).mean(1))
+
+
+@pytest.mark.parametrize("per", ["layer", "channel"])
+def test_a_linear_layer_whose_outputs_are_not_the_channels(per: Per, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, means = other_means(monkeypatch, Tokens)
+    expected = outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    torch.manual_seed(2)
+    renormalise(model, means, per=per)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
+    assert model.linear.weight.norm().item() == pytest.approx(fresh.linear.weight.norm().item(), rel=1e-12)
+
+
+def test_scale_free_says_what_it_found() -> None:
+    model, means = tiny_model(), means_for()
+    batch = Batch(means.images.images[:4], means.images.labels[:4])
+    found = scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel")
+    assert [(each.name, each.norm_name, each.axis) for each in found] == [("conv1", "bn1", 0), ("conv2", "bn2", 0)]
+    assert [each.layer for each in found] == [model.conv1, model.conv2]
+    assert norms(model.conv1, 0).shape == (4, 1, 1, 1)
+    assert norms(model.conv1, None).item() == pytest.approx(model.conv1.weight.norm().item())
