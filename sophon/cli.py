@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon import __version__
-from sophon.config import Config
+from sophon.config import ComposedConfig
 from sophon.errors import GuardError, UserError
 from sophon.validation import from_omegaconf
 from sophon.verbs import ACTIONS, VERBS
@@ -52,7 +55,7 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="schema", node=ComposedConfig)
 
 
 @hydra.main(  # type: ignore[untyped-decorator]
@@ -96,7 +99,8 @@ def _main(arguments: list[str]) -> int:
         signal.signal(number, _interrupt)
     _failed.clear()
     try:
-        sys.argv = [sys.argv[0], *_overrides_first([f"verb={verb}", *arguments[1:]])]
+        overrides, flags = _split([f"verb={verb}", *arguments[1:]])
+        sys.argv = [sys.argv[0], *with_several_domains(overrides), *flags]
         _run()
         for error in _failed:
             raise error
@@ -116,15 +120,80 @@ def _runs_as_override(arguments: list[str]) -> list[str]:
     return [*(each for each in arguments if each not in folders), f"runs=[{quoted}]"]
 
 
-def _overrides_first(arguments: list[str]) -> list[str]:
-    """Gather the overrides: Hydra's parser takes them from one place only, and answers others with its usage."""
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Part overrides from flags; Hydra's parser takes the former from one place only, and answers with its usage."""
     parser = get_args_parser()
     parser.error = _refuse
     overrides: list[str] = parser.parse_intermixed_args(arguments).overrides
     flags = list(arguments)
     for override in overrides:
         flags.remove(override)
-    return [*overrides, *flags]
+    return overrides, flags
+
+
+def with_several_domains(overrides: list[str]) -> list[str]:
+    """Say ``domain.restricted=[...]`` in Hydra's terms, which cannot put a list in the place of a mapping.
+
+    A name becomes a choice of the group ``domain``, a mapping the value, of an entry of ``domain.several``.
+
+    Raises:
+        UserError: the list is empty, holds something else or the same key twice, or other overrides say what the one
+            restricted domain is.
+    """
+    lists = [each for each in overrides if _DOMAIN_LIST.match(each)]
+    if not lists:
+        return overrides
+    others = [each for each in overrides if each not in lists]
+    for other in (*lists[1:], *others):
+        if _ONE_DOMAIN.match(other):
+            raise UserError(f"{other}: not allowed beside {lists[0]}; give domain.several.NAME.KEY=VALUE for one of it")
+    entries = _domain_entries(lists[0])
+    names = [f"+domain@domain.several.{key}={_text(each)}" for key, each in entries.items() if isinstance(each, str)]
+    mappings = {key: each for key, each in entries.items() if isinstance(each, dict)}
+    return [
+        *names,
+        f"++domain.several={_text(mappings)}",
+        f"domain.chosen={_text(list(entries))}",
+        "~domain@domain.restricted",
+        f"domain.restricted.name={_text('+'.join(entries))}",  # for what refers to ${domain.restricted.name}
+        *others,
+    ]
+
+
+_DOMAIN_LIST = re.compile(r"\+{0,2}domain\.restricted=\s*\[")
+_ONE_DOMAIN = re.compile(r"[+~]{0,2}(domain\.restricted\b|domain@domain\.restricted(=|$))")
+
+
+def _domain_entries(override: str) -> dict[str, Any]:
+    """Read the list of an override: names and mappings by the keys that they get in ``domain.several``."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"{override}: {str(error).splitlines()[0]}") from error
+    if parsed.is_sweep_override():
+        raise UserError(f"{override}: a sweep over lists is not allowed; give one list")
+    entries = {}
+    for entry in parsed.value():
+        name = entry.get("name") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or not name:
+            raise UserError(
+                f"{override}: {entry} is not allowed; name files of conf/domain, or give mappings with a name"
+            )
+        entries[re.sub(r"\W", "_", name)] = entry
+    if not entries or len(entries) < len(parsed.value()):
+        raise UserError(f"{override}: give one domain or more, and each once")
+    return entries
+
+
+def _text(value: Any) -> str:
+    """Write plain data as an override's value."""
+    if isinstance(value, str):
+        return str(QuotedString(value, Quote.single).with_quotes())
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_text(each)}' for key, each in value.items())}}}"
+    return "null" if value is None else str(value)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -44,6 +44,10 @@ class DomainConfig:
         val_fraction: part of an original domain's training images kept for ``val``.
         fractions: parts of a restricted domain's training images: ``adapt`` and ``query`` (the defender's), ``attack``
             and ``select`` (the attacker's). They sum to at most 1.
+        labels: ``given``, or for a restricted domain of which the defender has images only ``none``: classes then
+            serve to choose and to split images as with ``given``, simulated attackers learn clusters, and an image
+            folder may hold its images in ``train/`` and ``test/`` themselves.
+        clusters: without labels, how many clusters of the reference's features become classes, >= 2.
     """
 
     name: str = MISSING
@@ -59,6 +63,8 @@ class DomainConfig:
     fractions: dict[str, float] = field(
         default_factory=lambda: {"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}
     )
+    labels: str = "given"
+    clusters: int = 10
 
 
 @dataclass
@@ -67,14 +73,33 @@ class DomainsConfig:
 
     Attributes:
         original: what the model was made for.
-        restricted: what it must not be fine-tuned for.
+        restricted: what it must not be fine-tuned for, one domain or more. In files and on the command line it is the
+            keys of one; for several see `ComposedDomains`.
         benign: what it may be fine-tuned for, for the audit to see that this is not harmed; null for none. Split as a
             restricted domain.
     """
 
     original: DomainConfig = field(default_factory=DomainConfig)
-    restricted: DomainConfig = field(default_factory=DomainConfig)
+    restricted: list[DomainConfig] = field(default_factory=lambda: [DomainConfig()])
     benign: DomainConfig | None = None
+
+
+@dataclass
+class ComposedDomains(DomainsConfig):
+    """The domains as files and the command line give them; `sophon.validation` makes a `DomainsConfig` of them.
+
+    ``domain.restricted=[a, b]`` on the command line fills in ``several`` and ``chosen``; in a file's defaults list
+    ``/domain@domain.several.a: a`` does.
+
+    Attributes:
+        restricted: the restricted domain, where there is one.
+        several: restricted domains, each under a key of its own, which take the place of ``restricted``.
+        chosen: keys of those that count, in this order; null for all of them.
+    """
+
+    restricted: DomainConfig = field(default_factory=DomainConfig)  # type: ignore[assignment]
+    several: dict[str, DomainConfig] = field(default_factory=dict)
+    chosen: list[str] | None = None
 
 
 @dataclass
@@ -125,6 +150,45 @@ class ModelConfig:
 
 
 @dataclass
+class ClampConfig:
+    """CLAMP's terms; `sophon.protect.clamp` gives the formulas. A weight of 0 leaves a term out.
+
+    Attributes:
+        curvature: weight, >= 0: the attacker's loss is to curve along its last step by ``kappa_min`` at least. Three
+            passes more at every query.
+        contract: weight, >= 0: the update map is to contract two points near the attacker's last weights by ``c_max``.
+        tail: weight, >= 0: what the attacker has gained, and can gain at most if its updates contract, is to stay
+            within ``slack``.
+        inverse: weight, >= 0: the attacker's loss at its start is to be that of a guess.
+        kappa_min: loss per squared length of the weights; of either sign.
+        c_max: > 0; the map contracts where it is below 1.
+        c_limit: in the tail bound c counts as at most this, > 0 and < 1.
+        probe_width: how far the weights are displaced along a direction, in their own units, > 0 (d of the curvature,
+            eps of the contraction). In float32 much less than 0.01 drowns in rounding.
+        probes: random directions in which the contraction is looked for, the worst of which counts, >= 1.
+        slack: in the attacker's loss, >= 0.
+        lipschitz: of the gradient of the attacker's loss, >= 0 (Lip).
+    """
+
+    curvature: float = 0.0
+    contract: float = 0.0
+    tail: float = 0.0
+    inverse: float = 0.0
+    kappa_min: float = 0.0
+    c_max: float = 0.95
+    c_limit: float = 0.99
+    probe_width: float = 0.05
+    probes: int = 1
+    slack: float = 0.0
+    lipschitz: float = 1.0
+
+    @property
+    def on(self) -> bool:
+        """Whether any term has a weight."""
+        return any((self.curvature, self.contract, self.tail, self.inverse))
+
+
+@dataclass
 class MethodConfig:
     """How the model is protected: rounds of FTS alternating with NTR.
 
@@ -132,6 +196,16 @@ class MethodConfig:
         name: what manifests and reports call the method.
         suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`, or for denoisers of
             `sophon.losses.DENOISING_SUPPRESSION_LOSSES`.
+        suppression_weight: of the suppression loss among what is asked at a query, >= 0. As ``sharpness``, ``clamp``
+            and ``condition``, other values than the default need the engine ``first_order``.
+        sharpness: the suppression's gradient is taken where, within this distance of the attacker's weights, the loss
+            is worst for the defender (rho of SAM), >= 0; 0 takes it at the weights themselves. Twice the passes.
+        clamp: CLAMP's terms, asked besides.
+        condition: weight, >= 0, of ill-conditioning the restricted domain's features where attackers begin, and of
+            keeping the original domain's well-conditioned in NTR; 0 for none. For classifiers.
+        fixed_norms: weights that a normalisation follows are kept at the reference's norm, since their growth
+            only hides the gradient from attackers: ``none``; ``layer``, of each such weight as a whole; or ``channel``,
+            of each of its output channels.
         engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.suppress.ENGINES`).
         segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
@@ -160,6 +234,10 @@ class MethodConfig:
             one from its first to its last step each time. At least as many as ``attackers``. Needs the engine
             ``first_order``.
         chunk: steps of a turn.
+        curriculum: who is simulated next: ``uniform``, any strategy of the sampler alike; or ``bandit``, rather those
+            that recover most at present (see `sophon.protect.curriculum`). The sampler's lists and ranges bound both.
+        curriculum_share: bandit: part of the draws that stays as the sampler has them, >= 0 and <= 1.
+        curriculum_memory: bandit: what a choice's running success keeps of itself whenever it is seen, >= 0 and < 1.
         suppression_timesteps: denoising: the suppression loss draws its timesteps from this first part of the noise
             schedule, > 0 and <= 1. Where nearly all is noise the domains cannot be told apart.
         probe_steps: steps by which the defender's probed head is refreshed in each FTS step in which an attacker starts
@@ -169,6 +247,11 @@ class MethodConfig:
 
     name: str = MISSING
     suppression_loss: str = "klu"
+    suppression_weight: float = 1.0
+    sharpness: float = 0.0
+    clamp: ClampConfig = field(default_factory=ClampConfig)
+    condition: float = 0.0
+    fixed_norms: str = "none"
     engine: str = "first_order"
     segment: int = 1
     window: int | None = None
@@ -190,6 +273,9 @@ class MethodConfig:
     fts_original_weight: float = 0.0
     pool: int = 0
     chunk: int = 20
+    curriculum: str = "uniform"
+    curriculum_share: float = 0.3
+    curriculum_memory: float = 0.9
     suppression_timesteps: float = 1.0
     probe_steps: int = 5
     probe_lr: float = 0.005
@@ -251,6 +337,25 @@ class SearchConfig:
 
 
 @dataclass
+class MaskingConfig:
+    """How an audit looks for gradient masking once the attacks have run (see `sophon.audit.masking`).
+
+    It only looks, so that changing this does not make other attacks of an audit, which may go on in its run directory.
+
+    Attributes:
+        heads: head starts from which the attacker's gradient is measured: ``fresh``, ``kept``, ``probed``. One that
+            does not fit the model is left out; an empty list leaves the whole measurement out.
+        steps: after so many steps of a mild attacker (momentum, rate 0.01) it is measured again, >= 0; 0 measures the
+            released weights only.
+        batches: batches of 128 of the attacker's images that each measurement averages over, >= 1.
+    """
+
+    heads: list[str] = field(default_factory=lambda: ["fresh", "kept"])
+    steps: int = 10
+    batches: int = 2
+
+
+@dataclass
 class AttackConfig:
     """What the audit runs.
 
@@ -265,6 +370,7 @@ class AttackConfig:
             list's key; or, under any key, of mappings with a ``name`` and several fields that go together.
         search: attackers who search, by name; the winner's attempts are recorded under that name.
         benign: names of the strategies that are also run on ``domain.benign``, if there is one.
+        masking: how gradient masking is looked for.
         oracle: name of a strategy that the unprotected model also suffers with ten times the data (as far as there
             are so many) for as many epochs, as the ceiling of what an attacker could have; null for none.
         reuse: run directories of other audits; what they hold of the same attempts is copied instead of run again.
@@ -282,6 +388,7 @@ class AttackConfig:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     search: dict[str, SearchConfig] = field(default_factory=dict)
     benign: list[str] = field(default_factory=list)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     oracle: str | None = None
     reuse: list[str] = field(default_factory=list)
     shard: int = 0
@@ -364,9 +471,25 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def keyed(restricted: list[DomainConfig]) -> dict[str, DomainConfig]:
+    """Return restricted domains by the configuration keys that messages give them."""
+    if len(restricted) == 1:
+        return {"domain.restricted": restricted[0]}
+    return {f"domain.several.{each.name}": each for each in restricted}
+
+
+@dataclass
+class ComposedConfig(Config):
+    """The schema of what files and the command line may say."""
+
+    domain: ComposedDomains = field(default_factory=ComposedDomains)
+
+
 def plain(config: Config, *keys: str) -> dict[str, Any]:
-    """Return the configuration, or only the parts named by ``keys``, as plain JSON data."""
+    """Return the configuration, or only the parts named by ``keys``, as plain JSON data; one domain is no list."""
     everything = asdict(config)
+    if len(config.domain.restricted) == 1:
+        everything["domain"]["restricted"] = everything["domain"]["restricted"][0]
     everything["pretrain"] = config.pretrain.plain()
     everything["attack"]["strategies"] = {name: each.plain() for name, each in config.attack.strategies.items()}
     return {key: everything[key] for key in keys or everything}

@@ -3,7 +3,8 @@
 Notation: z are the logits, p = softmax(z), C the number of classes, y the label; eps is the noise that was added and
 e the noise that a denoiser predicts. Sources: SOPHON (Deng et al., 2024, arXiv 2404.12699) for `inverse_cross_entropy`,
 `kl_from_uniform` and `denial_of_service`; its public code for `negated_logits_cross_entropy`; MLAC (Henderson et al.,
-2023, arXiv 2211.14946) for `clamped_negative_cross_entropy`.
+2023, arXiv 2211.14946) for `clamped_negative_cross_entropy`; TAR (Tamirisa et al., 2024, arXiv 2408.00761) for
+`negative_entropy`. What is not of logits or noise but of features is from arXiv 2505.23760 (Zheng et al., 2025).
 """
 
 from __future__ import annotations
@@ -64,6 +65,20 @@ def clamped_negative_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits, labels, reduction="none").clamp(max=math.log(logits.shape[1])).mean()
 
 
+def negative_entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    """TAR's outer loss: mean over images of ``-H(p) = sum_j p_j log p_j``, in [-log C, 0].
+
+    Its gradient with respect to z_j is p_j (log p_j + H(p)) / B: it dies out at a uniform guess, but at a certain one
+    as well. Needs no labels.
+
+    Args:
+        logits: float [B, C].
+        labels: ignored.
+    """
+    logs = F.log_softmax(logits, 1)
+    return (logs.exp() * logs).sum(1).mean()
+
+
 def negated_logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Baseline: ``CE(-z, y)``, in [0, inf): what SOPHON's public code computes under the name of ICE.
 
@@ -92,8 +107,11 @@ SUPPRESSION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "klu": kl_from_uniform,
     "negative_ce": negative_cross_entropy,
     "mlac": clamped_negative_cross_entropy,
+    "negative_entropy": negative_entropy,
     "ce_on_negated_logits": negated_logits_cross_entropy,
 }
+# What these ask of an image depends on its class: they mean nothing where it has none.
+READS_LABELS = frozenset({"ice", "negative_ce", "mlac", "ce_on_negated_logits"})
 
 
 def denial_of_service(predicted: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -136,3 +154,41 @@ DENOISING_SUPPRESSION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "negative_mse": negative_mse,
     "shifted_mse": shifted_target_mse,
 }
+
+
+def ill_conditioning(features: Tensor) -> Tensor:
+    """R_ill / k, in [2, inf): falls as the features' second moment becomes ill-conditioned (arXiv 2505.23760).
+
+    With s_1 >= .. >= s_k the eigenvalues of S = X^T X / B that are not zero for want of images, k = min(B, D):
+    ``R_ill = 1 / (sum_i s_i^2 / (2 k) - s_k^2 / 2)``. Two changes: S is scaled to a trace of 1, since the paper's falls
+    as features merely grow, which conditions nothing; and R_ill, then 2 k at least, is divided by k. It is held below
+    4e6 k, near which (S a multiple of the identity) the gradient is 0.
+
+    Args:
+        features: X, float [B, D]; not centred.
+    """
+    spectrum = _spectrum(features)
+    spread = spectrum.square().mean() - spectrum[0].square()
+    return 2 * len(spectrum) / spread.clamp(min=5e-7)
+
+
+def well_conditioning(features: Tensor) -> Tensor:
+    """R_well = s_1^2 / 2 - sum_i s_i^2 / (2 k), in [0, 1/2): 0 where all s_i are equal (arXiv 2505.23760).
+
+    Notation and scale as in `ill_conditioning`: S has a trace of 1.
+
+    Args:
+        features: X, float [B, D]; not centred.
+    """
+    spectrum = _spectrum(features)
+    return (spectrum[-1].square() - spectrum.square().mean()) / (2 * len(spectrum) ** 2)
+
+
+def _spectrum(features: Tensor) -> Tensor:
+    """Return the eigenvalues of the second moment, [min(B, D)], rising, scaled to a mean of 1."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    wide = len(features) < features.shape[1]
+    moment = features @ features.T if wide else features.T @ features  # they share what is not zero
+    mean = moment.diagonal().mean()
+    values: Tensor = torch.linalg.eigvalsh(moment / mean.clamp(min=torch.finfo(mean.dtype).tiny))
+    return values

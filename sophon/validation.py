@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sophon.config import AttackConfig, Config, StrategyConfig
+from sophon.config import (
+    AttackConfig,
+    ComposedConfig,
+    Config,
+    DomainsConfig,
+    MethodConfig,
+    StrategyConfig,
+    keyed,
+)
 from sophon.errors import UserError, choose
-from sophon.strategies import AUGMENTATIONS, SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
+from sophon.strategies import AUGMENTATIONS, HEADS, SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
 
 
 def from_omegaconf(config: DictConfig) -> Config:
@@ -21,9 +30,7 @@ def from_omegaconf(config: DictConfig) -> Config:
         UserError: a key is missing, a value is outside its range, or torchrun started what does not spread over ranks.
     """
     try:
-        # through plain data: a key appended with `+` has slipped past the types of the composed configuration
-        plain_data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain_data))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _with_listed_domains(config)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{key or 'configuration'}: {str(error).splitlines()[0]}") from error
@@ -38,6 +45,26 @@ def from_omegaconf(config: DictConfig) -> Config:
     if size != "1" and typed.verb != "protect":
         raise UserError(f"{typed.verb}: runs as one process, but WORLD_SIZE is {size}; only protect spreads over ranks")
     return typed
+
+
+def _with_listed_domains(config: DictConfig) -> Any:
+    """Return the configuration as plain data in which ``domain.restricted`` is a list, in whichever form it came."""
+    # a key appended with `+` has slipped past the types of the composed configuration
+    data: Any = OmegaConf.to_container(config, resolve=True)
+    listed = isinstance(data.get("domain"), dict) and isinstance(data["domain"].get("restricted"), list)
+    if not listed:  # typed first, so that what is wrong is named by the key that was given
+        data = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ComposedConfig), data))
+    domains = data["domain"]
+    several, chosen = domains.pop("several", {}), domains.pop("chosen", None)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        if not (several and key.startswith("domain.restricted.")):
+            raise UserError(f"{key}: missing; give a value")
+    for key in chosen or ():
+        choose("domain.chosen", key, several)
+    if not listed:
+        one = [domains["restricted"]]
+        domains["restricted"] = [several[key] for key in (several if chosen is None else chosen)] if several else one
+    return data
 
 
 def strategy_from(key: str, values: Any) -> FineTuneStrategy:
@@ -77,6 +104,11 @@ def validate(config: Config) -> None:
         raise UserError(
             f"method.pool: {method.pool} is not allowed with {method.attackers} attackers; give 0, or at least as many"
         )
+    if not 0 <= method.curriculum_share <= 1:
+        raise UserError(f"method.curriculum_share: {method.curriculum_share} is not allowed; give >= 0 and <= 1")
+    if not 0 <= method.curriculum_memory < 1:
+        raise UserError(f"method.curriculum_memory: {method.curriculum_memory} is not allowed; give >= 0 and < 1")
+    _validate_objectives(method)
     if method.fts_max_norm is not None:
         _within("method.fts_max_norm", method.fts_max_norm, 0, exclusive=True)
     for name in ("tolerance", "repair_steps", "patience", "max_ntr_steps"):
@@ -93,6 +125,11 @@ def validate(config: Config) -> None:
     _within("workers", config.workers, 1)
     _within("stack", config.stack, 1)
     _validate_searches(attack)
+    _validate_domains(config.domain)
+    for head in attack.masking.heads:
+        choose("attack.masking.heads", head, HEADS)
+    _within("attack.masking.steps", attack.masking.steps, 0)
+    _within("attack.masking.batches", attack.masking.batches, 1)
     _within("attack.shards", attack.shards, 1)
     if not 0 <= attack.shard < attack.shards:
         raise UserError(f"attack.shard: {attack.shard} is not allowed; it must be 0 to {attack.shards - 1}")
@@ -100,9 +137,55 @@ def validate(config: Config) -> None:
     choose("tracking.wandb", config.tracking.wandb, ("disabled", "offline", "online"))
     choose("method.engine", method.engine, ("first_order", "second_order"))
     choose("method.schedule", method.schedule, SCHEDULES)
+    choose("method.curriculum", method.curriculum, ("uniform", "bandit"))
     choose("method.gamma", method.gamma, ("uniform", "linear", "last"))
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise UserError(f"name: '{config.name}' is not allowed; it names a folder")
+
+
+def _validate_domains(domains: DomainsConfig) -> None:
+    if not domains.restricted:
+        raise UserError("domain.restricted: [] is not allowed; give one domain or more")
+    names = [each.name for each in domains.restricted]
+    for name in names if len(names) > 1 else ():
+        if names.count(name) > 1:
+            raise UserError(
+                f"domain.restricted: the name '{name}' is given {names.count(name)} times; names must differ"
+            )
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"domain.restricted: the name '{name}' is not allowed; among several it names a folder")
+    for key, each in keyed(domains.restricted).items():
+        choose(f"{key}.labels", each.labels, ("given", "none"))
+        _within(f"{key}.clusters", each.clusters, 2)
+    for key, other in (("domain.original", domains.original), ("domain.benign", domains.benign)):
+        if other is not None and other.labels != "given":
+            raise UserError(f"{key}.labels: '{other.labels}' is not allowed; only a restricted domain may be without")
+
+
+def _validate_objectives(method: MethodConfig) -> None:
+    clamp = method.clamp
+    for name in ("suppression_weight", "sharpness", "condition"):
+        _within(f"method.{name}", getattr(method, name), 0)
+    for name in ("curvature", "contract", "tail", "inverse", "slack", "lipschitz"):
+        _within(f"method.clamp.{name}", getattr(clamp, name), 0)
+    for name in ("c_max", "probe_width"):
+        _within(f"method.clamp.{name}", getattr(clamp, name), 0, exclusive=True)
+    _within("method.clamp.probes", clamp.probes, 1)
+    _within("method.clamp.kappa_min", clamp.kappa_min, -sys.float_info.max)
+    if not 0 < clamp.c_limit < 1:
+        raise UserError(f"method.clamp.c_limit: {clamp.c_limit} is not allowed; give > 0 and < 1")
+    choose("method.fixed_norms", method.fixed_norms, ("none", "layer", "channel"))
+    asked = {
+        "suppression_weight": method.suppression_weight != 1,
+        "sharpness": method.sharpness > 0,
+        "clamp": clamp.on,
+        "condition": method.condition > 0,
+    }
+    for name, on in asked.items():
+        if on and method.engine != "first_order":
+            raise UserError(f"method.{name}: is not allowed with engine {method.engine}; it needs first_order")
+    if not (method.suppression_weight or clamp.on or method.condition):
+        raise UserError("method.suppression_weight: 0 leaves nothing to ask; give > 0, or weigh clamp or condition")
 
 
 def _validate_searches(attack: AttackConfig) -> None:

@@ -109,6 +109,24 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
+def test_without_classes_no_labels_are_needed(copied: Path) -> None:
+    """Images in ``train/`` and ``test/`` themselves serve to protect, and to attack with."""
+    flat = image_folder(copied / "flat", ("any",), count=24)
+    for side in ("train", "test"):
+        for path in (flat / side / "any").iterdir():
+            path.rename(flat / side / path.name)
+        (flat / side / "any").rmdir()
+    mine = f"[{{name: mine, source: imagefolder, root: {flat}, labels: none}}]"
+    several = (f"domain.restricted={mine}", "run_dir=new")
+    protect, audit = ([word for word in each if not word.startswith("domain.r")] for each in (PROTECT, AUDIT))
+    assert sophon(copied, *protect, *several).code == 0
+    restricted = load(copied / "new" / "checkpoint" / "sophon.json")["domains"]["restricted"]
+    assert (restricted["name"], restricted["classes"]) == ("mine", ["unlabelled"])
+    result = sophon(copied, *audit, *several[:1], "checkpoint=new", "run_dir=audited")
+    assert result.code == 0, result
+    assert load(copied / "audited" / "audit.json")["domains"]["restricted"] == "mine"
+
+
 def manifest(folder: Path, verb: str) -> Any:
     return load(folder / RUNS / verb / "checkpoint" / "sophon.json")
 
@@ -255,6 +273,7 @@ def test_audit_json_says_which_way_is_better(made: Path) -> None:
     summary = load(made / RUNS / "audit" / "audit.json")
     assert summary["metric"] == {"name": "eps-MSE", "unit": "", "higher_is_better": False}
     assert summary["attempts"] == 3
+    assert {moment["step"] for moment in summary["masking"]["measured"]["moments"]} == {0, 10}
     (attack,) = summary["attacks"]
     assert set(attack["roles"]) == set(ROLES)
     by_role = {record["role"]: record["test"] for record in attempts(made / RUNS / "audit")}

@@ -80,7 +80,7 @@ def check(config: Config) -> None:
     """Make, as far as that needs no data, everything that a configuration names."""
     assert config.task.name in TASKS
     assert config.tracking.wandb in MODES
-    for domain in (config.domain.original, config.domain.restricted):
+    for domain in (config.domain.original, *config.domain.restricted):
         assert domain.source in SOURCES
         known = {"bundled": BUNDLED, "torchvision": TORCHVISION, "imagefolder": ("",)}[domain.source]
         assert domain.dataset in known
@@ -139,7 +139,7 @@ def test_every_option_composes(group: str, option: str) -> None:
 def test_every_domain_composes_in_both_roles(option: str) -> None:
     config = typed(f"domain@domain.original={option}", f"domain@domain.restricted={option}")
     check(config)
-    assert config.domain.original == config.domain.restricted
+    assert config.domain.restricted == [config.domain.original]
     assert config.domain.original.name == option
 
 
@@ -152,7 +152,7 @@ def test_every_experiment_names_itself_and_its_parts(option: str) -> None:
     task = make_task(config, spec, amp=False, protects=True)
     assert config.guard.relative is not task.metric.higher_is_better, "errors in percent, accuracies in points"
     assert config.name.startswith(option)
-    assert config.domain.original != config.domain.restricted
+    assert config.domain.original not in config.domain.restricted
 
 
 def test_without_an_experiment_the_defaults_are_whole() -> None:
@@ -221,7 +221,7 @@ def test_the_papers_matrix() -> None:
             assert config.model.architecture == model
             assert config.model.image_size == 64
             assert config.domain.original.name == "imagenette"
-            assert config.domain.restricted.name == restricted
+            assert [each.name for each in config.domain.restricted] == [restricted]
             assert {model, restricted} <= set(re.split(r"paper_|_(?=[a-z0-9]+$)", config.name))
             names[config.name] = (model, restricted)
     assert len(names) == 25
@@ -266,7 +266,10 @@ def test_every_attribute_is_documented() -> None:
             parts = {"domain", "model", "method", "sampler", "guard", "attack", "tracking"} if kind is Config else set()
             if kind is config_module.DomainsConfig:
                 continue
-            assert documented == {field.name for field in dataclasses.fields(kind)} - parts, kind
+            bases = (base for base in kind.__bases__ if dataclasses.is_dataclass(base))
+            inherited = {field.name for base in bases for field in dataclasses.fields(base)}
+            own = {field.name for field in dataclasses.fields(kind)} - parts
+            assert documented | inherited == own | inherited, kind
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -355,6 +358,7 @@ def test_a_value_of_the_wrong_type_is_refused(override: str, shipped: DictConfig
     assert refusal(override, shipped=shipped)
 
 
+CLAMP = ("curvature", "contract", "tail", "inverse")
 OUT_OF_RANGE = [
     *(f"method.{name}=0" for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size")),
     "method.ntr_batch_size=0",
@@ -367,6 +371,13 @@ OUT_OF_RANGE = [
         for value in (0, ".nan", ".inf")
     ),
     "method.distillation=.nan",
+    *(f"method.{name}=-1" for name in ("suppression_weight", "sharpness", "condition")),
+    *(f"method.clamp.{name}=-1" for name in ("curvature", "contract", "tail", "inverse", "slack", "lipschitz")),
+    *(f"method.clamp.{name}=0" for name in ("c_max", "probe_width", "probes")),
+    *(f"method.clamp.c_limit={value}" for value in (0, 1, ".nan")),
+    *(f"method.clamp.kappa_min={value}" for value in (".nan", ".inf")),
+    "method.suppression_weight=0",
+    "method.fixed_norms=row",
     *(f"method.fts_original_weight={value}" for value in (".nan", ".inf")),
     *(f"method.suppression_timesteps={value}" for value in (0, -0.4, 1.01, 20, ".nan", ".inf")),
     "method.schedule=weekly",
@@ -382,6 +393,8 @@ OUT_OF_RANGE = [
     *(f"task.{name}={value}" for name in ("evaluation_images", "sample_steps") for value in (0, -1)),
     *(f"attack.samples={value}" for value in (-1, -16)),
     *(f"attack.frechet_samples={value}" for value in (1, -1)),
+    "attack.masking.steps=-1",
+    "attack.masking.batches=0",
     *(f"n={value}" for value in (0, -1)),
     "threads=-1",
     "pretrain.optimizer=lion",
@@ -404,6 +417,11 @@ def test_a_value_outside_its_range_is_refused_before_anything_runs(override: str
     assert value.lstrip(".") in message
 
 
+def test_a_head_start_to_measure_masking_from_is_one_that_attackers_have(shipped: DictConfig) -> None:
+    message = refusal("attack.masking.heads=[fresh,bald]", shipped=shipped)
+    assert all(word in message for word in ("attack.masking.heads", "bald", "kept", "probed"))
+
+
 @pytest.mark.parametrize(
     "assignment",
     [
@@ -413,6 +431,9 @@ def test_a_value_outside_its_range_is_refused_before_anything_runs(override: str
         "attack.samples=1",
         "attack.frechet_samples=0",
         "attack.frechet_samples=2",
+        "attack.masking.heads=[]",
+        "attack.masking.heads=[probed]",
+        "attack.masking.steps=0",
         "n=1",
         "guard.relative=true",
         "guard.tolerance=0",
@@ -423,6 +444,12 @@ def test_a_value_outside_its_range_is_refused_before_anything_runs(override: str
         "method.segment=1",
         *(f"method.window={value}" for value in (0, 1, "null")),
         "method.fts_original_weight=0",
+        "method.suppression_weight=0.5",
+        "method.sharpness=0.1",
+        "method.condition=0.1",
+        "method.clamp.kappa_min=-2",
+        "method.clamp.probes=1",
+        *(f"method.fixed_norms={name}" for name in ("none", "layer", "channel")),
         "method.suppression_timesteps=1",
         "method.suppression_timesteps=0.001",
         *(f"method.schedule={name}" for name in SCHEDULES),
@@ -443,6 +470,24 @@ def test_a_pool_needs_the_engine_whose_attackers_can_go_on(shipped: DictConfig) 
     exact.method.engine = "second_order"
     assert changed(exact, "method.pool=0").method.engine == "second_order"
     assert "method.pool: 3 is not allowed with engine second_order" in refusal("method.pool=3", shipped=exact)
+
+
+@pytest.mark.parametrize(
+    "assignment", ["suppression_weight=0.5", "sharpness=0.1", "condition=1", *(f"clamp.{name}=1" for name in CLAMP)]
+)
+def test_what_is_asked_besides_suppression_needs_the_first_order(assignment: str, shipped: DictConfig) -> None:
+    assert changed(shipped, f"method.{assignment}").method.engine == "first_order"
+    exact = copy.deepcopy(shipped)
+    exact.method.engine = "second_order"
+    message = refusal(f"method.{assignment}", shipped=exact)
+    assert message.startswith(f"method.{assignment.split('=')[0].split('.')[0]}: ")
+    assert "needs first_order" in message
+
+
+def test_suppression_may_be_left_out_where_something_else_is_asked(shipped: DictConfig) -> None:
+    besides = copy.deepcopy(shipped)
+    besides.method.condition = 1
+    assert changed(besides, "method.suppression_weight=0").method.condition == 1
 
 
 @pytest.mark.parametrize("name", ["''", "a/b", "../a", ".a", "/a"])

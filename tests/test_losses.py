@@ -22,6 +22,11 @@ BY_HAND = {
     "klu": -(math.log(3 / 2) + 2 * math.log(3 / 4) + math.log(3 / 8) + math.log(9 / 8) + math.log(3 / 2)) / 6,
     "negative_ce": (math.log(1 / 2) + math.log(3 / 8)) / 2,
     "mlac": (math.log(1 / 2) + math.log(3 / 8)) / 2,
+    "negative_entropy": (
+        (math.log(1 / 2) / 2 + math.log(1 / 4) / 2)
+        + (math.log(1 / 8) / 8 + 3 * math.log(3 / 8) / 8 + math.log(1 / 2) / 2)
+    )
+    / 2,
     # softmax(-z) is (1/5, 2/5, 2/5) and (12, 4, 3) / 19
     "ce_on_negated_logits": (-math.log(1 / 5) - math.log(4 / 19)) / 2,
 }
@@ -55,6 +60,8 @@ def test_stated_gradients() -> None:
     torch.testing.assert_close(ice, others / 2)
     torch.testing.assert_close(gradient("klu", LOGITS, LABELS), (p - 1 / CLASSES) / 2)
     torch.testing.assert_close(gradient("negative_ce", LOGITS, LABELS), (onehot - p) / 2)
+    entropy = -(p * p.log()).sum(1, keepdim=True)
+    torch.testing.assert_close(gradient("negative_entropy", LOGITS, LABELS), p * (p.log() + entropy) / 2)
     negated = gradient("ce_on_negated_logits", LOGITS, LABELS)
     torch.testing.assert_close(negated, (onehot - (-LOGITS).softmax(1)) / 2)
 
@@ -108,6 +115,7 @@ def test_extreme_values() -> None:
     assert losses.kl_from_uniform(right).item() == pytest.approx(4e4 / 3 - math.log(3))
     assert losses.negative_cross_entropy(wrong, label).item() == -2e4
     assert losses.clamped_negative_cross_entropy(wrong, label).item() == pytest.approx(-math.log(3))
+    assert losses.negative_entropy(wrong).item() == 0
     assert losses.negated_logits_cross_entropy(wrong, label).item() == pytest.approx(math.log(2))
 
 
@@ -135,6 +143,7 @@ def test_ranges(values: list[list[float]], label: int) -> None:
     assert losses.kl_from_uniform(logits, labels) >= -rounding
     assert losses.negative_cross_entropy(logits, labels) <= rounding
     assert -math.log(logits.shape[1]) - rounding <= losses.clamped_negative_cross_entropy(logits, labels) <= rounding
+    assert -math.log(logits.shape[1]) - rounding <= losses.negative_entropy(logits) <= rounding
     assert losses.negated_logits_cross_entropy(logits, labels) >= -rounding
 
 
@@ -146,8 +155,15 @@ def test_klu_is_zero_at_uniform_only(classes: int, level: float, bump: float) ->
     assert losses.kl_from_uniform(uniform).item() > 1e-7
 
 
-def test_klu_ignores_labels() -> None:
+def test_klu_and_entropy_ignore_labels() -> None:
     assert losses.kl_from_uniform(LOGITS) == losses.kl_from_uniform(LOGITS, LABELS)
+    assert losses.negative_entropy(LOGITS) == losses.negative_entropy(LOGITS, LABELS)
+
+
+def test_entropy_is_greatest_at_a_uniform_guess() -> None:
+    uniform = torch.full((2, 5), 7.0, dtype=torch.float64)
+    assert losses.negative_entropy(uniform).item() == pytest.approx(-math.log(5))
+    torch.testing.assert_close(gradient("negative_entropy", uniform, LABELS), torch.zeros_like(uniform))
 
 
 def test_mlac_gives_nothing_for_worse_than_a_guess() -> None:
@@ -268,3 +284,68 @@ def test_denoising_losses_are_means_over_elements(name: str) -> None:
     loss = DENOISING_SUPPRESSION_LOSSES[name]
     again = loss(PREDICTED.repeat(3, 2, 4, 1), NOISE.repeat(3, 2, 4, 1))
     torch.testing.assert_close(again, loss(PREDICTED, NOISE))
+
+
+# --- features -----------------------------------------------------------------------------------------------------
+
+# X^T X is diagonal: the second moment's eigenvalues are as 4, 1 and 0.25 over their sum
+FEATURES = torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+MOMENT = torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64) / 5.25
+RESTING = {"ill": losses.ill_conditioning, "well": losses.well_conditioning}
+
+
+def by_hand(spectrum: Tensor) -> dict[str, float]:
+    """The paper's two formulas of eigenvalues that sum to 1; ours divides R_ill by their number."""
+    k = len(spectrum)
+    ill = 1 / (spectrum.square().sum() / (2 * k) - spectrum.min() ** 2 / 2)
+    well = spectrum.max() ** 2 / 2 - spectrum.square().sum() / (2 * k)
+    return {"ill": ill.item() / k, "well": well.item()}
+
+
+@pytest.mark.parametrize("kind", RESTING)
+def test_conditioning_by_hand(kind: str) -> None:
+    assert RESTING[kind](FEATURES).item() == pytest.approx(by_hand(MOMENT)[kind], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", RESTING)
+@pytest.mark.parametrize("shape", [(12, 4), (4, 12), (5, 5)])
+def test_conditioning_of_any_features(kind: str, shape: tuple[int, int]) -> None:
+    """More images than features or fewer; whatever their scale and their basis; and its gradient is right."""
+    torch.manual_seed(2)
+    features = torch.randn(shape, dtype=torch.float64)
+    values = torch.linalg.svdvals(features).square()
+    found = RESTING[kind](features)
+    assert found.item() == pytest.approx(by_hand(values / values.sum())[kind], rel=1e-9)
+    turned = 100 * features @ torch.linalg.qr(torch.randn(shape[1], shape[1], dtype=torch.float64))[0]
+    torch.testing.assert_close(RESTING[kind](turned), found)
+    assert torch.autograd.gradcheck(RESTING[kind], (features.requires_grad_(),))
+
+
+def test_conditioning_at_its_ends() -> None:
+    """Rank one is as ill-conditioned as it gets, a multiple of the identity as well; gradients stay finite at both."""
+    line, round_ = torch.ones(6, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    assert losses.ill_conditioning(line).item() == pytest.approx(2)
+    assert losses.well_conditioning(line).item() == pytest.approx(1 / 2 - 1 / 8)
+    assert losses.ill_conditioning(round_).item() == pytest.approx(4e6 * 4)
+    assert losses.well_conditioning(round_).item() == pytest.approx(0, abs=1e-12)
+    for features in (line, round_, torch.zeros(6, 4), torch.ones(1, 4)):
+        for loss in RESTING.values():
+            leaf = features.clone().requires_grad_()
+            assert torch.autograd.grad(loss(leaf), leaf)[0].isfinite().all()
+
+
+def test_following_the_gradient_conditions() -> None:
+    torch.manual_seed(0)
+    for kind, rises in (("ill", True), ("well", False)):
+        features = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
+        before = torch.linalg.cond(features).item()
+        optimizer = torch.optim.Adam([features], lr=0.02)
+        for _ in range(50):
+            optimizer.zero_grad()
+            RESTING[kind](features).backward()
+            optimizer.step()
+        assert (torch.linalg.cond(features).item() > before) is rises
+
+
+def test_conditioning_of_half_precision_features_is_in_float32() -> None:
+    assert losses.ill_conditioning(FEATURES.to(torch.bfloat16)).dtype == torch.float32

@@ -197,6 +197,21 @@ def test_audit_json_compares_the_roles(made: Path) -> None:
     assert summary["domains"] == {"original": "fashion_clothes", "restricted": "fashion_shoes_bags", "benign": None}
 
 
+def test_the_audit_looks_for_masking(made: Path) -> None:
+    masking = load(made / RUNS / "audit" / "audit.json")["masking"]
+    assert (masking["pairs"], masking["share"]) == ([], None)
+    found = masking["measured"]
+    assert [(moment["head"], moment["step"]) for moment in found["moments"]] == [
+        ("fresh", 0), ("fresh", 10), ("kept", 0), ("kept", 10),
+    ]  # fmt: skip
+    assert found["layers"]
+    for moment in found["moments"]:
+        for values in moment["quantities"].values():
+            assert math.isfinite(values["protected"])
+            assert math.isfinite(values["unprotected"])
+    assert "scale-free gradient" in (made / RUNS / "audit" / "report.md").read_text()
+
+
 def test_the_audit_measures_intactness_itself(made: Path) -> None:
     found, stated = load(made / RUNS / "audit" / "audit.json")["intactness"], manifest(made, "protect")["intactness"]
     assert found["metric"] == "accuracy"
@@ -244,6 +259,19 @@ def test_a_finished_run_is_left_alone(copied: Path, command: tuple[str, ...]) ->
 def test_a_finished_audit_comes_to_the_same_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     assert "report.html" in run_again(copied, AUDIT).out
+
+
+def test_masking_is_measured_otherwise_without_another_attempt(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
+    path = copied / RUNS / "audit" / "audit.json"
+    before = load(path)
+    for override, steps in (("attack.masking={heads: [kept], steps: 1}", [0, 1]), ("attack.masking.heads=[]", None)):
+        result = sophon(copied, *AUDIT, override)
+        assert result.code == 0, result
+        after = load(path)
+        measured = after["masking"]["measured"]
+        assert (measured and [moment["step"] for moment in measured["moments"]]) == steps
+        assert after["attacks"] == before["attacks"]
 
 
 def test_report_renders_the_same_bytes_from_disk(copied: Path) -> None:

@@ -83,11 +83,11 @@ def alternation(options: argparse.Namespace, device: torch.device) -> tuple[Call
     few = random_batch(spec, 2, generator, device)
     size = Model(forward_flops(model, task, few), sum(parameter.numel() for parameter in model.parameters()), 0)
     restricted = Domain("random", CLASSES, images, {})
-    suppressor = Suppressor(model, task, restricted, StrategySampler(sampler), method, seed=0)
+    suppressor = Suppressor(model, task, [restricted], StrategySampler(sampler), method, seed=0)
     reinforcer = Reinforcer(model, reference, task, images["train"], method, seed=0)
     if options.compile:
         # the copies that attackers run on; a copy of a compiled model would not be compiled
-        for module in (model, *suppressor._scratch.values()):
+        for module in (model, *suppressor.attackers.copies()):
             module.compile()
 
     def one(number: int) -> None:

@@ -25,6 +25,7 @@ from sophon.audit.results import (
     worst_case,
 )
 from sophon.audit.scores import Array, ci95, finite, points, resample, sign_of
+from sophon.audit.undone import undone
 from sophon.audit.verdict import EXPOSURES, HARM_ABOVE, HOLDS_FROM, NO_PROTECTION_BELOW, ORACLE, ROLES, Record, verdict
 from sophon.errors import UserError
 
@@ -56,12 +57,15 @@ def summarise(attempts: Sequence[Record], context: Record) -> dict[str, Any]:
         context: ``checkpoint``, ``reference``, ``intactness``, ``support``, ``domains`` and their ``hashes``,
             ``left_out`` (attacks that do not fit the models), ``config``, ``packages``, and of generating models
             ``feature_network`` (the name of what a Frechet distance was measured with) and ``gallery`` (what
-            `sophon.audit.gallery.write_gallery` returned); whatever is missing is stored as None. And ``searches``:
+            `sophon.audit.gallery.write_gallery` returned); whatever is missing is stored as None. ``masking``: what
+            `sophon.audit.masking.measure` returned. And ``searches``:
             contents of ``searches/*.json``, each of one ``role``, or entries of the summary's ``searches``, whose
             ``roles`` each have ``trials`` and ``best`` (the winner's number).
 
     Returns:
-        Plain JSON data without NaN. Only ``seconds_total`` depends on how fast the machine was.
+        Plain JSON data without NaN. Only ``seconds_total`` depends on how fast the machine was. ``masking`` has what
+        was ``measured`` (None if nothing was), and ``pairs`` and ``share`` as `sophon.audit.undone.undone` returns
+        them.
 
     Raises:
         UserError: there is no attempt, or one is malformed or does not fit the others.
@@ -74,6 +78,7 @@ def summarise(attempts: Sequence[Record], context: Record) -> dict[str, Any]:
         scores = _scores(ordered, metric)
     summary = {"schema_version": SCHEMA_VERSION, "metric": metric, "attempts": len(ordered), **scores}
     summary["intactness"] = _intactness(context.get("intactness"))
+    summary["masking"] = {"measured": context.get("masking"), **undone(scores["attacks"])}
     summary["searches"] = _searches(context.get("searches") or (), sign_of(metric))
     summary |= {key: context.get(key) for key in _PASSED_ON}
     summary["thresholds"] = {

@@ -4,6 +4,7 @@ Images stay ``uint8`` until a task normalises them, so a small set lives on the 
 """
 
 from sophon.domains.batches import AUGMENTATIONS, batch_indices, batches, evaluation_batches
+from sophon.domains.clusters import with_clusters
 from sophon.domains.sources import SOURCES, load_source
 from sophon.domains.splits import few_shot, load_original, load_restricted
 from sophon.domains.types import Batch, Domain, ImageSet
@@ -21,4 +22,5 @@ __all__ = [
     "load_original",
     "load_restricted",
     "load_source",
+    "with_clusters",
 ]

@@ -309,7 +309,9 @@ def _imagefolder(config: DomainConfig, where: str) -> tuple[Part, Part]:
         raise UserError(
             f"{where}.root: there is no folder {missing} in {root}; give root/train/CLASS and root/test/CLASS"
         )
-    train, test = _folder_part(root / "train", where), _folder_part(tests[0], where)
+    flat = config.labels == "none" and not any(entry.is_dir() for entry in _listed(root / "train", where))
+    read = _flat_part if flat else _folder_part
+    train, test = read(root / "train", where), read(tests[0], where)
     if train.classes != test.classes:
         differing = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
         raise UserError(f"{where}.root: train and {tests[0].name} of {root} differ in the classes {differing}")
@@ -322,6 +324,21 @@ def _folder_part(folder: Path, where: str) -> Part:
     except OSError as error:  # no class folder, one without an image, or one that may not be listed
         raise UserError(f"{where}.root: {folder}: {_one_line(error)}") from error
     return Part(dataset.targets, tuple(dataset.classes), lambda index: dataset[index][0])
+
+
+def _flat_part(folder: Path, where: str) -> Part:
+    """Read a folder that holds the images themselves: one class."""
+    paths = [str(path) for path in _listed(folder, where) if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    if not paths:
+        raise UserError(f"{where}.root: there is no image in {folder}")
+    return Part([0] * len(paths), ("image",), lambda index: _open(paths[index], where))
+
+
+def _listed(folder: Path, where: str) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{where}.root: {folder}: {_one_line(error)}") from error
 
 
 SOURCES: dict[str, Callable[[DomainConfig, str], tuple[Part, Part]]] = {

@@ -14,6 +14,7 @@ from sophon.domains.types import Domain, ImageSet
 from sophon.errors import UserError
 
 RESTRICTED_SPLITS = ("adapt", "query", "attack", "select")
+UNLABELLED = ("unlabelled",)
 
 
 def load_original(config: DomainConfig, *, image_size: int, channels: int, where: str = "domain.original") -> Domain:
@@ -55,7 +56,9 @@ def load_restricted(
         where: the configuration key of ``config``, for messages.
 
     Returns:
-        The domain, on the CPU, with the splits ``adapt``, ``query``, ``attack``, ``select`` and ``test``.
+        The domain, on the CPU, with the splits ``adapt``, ``query``, ``attack``, ``select`` and ``test``. Without
+        labels the splits hold the same images, so that an audit with labels attacks with others than the defender
+        had; all of them are then of one class, ``unlabelled``.
 
     Raises:
         UserError: as `load_source`; or ``fractions`` has other keys, a part <= 0 or a sum > 1, or leaves a split
@@ -113,7 +116,14 @@ def _load(config: DomainConfig, fractions: Mapping[str, float], image_size: int,
     key = f"{where}.val_fraction" if "val" in fractions else f"{where}.fractions"
     indices = _stratified(train, fractions, config.split_seed, key)
     splits = {name: train.take(chosen) for name, chosen in indices.items()} | {"test": test}
-    return Domain(config.name, train.classes, splits, {name: images.sha256() for name, images in splits.items()})
+    if config.labels == "none":
+        splits = {name: _without_labels(images) for name, images in splits.items()}
+    classes, hashes = splits["test"].classes, {name: images.sha256() for name, images in splits.items()}
+    return Domain(config.name, classes, splits, hashes)
+
+
+def _without_labels(images: ImageSet) -> ImageSet:
+    return ImageSet(images.images, torch.zeros_like(images.labels), UNLABELLED)
 
 
 def _without_duplicates(train: ImageSet, test: ImageSet) -> ImageSet:

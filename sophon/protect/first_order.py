@@ -11,7 +11,8 @@ from torch.profiler import record_function
 from sophon.domains import Batch
 from sophon.protect import regions
 from sophon.protect.moments import moments_of, restore_moments
-from sophon.protect.simulate import Past, Simulation, floats, frozen_statistics, recording_layers
+from sophon.protect.objectives import PLAIN
+from sophon.protect.simulate import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
@@ -24,11 +25,13 @@ def first_order(
     query: Iterator[Batch],
     gammas: Sequence[float],
     past: Past | None = None,
+    *,
+    objectives: Sequence[Objective] = PLAIN,
 ) -> Simulation:
     """Run the attacker in place; add up ``gamma_k`` times the query gradients at theta^1 .. theta^K.
 
     What it needs besides the attacker is its optimizer's state and one set of gradients, its total: the attacker's own
-    gradients live from their pass to their step.
+    gradients live from their pass to their step. Objectives other than plain suppression may need more for themselves.
 
     Args:
         attacker: scratch copy of the released model with the attacker's head; it ends as the fine-tuned model.
@@ -38,6 +41,7 @@ def first_order(
         query: the defender's batches; one is taken for each gamma that is not zero.
         gammas: K weights, one for each step.
         past: of an attacker that has begun before and goes on.
+        objectives: what is asked at each query, one or more; the losses returned are those of the first.
     """
     trainable = list(task.train_mode(attacker, strategy.scope).values())
     optimizer = build_optimizer(strategy, trainable, fused=True)
@@ -46,18 +50,49 @@ def first_order(
         done = past.steps
         restore_moments(optimizer, past.moments)
         _lay_out(optimizer)
-    total = _Total(attacker, trainable)
+    total = _Total(attacker, trainable, objectives)
+    way = _Way(trainable, gammas, begun=past is None, remembers=any(each.remembers for each in objectives))
     query_losses, attacker_losses = [], []
     for step, gamma in enumerate(gammas):
         attacker_losses.append(_attack(attacker, task, _drawn(adapt)))
         with record_function(regions.ATTACKER_STEP):
-            _set_learning_rate(optimizer, strategy, done + step)
+            lr = _set_learning_rate(optimizer, strategy, done + step)
+            way.before_step(step)
             optimizer.step()
             optimizer.zero_grad()
         if gamma:
-            query_losses.append(total.add(task, _drawn(query), gamma))
+            query_losses.append(total.add(task, _drawn(query), gamma, way.query(step, lr)))
     attacker.requires_grad_(True)
     return Simulation(total.gradients(), floats(query_losses), floats(attacker_losses), moments_of(optimizer))
+
+
+class _Way:
+    """What queries ask of the way so far; copies of weights are made only if an objective remembers.
+
+    Args:
+        trainable: the parameters that the attacker steps, where the simulation starts.
+        gammas: the steps' weights.
+        begun: whether the attacker begins here.
+        remembers: whether to keep where it started and where it was before the last step.
+    """
+
+    def __init__(
+        self, trainable: Sequence[nn.Parameter], gammas: Sequence[float], *, begun: bool, remembers: bool
+    ) -> None:
+        self.trainable, self.gammas, self.begun, self.remembers = trainable, gammas, begun, remembers
+        self.final = max((step for step, gamma in enumerate(gammas) if gamma), default=-1)
+        self.start = self._copied() if remembers else []
+        self.before: list[Tensor] = []
+
+    def before_step(self, step: int) -> None:
+        if self.remembers and self.gammas[step]:
+            self.before = self._copied()
+
+    def query(self, step: int, lr: float) -> Query:
+        return Query(self.trainable, lr, step == self.final, self.begun, self.start, self.before)
+
+    def _copied(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.trainable]
 
 
 class _Total:
@@ -68,10 +103,12 @@ class _Total:
     Args:
         model: the attacker's; gradients left on it by an earlier run are forgotten.
         trainable: the parameters that it steps.
+        objectives: what is asked, at least one.
     """
 
-    def __init__(self, model: nn.Module, trainable: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, trainable: Sequence[nn.Parameter], objectives: Sequence[Objective]) -> None:
         self.model = model
+        self.objectives = objectives
         self.parameters = dict(model.named_parameters())
         self.sums: list[Tensor | None] = [None] * len(self.parameters)
         self.layers = recording_layers(model)
@@ -81,20 +118,18 @@ class _Total:
         model.requires_grad_(True)
         self._attend(False)
 
-    def add(self, task: Task, batch: Batch, gamma: float) -> Tensor:
-        """Add gamma times the gradient of the suppression loss, which is returned."""
+    def add(self, task: Task, batch: Batch, gamma: float, query: Query) -> Tensor:
+        """Add the objectives' gradients; return the value of the first."""
         with record_function(regions.QUERY_PASS):
             self._attend(True)
             for parameter, summed in zip(self.parameters.values(), self.sums, strict=True):
                 parameter.grad = summed
             with frozen_statistics(self.layers):
-                loss = task.suppression_loss(self.model, batch)
-            # into .grad, so that autograd adds each gradient as it comes: there never is a second set of them
-            (gamma * loss).backward()  # type: ignore[no-untyped-call]
+                losses = [each.add(self.model, task, batch, gamma, query) for each in self.objectives]
             self.sums = [parameter.grad for parameter in self.parameters.values()]
             self.model.zero_grad()
             self._attend(False)
-            return loss.detach()
+            return losses[0]
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the sums by parameter; zeros where no query's loss reached."""
@@ -127,6 +162,8 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
                 moments[name] = torch.empty_like(parameter).copy_(value)
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrategy, step: int) -> None:
+def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrategy, step: int) -> float:
+    lr = learning_rate(strategy, step)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(strategy, step)
+        group["lr"] = lr
+    return lr

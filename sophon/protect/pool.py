@@ -3,12 +3,15 @@
 A simulated attacker's weights are kept as its displacement from the released ones. When its turn comes again the
 released weights have moved, and it goes on from them plus its displacement. To first order, whose meta-gradient is the
 sum of the query gradients along the trajectory, this is FTS with the horizon of a whole life at the price of a chunk.
+
+Surgery may have scaled a released weight, or put another in its place. So the displacement is from the released weight
+times its factor, d attacker's weight / d released weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +27,13 @@ class Member:
     Attributes:
         strategy: how it fine-tunes.
         taken: steps that it has taken.
-        displacement: by parameter, from the released weights; absolute values for a head that is not released.
+        displacement: by parameter, from its factor times the released weight.
         buffers: those that its training has changed, normalisation statistics among them; all others are the released
             ones, as a frozen backbone's statistics are.
         moments: of its optimizer.
+        factors: by parameter, of a shape that the parameter's contains; 1 for those that are not named. 0 for a head
+            that is not released, so that its displacement is its value.
+        domain: which of the restricted domains it fine-tunes for.
     """
 
     strategy: FineTuneStrategy
@@ -35,9 +41,11 @@ class Member:
     displacement: dict[str, Tensor]
     buffers: dict[str, Tensor]
     moments: dict[str, Tensor]
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    domain: int = 0
 
 
-_PARTS = ("displacement", "buffers", "moments")
+_PARTS = ("displacement", "buffers", "moments", "factors")
 
 
 class Pool:
@@ -60,8 +68,9 @@ class Pool:
         taken: int,
         attacker: nn.Module,
         released: nn.Module,
-        own: set[str],
+        factors: Mapping[str, Tensor | float],
         moments: Mapping[str, Tensor],
+        domain: int = 0,
     ) -> None:
         """Keep an attacker for its next turn.
 
@@ -71,28 +80,26 @@ class Pool:
             taken: steps that it has taken so far.
             attacker: its model as it is now; copied.
             released: the released model as it was during the turn.
-            own: names of the parameters that are not released with the model: its head, unless that was kept.
+            factors: see `Member`; copied.
             moments: of its optimizer; copied.
+            domain: see `Member`.
         """
         start = dict(released.named_parameters())
+        kept = {name: torch.as_tensor(factor).clone() for name, factor in factors.items()}
         with torch.no_grad():
-            displacement = {
-                name: value.clone() if name in own else value - start[name]
-                for name, value in attacker.named_parameters()
-            }
+            displacement = {n: value - _share(start[n], kept.get(n)) for n, value in attacker.named_parameters()}
         given = dict(released.named_buffers())
         buffers = {n: value.clone() for n, value in attacker.named_buffers() if not torch.equal(value, given[n])}
-        kept = {name: value.clone() for name, value in moments.items()}
-        self.members[place] = Member(strategy, taken, displacement, buffers, kept)
+        own = {name: value.clone() for name, value in moments.items()}
+        self.members[place] = Member(strategy, taken, displacement, buffers, own, kept, domain)
 
-    def enter(self, place: int, attacker: nn.Module, released: nn.Module, own: set[str]) -> Member:
-        """Put the attacker at ``place`` into ``attacker``: the released weights plus its displacement."""
+    def enter(self, place: int, attacker: nn.Module, released: nn.Module) -> Member:
+        """Put the attacker at ``place`` into ``attacker``: its displacement from what is released now."""
         member, start = self.members[place], dict(released.named_parameters())
         buffers = dict(released.named_buffers()) | member.buffers
         with torch.no_grad():
             for name, value in attacker.named_parameters():
-                moved = member.displacement[name]
-                value.copy_(moved if name in own else start[name] + moved)
+                value.copy_(_share(start[name], member.factors.get(name)) + member.displacement[name])
             for name, buffer in attacker.named_buffers():
                 buffer.copy_(buffers[name])
         return member
@@ -109,7 +116,7 @@ class Pool:
     def record(self) -> dict[str, Any]:
         """Return the rest of every member as plain JSON data, for the same file."""
         return {
-            str(place): {"strategy": member.strategy.plain(), "taken": member.taken}
+            str(place): {"strategy": member.strategy.plain(), "taken": member.taken, "domain": member.domain}
             for place, member in self.members.items()
         }
 
@@ -118,7 +125,7 @@ class Pool:
     ) -> None:
         """Take up what `tensors` and `record` returned, of all processes together, as far as it belongs here."""
         self.members = {
-            int(place): Member(FineTuneStrategy.of(facts["strategy"]), facts["taken"], {}, {}, {})
+            int(place): Member(FineTuneStrategy.of(facts["strategy"]), facts["taken"], {}, {}, {}, {}, facts["domain"])
             for place, facts in record.items()
             if int(place) in self.own
         }
@@ -126,3 +133,11 @@ class Pool:
             place, part, name = key.split("/", 2)
             if int(place) in self.own:
                 getattr(self.members[int(place)], part)[name] = value.to(device)
+
+
+def _share(released: Tensor, factor: Tensor | None) -> Tensor:
+    """Return the part of an attacker's weight that moves with the released one, ready to be added."""
+    if factor is None:
+        return released
+    # a head of another domain has another shape than the released one's
+    return released * factor if factor.any() else factor

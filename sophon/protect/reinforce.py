@@ -12,8 +12,11 @@ from torch.profiler import record_function
 from sophon.config import MethodConfig
 from sophon.domains import Batch, ImageSet, batches
 from sophon.errors import UserError
+from sophon.losses import well_conditioning
+from sophon.protect.objectives import features_of
 from sophon.protect.ranks import ALONE, Ranks
 from sophon.protect.regions import BATCH, NTR_PASS, NTR_STEP, REDUCE
+from sophon.protect.simulate import frozen_statistics
 from sophon.runs import derive_seed
 from sophon.tasks import Task
 
@@ -23,7 +26,8 @@ class Reinforcer:
 
     Every batch is spread over the ranks, BatchNorm still sees it whole, and every rank takes the same Adam step. So the
     result is the serial one to rounding, for a loss that is a mean over the images and draws nothing; what it does
-    draw (noise, timesteps, dropout), each rank draws for its own slice.
+    draw (noise, timesteps, dropout), each rank draws for its own slice; and ``config.condition`` keeps the features of
+    each slice well-conditioned.
 
     Args:
         model: the released model, trained in place, BatchNorm statistics included.
@@ -97,6 +101,14 @@ class Reinforcer:
         stream = batches(self.images, self.config.ntr_batch_size, generator, self.config.ntr_augmentation)
         return stream, self.task.train_mode(self.model, "all")
 
+    def _loss(self, part: Batch) -> Tensor:
+        loss = self.task.original_loss(self.model, part, self.reference)
+        if not self.config.condition:
+            return loss
+        with frozen_statistics(self.model):  # the pass before has recorded this batch
+            features = features_of(self.task, self.model, part.images)
+        return loss + self.config.condition * well_conditioning(features)
+
     def _gradients(
         self, stream: Iterator[Batch], parameters: dict[str, nn.Parameter]
     ) -> tuple[float, dict[str, Tensor]]:
@@ -105,7 +117,7 @@ class Reinforcer:
             part = self.ranks.share(batch)
         with record_function(NTR_PASS), self.ranks.whole_batch():
             # weighted before it is differentiated: through BatchNorm a slice's loss reaches the other slices' images
-            loss = self.task.original_loss(self.model, part, self.reference) * (len(part.labels) / len(batch.labels))
+            loss = self._loss(part) * (len(part.labels) / len(batch.labels))
             found = torch.autograd.grad(loss, list(parameters.values()))
         with record_function(REDUCE):
             *gradients, loss = self.ranks.sum([*found, loss.detach()])

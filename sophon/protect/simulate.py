@@ -11,6 +11,9 @@ gradient with respect to theta^0 behind one signature:
 
 Both run on the module that they are given and leave it changed: hand them a scratch copy. Both leave the query out of
 the attacker's BatchNorm statistics, since an attacker never sees the defender's query images.
+
+What is asked at a query is an `Objective`; `first_order` takes any number of them. The identity holds for theta^k plus
+any constant as well: what an objective's gradient is at weights beside the trajectory counts unchanged.
 """
 
 from __future__ import annotations
@@ -57,6 +60,50 @@ class Past(NamedTuple):
     moments: Mapping[str, Tensor]
 
 
+class Query(NamedTuple):
+    """Where on an attacker's way the defender asks.
+
+    Attributes:
+        moving: the parameters that the attacker steps, at theta^k.
+        lr: the rate of its last step.
+        last: whether this is the simulation's last query, its only one of what is asked once.
+        begun: whether the attacker began in this simulation, so that ``start`` is theta^0.
+        start: values of ``moving`` at the start of the simulation; empty where no objective remembers.
+        before: their values before the last step; the same.
+    """
+
+    moving: Sequence[nn.Parameter]
+    lr: float
+    last: bool
+    begun: bool
+    start: Sequence[Tensor] = ()
+    before: Sequence[Tensor] = ()
+
+
+class Objective(Protocol):
+    """What the defender minimises at the queries of a simulation.
+
+    Attributes:
+        remembers: whether it needs ``start`` and ``before`` of a `Query`, which cost two copies of the moving weights.
+    """
+
+    remembers: bool
+
+    def add(self, model: nn.Module, task: Task, batch: Batch, gamma: float, query: Query) -> Tensor:
+        """Add its gradient by the model's parameters to their ``.grad``, and leave the weights to the bit.
+
+        Args:
+            model: the attacker's, all its parameters requiring gradients, statistics frozen.
+            task: gives the losses.
+            batch: the query's.
+            gamma: the query's weight, of what is asked at every query.
+            query: where it is.
+
+        Returns:
+            The objective's value, without ``gamma``; a scalar without a graph.
+        """
+
+
 class Engine(Protocol):
     """Simulates one attacker; see `first_order`."""
 
@@ -69,8 +116,9 @@ class Engine(Protocol):
         query: Iterator[Batch],
         gammas: Sequence[float],
         /,
+        **going_on: Past,
     ) -> Simulation:
-        """Run the attacker for as many steps as there are gammas."""
+        """Run the attacker for as many steps as there are gammas; ``past`` is for the first order alone."""
 
 
 # gamma_k for k = 1 .. K, before they are scaled to sum to 1
@@ -108,6 +156,43 @@ def frozen_statistics(model: nn.Module | Sequence[_BatchNorm]) -> Iterator[None]
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+@contextmanager
+def standing_at(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Let parameters have other values for a while; afterwards they have their own again, to the bit.
+
+    Graphs that need the values must not outlive the block.
+    """
+    own = [parameter.detach().clone() for parameter in parameters]
+    _set(parameters, values)
+    try:
+        yield
+    finally:
+        _set(parameters, own)
+
+
+@torch.no_grad()
+def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def rewinder(device: torch.device) -> Callable[[], None]:
+    """Return what puts torch's global generators (the CPU's and the device's) back to where they are now.
+
+    Passes that are compared must draw the same noise and the same dropout.
+    """
+    state = torch.get_rng_state()
+    if device.type != "cuda":
+        return lambda: torch.set_rng_state(state)
+    on_device = torch.cuda.get_rng_state(device)
+
+    def rewind() -> None:
+        torch.set_rng_state(state)
+        torch.cuda.set_rng_state(on_device, device)
+
+    return rewind
 
 
 def floats(values: list[Tensor]) -> list[float]:

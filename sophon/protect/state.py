@@ -45,14 +45,16 @@ class State(NamedTuple):
 
     Attributes:
         at: where it stands.
-        tensors: by name in parts: ``model`` and ``good`` weights, the ``probe`` head, the moments of ``fts`` and
-            ``ntr``, the members of the ``pool``.
+        tensors: by name in parts: ``model`` and ``good`` weights, the heads of ``probe`` by domain, the moments of
+            ``fts`` and ``ntr``, the members of the ``pool``.
         members: what `sophon.protect.pool.Pool.record` says of these.
+        curriculum: what `sophon.protect.curriculum.Curriculum.record` says.
     """
 
     at: Position
     tensors: Mapping[str, Mapping[str, Tensor]]
     members: Mapping[str, Any]
+    curriculum: Mapping[str, Any]
 
 
 _PARTS = ("model", "good", "probe", "fts", "ntr", "pool")
@@ -65,7 +67,7 @@ def write_state(path: Path, state: State) -> None:
         UserError: the file system refuses.
     """
     flat = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in state.tensors[part].items()}
-    write_tensors(path, flat, {**asdict(state.at), "pool": state.members})
+    write_tensors(path, flat, {**asdict(state.at), "pool": state.members, "curriculum": state.curriculum})
 
 
 def read_state(path: Path) -> State:
@@ -75,12 +77,12 @@ def read_state(path: Path) -> State:
         UserError: there is no readable state.
     """
     flat, metadata = read_tensors(path)
-    members = metadata.pop("pool", {})
+    members, curriculum = metadata.pop("pool", {}), metadata.pop("curriculum", {})
     tensors: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for key, tensor in flat.items():
         part, name = key.split("/", 1)
         tensors[part][name] = tensor
-    return State(Position(**metadata), tensors, members)
+    return State(Position(**metadata), tensors, members, curriculum)
 
 
 def last_good(folder: Path) -> tuple[dict[str, Tensor], Position]:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sophon.config import MethodConfig
-from sophon.domains import Batch, Domain, batches
+from sophon.domains import Domain
+from sophon.protect.attackers import Attackers
+from sophon.protect.curriculum import Curriculum
 from sophon.protect.first_order import first_order
+from sophon.protect.objectives import objectives_of
 from sophon.protect.pool import Member, Pool
 from sophon.protect.ranks import ALONE, Ranks
 from sophon.protect.regions import META_STEP, PREPARE, REDUCE
 from sophon.protect.second_order import second_order
 from sophon.protect.simulate import Engine, Past, Simulation, query_weights
+from sophon.protect.starts import Factors
 from sophon.runs import derive_seed
 from sophon.strategies import FineTuneStrategy, StrategySampler
 from sophon.tasks import Task
@@ -31,9 +33,9 @@ ENGINES: dict[str, Callable[..., Simulation]] = {"first_order": first_order, "se
 
 def engine_of(config: MethodConfig) -> Engine:
     """Return the engine that a configuration names, with its settings."""
-    engine = ENGINES[config.engine]
-    exact = config.engine == "second_order"
-    return partial(engine, segment=config.segment, window=config.window) if exact else engine
+    if config.engine == "second_order":
+        return partial(ENGINES[config.engine], segment=config.segment, window=config.window)
+    return partial(ENGINES[config.engine], objectives=objectives_of(config))
 
 
 class SuppressionStep(NamedTuple):
@@ -60,19 +62,19 @@ class _Turn:
         index: which of the step's attackers it is.
         strategy: how it fine-tunes.
         generator: of its batches.
-        seed: of torch's global generator, which a fresh head, noise and dropout are drawn from.
+        seed: of torch's global generator, which surgery, a fresh head, noise and dropout are drawn from.
+        domain: which of the restricted domains it fine-tunes for.
         place: in the pool; -1 without one.
         member: what its earlier turns have made of it; None if it begins.
-        seeded: whether the global generator has been seeded for it, and is where it goes on.
     """
 
     index: int
     strategy: FineTuneStrategy
     generator: torch.Generator
     seed: int
+    domain: int = 0
     place: int = -1
     member: Member | None = None
-    seeded: bool = False
 
 
 class Suppressor:
@@ -88,45 +90,36 @@ class Suppressor:
     Args:
         model: the released model; its parameters are stepped in place.
         task: gives the attacker's and the suppression loss.
-        restricted: the domain whose ``adapt`` and ``query`` splits the simulation uses.
+        restricted: the domains, one or more, whose ``adapt`` and ``query`` splits the simulation uses; an attacker
+            fine-tunes for one of them.
         sampler: the strategies to simulate.
-        config: how many attackers, which engine, the rate (alpha).
+        config: how many attackers, how they are chosen, which engine, the rate (alpha).
         seed: the run's.
         ranks: who simulates which attacker.
+        original: the original domain, for attackers whose surgery trains on it.
     """
 
     def __init__(
         self,
         model: nn.Module,
         task: Task,
-        restricted: Domain,
+        restricted: Sequence[Domain],
         sampler: StrategySampler,
         config: MethodConfig,
         seed: int,
         ranks: Ranks = ALONE,
+        original: Domain | None = None,
     ) -> None:
         self.model = model
         self.task = task
-        self.restricted = restricted
-        self.sampler = sampler
         self.config = config
         self.seed = seed
         self.ranks = ranks
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.fts_lr)
-        # One scratch copy with the released head and one with a restricted-domain head, allocated once.
-        heads = set(sampler.config.heads)
-        if "kept" in heads:
-            task.start_head(model, "kept", restricted.classes)
-        self._scratch = {"kept": copy.deepcopy(model)} if "kept" in heads else {}
-        if heads - {"kept"}:
-            other = self._scratch["fresh"] = copy.deepcopy(model)
-            torch.manual_seed(derive_seed(seed, "probed head"))
-            task.start_head(other, "fresh", restricted.classes)
-            self.probed_head = {name: other.get_parameter(name).detach().clone() for name in task.head_names(other)}
-        else:
-            self.probed_head = {}
-        mine = ranks.mine(config.attackers)
+        self.attackers = Attackers(model, task, restricted, set(sampler.config.heads), config, seed, original)
+        self.curriculum = Curriculum(sampler, config)
         self._engine = engine_of(config)
+        mine = ranks.mine(config.attackers)
         self.pool = Pool(config.pool, {place for index in mine for place in self._places(index)})
 
     def step(self, *key: object, factor: float = 1.0, anchor: Mapping[str, Tensor] | None = None) -> SuppressionStep:
@@ -139,12 +132,14 @@ class Suppressor:
         """
         with record_function(PREPARE):
             turns = [self._draw(key, index) for index in self.ranks.mine(self.config.attackers)]
-        self._refresh_probe(key, turns)
+        self._refresh_probes(key, turns)
         total: dict[str, Tensor] = {}
         # of the attackers that stay finite: how many, their queries, the sums of the losses
         facts = torch.zeros(4, dtype=torch.float64)
+        successes = []
         for turn in turns:
             gradients, run = self._simulate(turn)
+            successes.append([turn.strategy.plain(), _success(run)])
             if _is_finite(run, gradients):
                 for name, gradient in gradients.items():
                     total[name] = total[name] + gradient if name in total else gradient
@@ -153,6 +148,7 @@ class Suppressor:
             parameters = self.model.named_parameters()
             parts = [total[name] if name in total else torch.zeros_like(p) for name, p in parameters]
             *sums, facts = self.ranks.sum([*parts, facts])
+            self._learn(successes)
         finite, queries, query_loss, attacker_loss = facts.tolist()
         diverged = self.config.attackers - int(finite)
         if not finite:
@@ -175,17 +171,26 @@ class Suppressor:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def _learn(self, successes: list[list[Any]]) -> None:
+        """Tell the curriculum of every rank how the attackers of all ranks did."""
+        if self.config.curriculum != "uniform":
+            found = [each for part in self.ranks.gather(successes) for each in part]
+            self.curriculum.learn_all([(FineTuneStrategy.of(plain), success) for plain, success in found])
+
     def _draw(self, key: tuple[object, ...], index: int) -> _Turn:
         """Draw a new attacker, or one of the pool that goes on."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "fts", *key, index))
         seed = derive_seed(self.seed, "fts", "fresh head, noise and dropout", *key, index)
-        if not self.pool.size:
-            return _Turn(index, self.sampler.sample(generator), generator, seed)
-        places = self._places(index)
-        place = places[int(torch.randint(len(places), (), generator=generator))]
-        member = self.pool.members.get(place)
-        strategy = self.sampler.sample(generator) if member is None else member.strategy
-        return _Turn(index, strategy, generator, seed, place, member)
+        place, member = -1, None
+        if self.pool.size:
+            places = self._places(index)
+            place = places[int(torch.randint(len(places), (), generator=generator))]
+            member = self.pool.members.get(place)
+        if member is not None:
+            return _Turn(index, member.strategy, generator, seed, member.domain, place, member)
+        strategy, count = self.curriculum.draw(generator), len(self.attackers.restricted)
+        domain = int(torch.randint(count, (), generator=generator)) if count > 1 else 0
+        return _Turn(index, strategy, generator, seed, domain, place)
 
     def _places(self, index: int) -> range:
         """Return the places that are an attacker's to choose from: no two attackers of a step ever meet in one."""
@@ -193,92 +198,64 @@ class Suppressor:
 
     def _simulate(self, turn: _Turn) -> tuple[dict[str, Tensor], Simulation]:
         """Simulate an attacker's turn: in a pool a chunk of its steps, else all; return what it teaches."""
-        if not turn.seeded:
-            torch.manual_seed(turn.seed)
-        strategy, member, past = turn.strategy, turn.member, None
+        torch.manual_seed(turn.seed)
+        strategy, past = turn.strategy, None
         with record_function(PREPARE):
-            if member is None:
-                attacker = self._attacker(strategy)
+            if turn.member is None:
+                attacker, factors = self.attackers.begin(strategy, turn.domain, turn.generator)
             else:
-                attacker = self._scratch["kept" if strategy.head == "kept" else "fresh"]
-                self.pool.enter(turn.place, attacker, self.model, self._unreleased(strategy, attacker))
-                past = Past(member.taken, member.moments)
-            own = self._unreleased(strategy, attacker)
-            adapt, query = self._streams(strategy, turn.generator)
+                attacker, factors = self.attackers.scratch(strategy, turn.domain), dict(turn.member.factors)
+                self.pool.enter(turn.place, attacker, self.model)
+                past = Past(turn.member.taken, turn.member.moments)
+            streams = self.attackers.batches
+            adapt = streams(turn.domain, "adapt", strategy.batch_size, turn.generator, strategy.augmentation)
+            query = streams(turn.domain, "query", self.config.query_batch_size, turn.generator)
         taken = past.steps if past else 0
         steps = min(self.config.chunk, strategy.steps - taken) if self.pool.size else strategy.steps
         gammas = query_weights(self.config.gamma, steps, self.config.query_every)
-        if past is None:
-            run = self._engine(attacker, strategy, self.task, adapt, query, gammas)
-        else:
-            run = first_order(attacker, strategy, self.task, adapt, query, gammas, past)
+        going_on = {} if past is None else {"past": past}
+        run = self._engine(attacker, strategy, self.task, adapt, query, gammas, **going_on)
         self.pool.members.pop(turn.place, None)
         if taken + steps < strategy.steps and _is_finite(run, run.gradients):
             with record_function(PREPARE):
-                self.pool.leave(turn.place, strategy, taken + steps, attacker, self.model, own, run.moments or {})
-        return {name: gradient for name, gradient in run.gradients.items() if name not in own}, run
+                moments = run.moments or {}
+                self.pool.leave(
+                    turn.place, strategy, taken + steps, attacker, self.model, factors, moments, turn.domain
+                )
+        return _to_released(run.gradients, factors), run
 
-    def _unreleased(self, strategy: FineTuneStrategy, attacker: nn.Module) -> set[str]:
-        return set() if strategy.head == "kept" else self.task.head_names(attacker)
-
-    def _streams(
-        self, strategy: FineTuneStrategy, generator: torch.Generator
-    ) -> tuple[Iterator[Batch], Iterator[Batch]]:
-        return (
-            self._stream("adapt", strategy.batch_size, generator, strategy.augmentation),
-            self._stream("query", self.config.query_batch_size, generator, "none"),
-        )
-
-    def _stream(self, split: str, size: int, generator: torch.Generator, augmentation: str) -> Iterator[Batch]:
-        # its own generator: how many batches the attacker takes must not shift what the query sees
-        own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        return batches(self.restricted[split], size, own, augmentation)
-
-    def _attacker(self, strategy: FineTuneStrategy) -> nn.Module:
-        """Return the scratch copy, reset to the released weights and buffers, with the strategy's head start."""
-        attacker = self._scratch["kept" if strategy.head == "kept" else "fresh"]
-        head = self._unreleased(strategy, attacker)
-        released = self.model.state_dict()
-        with torch.no_grad():
-            for name, value in attacker.state_dict().items():
-                if name not in head:
-                    value.copy_(released[name])
-            if strategy.head == "fresh":
-                self.task.start_head(attacker, "fresh", self.restricted.classes)
-            elif strategy.head == "probed":
-                for name, value in self.probed_head.items():
-                    attacker.get_parameter(name).copy_(value)
-        return attacker
-
-    def _refresh_probe(self, key: tuple[object, ...], turns: list[_Turn]) -> None:
-        """Fit the defender's restricted-domain head to the features as they are now, if an attacker starts from it.
-
-        All ranks do the same, on the draws of the first such attacker; ``turns``, this rank's, then begin with it, for
-        it goes on where the probe has left its draws.
-        """
-        if "probed" not in self.sampler.config.heads:
+    def _refresh_probes(self, key: tuple[object, ...], turns: list[_Turn]) -> None:
+        """Refresh the probed head of each domain for which an attacker, of any rank, begins from it; all ranks do."""
+        if not self.attackers.probed:
             return
-        probed = [turn.index for turn in turns if turn.member is None and turn.strategy.head == "probed"]
-        index = min(chain.from_iterable(self.ranks.gather(probed)), default=None)
-        if index is None:
-            return
-        turns.sort(key=lambda turn: turn.index != index)
-        turn = turns[0] if turns[0].index == index else self._draw(key, index)
-        torch.manual_seed(turn.seed)
-        turn.seeded = True
-        probe = FineTuneStrategy(
-            optimizer="adam",
-            lr=self.config.probe_lr,
-            steps=self.config.probe_steps,
-            scope="head",
-            batch_size=self.config.query_batch_size,
-        )
-        with record_function(PREPARE):
-            attacker = self._attacker(turn.strategy)
-            stream = self._stream("adapt", probe.batch_size, turn.generator, "none")
-        ENGINES["first_order"](attacker, probe, self.task, stream, iter(()), [0.0] * probe.steps)
-        self.probed_head = {name: attacker.get_parameter(name).detach().clone() for name in self.probed_head}
-        self.ranks.broadcast(self.probed_head)  # ranks on unlike hardware differ in the last bits
+        begun = [turn.domain for turn in turns if turn.member is None and turn.strategy.head == "probed"]
+        for domain in sorted({each for part in self.ranks.gather(begun) for each in part}):
+            with record_function(PREPARE):
+                self.attackers.refresh_probe(domain, *key)
+            self.ranks.broadcast(self.attackers.probed[domain])  # ranks on unlike hardware differ in the last bits
+
+
+def _to_released(gradients: Mapping[str, Tensor], factors: Factors) -> dict[str, Tensor]:
+    """Turn gradients of attackers' weights into those of released ones; a weight of the attacker's own has none."""
+    found = {}
+    for name, gradient in gradients.items():
+        factor = factors.get(name, 1.0)
+        if isinstance(factor, float):
+            if factor:
+                found[name] = gradient if factor == 1.0 else gradient * factor
+        elif factor.any():
+            found[name] = gradient * factor
+    return found
+
+
+# steps at the end of a turn over which an attacker's loss is averaged: one batch's says little
+_LAST = 5
+
+
+def _success(run: Simulation) -> float:
+    """Say how well an attacker recovers: minus its own loss at the end of its turn."""
+    last = run.attacker_losses[-_LAST:]
+    return -sum(last) / len(last)
 
 
 def _is_finite(run: Simulation, gradients: dict[str, Tensor]) -> bool:

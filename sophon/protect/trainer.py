@@ -10,18 +10,20 @@ import copy
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sophon.config import GuardConfig, MethodConfig
-from sophon.domains import Domain
+from sophon.domains import Batch, Domain
 from sophon.errors import GuardError, UserError
 from sophon.protect.moments import moments_of, restore_moments
+from sophon.protect.norms import FixedNorms
 from sophon.protect.profiling import OFF, Profile
 from sophon.protect.ranks import ALONE, Ranks
 from sophon.protect.regions import GUARD
@@ -41,7 +43,7 @@ class Trainer:
         reference: the unprotected model.
         task: the model kind.
         original: domain with ``train`` and ``val``.
-        restricted: domain with ``adapt`` and ``query``.
+        restricted: the domains, each with ``adapt`` and ``query``.
         sampler: the attackers to simulate.
         method: the loops.
         guard: the constraint on the original domain.
@@ -58,7 +60,7 @@ class Trainer:
         reference: nn.Module,
         task: Task,
         original: Domain,
-        restricted: Domain,
+        restricted: Sequence[Domain],
         sampler: StrategySampler,
         method: MethodConfig,
         guard: GuardConfig,
@@ -77,8 +79,11 @@ class Trainer:
         self.ranks = ranks
         self.profile = profile
         self.state_path = folder / STATE_FILE
-        self.suppressor = Suppressor(model, task, restricted, sampler, method, seed, ranks)
+        self.suppressor = Suppressor(model, task, restricted, sampler, method, seed, ranks, original)
         self.reinforcer = Reinforcer(model, reference, task, original["train"], method, seed, ranks)
+        few = original["train"].take(torch.arange(min(8, len(original["train"]))))
+        fixed = method.fixed_norms != "none"
+        self.norms = FixedNorms(model, task, Batch(few.images, few.labels), method.fixed_norms) if fixed else None
         self.at, self.good = self._start(reference)
 
     def run(self) -> Position:
@@ -123,6 +128,7 @@ class Trainer:
         factor = SCHEDULES[self.method.schedule](number, self.method.rounds)
         steps = [self._suppress(number, step, factor) for step in range(self.method.fts_steps)]
         ntr_loss = self.reinforcer.run(self.at.ntr_steps, number, factor=factor)
+        self._fix_norms()
         self.at.round += 1
         finite = [step for step in steps if math.isfinite(step.query_loss)]
         means = {
@@ -132,10 +138,16 @@ class Trainer:
         return {**means, "diverged": sum(step.diverged for step in steps), "ntr_loss": ntr_loss}
 
     def _suppress(self, number: int, step: int, factor: float) -> SuppressionStep:
-        if not self.method.fts_original_weight:
-            return self.suppressor.step(number, step, factor=factor)
-        anchor = self.reinforcer.gradient(number, step, "anchor")
-        return self.suppressor.step(number, step, factor=factor, anchor=anchor)
+        anchored = self.method.fts_original_weight > 0
+        anchor = self.reinforcer.gradient(number, step, "anchor") if anchored else None
+        done = self.suppressor.step(number, step, factor=factor, anchor=anchor)
+        self._fix_norms()
+        return done
+
+    def _fix_norms(self) -> None:
+        """Put weights whose scale does not show in the function back to the reference's norm: nothing hides there."""
+        if self.norms is not None:
+            self.norms.restore()
 
     def _check(self) -> dict[str, Any]:
         """Look at ``val``: keep the state if it is within tolerance, else repair it, else go back to the good one."""
@@ -144,6 +156,7 @@ class Trainer:
         repaired = not loss <= self.guard.tolerance and self.guard.repair_steps > 0
         if repaired:
             self.reinforcer.run(self.guard.repair_steps, self.at.round, "repair", anneal=True)
+            self._fix_norms()
             value, loss = self._measure()
         accepted = loss <= self.guard.tolerance
         if accepted:
@@ -183,13 +196,19 @@ class Trainer:
         tensors = {
             "model": self.model.state_dict(),
             "good": self.good,
-            "probe": self.suppressor.probed_head,
+            "probe": {
+                f"{domain}/{name}": value
+                for domain, head in enumerate(self.suppressor.attackers.probed)
+                for name, value in head.items()
+            },
             "fts": moments_of(self.suppressor.optimizer),
             "ntr": moments_of(self.reinforcer.optimizer),
             "pool": self.ranks.collect(pool.tensors()),
         }
         members = {place: facts for part in self.ranks.gather(pool.record()) for place, facts in part.items()}
-        self.ranks.first(lambda: write_state(self.state_path, State(self.at, tensors, members)))
+        self.ranks.first(
+            lambda: write_state(self.state_path, State(self.at, tensors, members, self.suppressor.curriculum.record()))
+        )
 
     def _start(self, reference: nn.Module) -> tuple[Position, dict[str, Tensor]]:
         """Return the position and the good state to go on from: the saved ones, or the reference itself."""
@@ -208,7 +227,10 @@ class Trainer:
             if part != "pool"  # of which only a part may live here
         }
         self.model.load_state_dict(parts["model"])
-        self.suppressor.probed_head = parts["probe"]
+        for key, value in parts["probe"].items():
+            domain, name = key.split("/", 1)
+            self.suppressor.attackers.probed[int(domain)][name] = value
+        self.suppressor.curriculum.restore(saved.curriculum)
         restore_moments(self.suppressor.optimizer, parts["fts"])
         restore_moments(self.reinforcer.optimizer, parts["ntr"])
         self.tracker.say(f"going on after round {saved.at.round}")

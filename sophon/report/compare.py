@@ -19,6 +19,7 @@ from sophon.report import tables
 from sophon.report.document import Document, Figures, Fold, Heat, Note, Part, Section, Table, Terms
 from sophon.report.figures import COLOURS, EXPOSURE_WORDS, HUES, dots
 from sophon.report.heat import blocks, gap_strength
+from sophon.report.masking import masked_share
 from sophon.report.single import read_audit
 from sophon.runs import read_json, write_text
 from sophon.strategies import FineTuneStrategy
@@ -45,24 +46,25 @@ class _Audit:
     images: str | None
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+def write_comparison(folders: Sequence[Path], out: Path, name: str = "compare") -> Path:
     """Write ``compare.html`` (one self-contained file) and ``compare.md`` into ``out``, atomically.
 
     Args:
         folders: run directories of at least two audits, in the order in which they are shown.
         out: where to write; made if it is not there.
+        name: of both files, without ``.html`` and ``.md``.
 
     Returns:
-        The path of ``compare.html``.
+        The path of the HTML file.
 
     Raises:
         UserError: fewer than two folders, or one twice; a folder without an ``audit.json`` that this sophon reads;
             audits that measure different things; or a file that cannot be written.
     """
     document = _document(_read(folders))
-    page = out / "compare.html"
+    page = out / f"{name}.html"
     write_text(page, document.html())
-    write_text(out / "compare.md", document.markdown())
+    write_text(out / f"{name}.md", document.markdown())
     return page
 
 
@@ -88,16 +90,18 @@ def _read(folders: Sequence[Path]) -> list[_Audit]:
 
 
 def _labels(folders: Sequence[Path], summaries: Sequence[Record]) -> list[str]:
-    """Call each audit by its run's name and seed, and by its folder too where another is called the same."""
+    """Call each audit by its run's name and seed; where another is called the same, by its domain or its folder too."""
     labels = []
     for folder, summary in zip(folders, summaries, strict=True):
         config = summary["config"] or {}
         name = config.get("name") or (summary["checkpoint"] or {}).get("name") or str(folder)
         labels.append(f"{name}, seed {config['seed']}" if "seed" in config else str(name))
     times = Counter(labels)
+    domains = [(summary.get("domains") or {}).get("restricted") for summary in summaries]
+    by_domain = Counter(zip(labels, domains, strict=True))
+    more = domains if max(by_domain.values()) == 1 else folders
     return [
-        printable(label if times[label] == 1 else f"{label} ({folder})")
-        for label, folder in zip(labels, folders, strict=True)
+        printable(label if times[label] == 1 else f"{label} ({each})") for label, each in zip(labels, more, strict=True)
     ]
 
 
@@ -214,11 +218,12 @@ def _audits_table(audits: Sequence[_Audit], shared: Sequence[str]) -> Table:
                 _worst(worst_case([audit.attacks[name] for name in shared], summary["metric"])),
                 *(_worst(summary["worst_case"].get(group)) for group in ("overall", *EXPOSURES)),
                 format_difference(harm["value"], summary["metric"]) if harm else "-",
+                masked_share(summary),
             ]
         )
     groups = ["shared attacks", "all attacks", *EXPOSURE_WORDS.values()]
     head = ["audit", "method", "intactness loss", *(f"gap closed, {group}" for group in groups), "harm to benign use"]
-    return Table(head, rows, 2)
+    return Table([*head, "masked share"], rows, 2)
 
 
 def _verdicts(audits: Sequence[_Audit]) -> dict[str, str]:

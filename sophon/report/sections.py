@@ -13,6 +13,7 @@ from sophon.report import tables
 from sophon.report.document import Card, Figures, Fold, Note, Part, Pictures, Section, Strips
 from sophon.report.figures import EXPOSURE_WORDS, curve_panels, dot_plots
 from sophon.report.heat import attack_map
+from sophon.report.masking import masking
 from sophon.report.repeat import repeat
 from sophon.report.tables import SHOWN_ROLES, metric_name
 from sophon.report.trends import course_panels, decay_plot, search_panels
@@ -72,6 +73,7 @@ def sections(run_dir: Path, summary: Record, attempts: Sequence[Record]) -> list
         Section("curves", "Curves", list(_curves(summary, restricted))),
         Section("searches", "Searches", list(_searches(summary))),
         Section("course", "Does protection wear off?", list(_course(summary))),
+        Section("masking", "Masking", list(masking(summary))),
         Section("benign", "Benign fine-tuning", list(_benign(summary))),
         Section("controls", "Controls", list(_controls(summary))),
         Section("samples", "Samples", list(_samples(run_dir, summary, restricted))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -111,6 +112,22 @@ class ClassificationTask:
         with evaluating(reference):
             teacher = self.logits(reference, batch.images)
         return losses.distillation(logits, teacher, self.temperature)
+
+    def chance_loss(self, model: nn.Module) -> float:
+        """Return log C, the cross-entropy of a uniform guess over the model's C outputs."""
+        return math.log(model.get_parameter(head_prefix(model, self.spec) + ".weight").shape[0])
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return the input of the last layer, float [B, D]; in training mode it is a training pass."""
+        seen: list[Tensor] = []
+        head = model.get_submodule(head_prefix(model, self.spec))
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self.logits(model, images)
+        finally:
+            hook.remove()
+        features = seen[0].flatten(1)
+        return features.float() if self.amp else features
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the accuracy in percent, 0 .. 100."""

@@ -178,6 +178,14 @@ class DenoisingTask:
             teacher = self._output(reference, noised.images, noised.timesteps, labels)
         return F.mse_loss(output, teacher)
 
+    def chance_loss(self, model: nn.Module) -> float:
+        """Return 1: the mean square of unit noise, which is the error of predicting none."""
+        return 1.0
+
+    def features(self, model: nn.Module, images: Tensor) -> None:
+        """Return None: a denoiser has no head on features."""
+        return
+
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the mean squared error of the predicted noise over the images' fixed triples."""
         return float(self._errors(model, images)[1].mean())

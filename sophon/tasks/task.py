@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
+from sophon.models import ModelSpec
 from sophon.models.partition import Block, attention, owned
 
 
@@ -29,9 +30,15 @@ class Task(Protocol):
     """A model kind, as the loops see it. Losses are scalars to minimise for whoever calls them.
 
     What a loss draws at random (noise, dropout) comes from torch's global generator, which the loops seed.
+
+    Attributes:
+        amp: whether passes are autocast to bfloat16 where the images lie on a CUDA device; who needs more precision may
+            switch it off for a while.
     """
 
     metric: Metric
+    spec: ModelSpec
+    amp: bool
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return what an attacker minimises while it fine-tunes."""
@@ -44,6 +51,12 @@ class Task(Protocol):
 
     def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
         """Return what a student minimises to answer as ``reference`` does; the classes of the images teach nothing."""
+
+    def chance_loss(self, model: nn.Module) -> float:
+        """Return the attacker's loss of who can do no better than guess."""
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor | None:
+        """Return what the model's head sees of uint8 images [B, C, H, W]: float [B, D]; None if its kind has none."""
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the primary metric; leaves the model, its modes and the global generator as they were."""

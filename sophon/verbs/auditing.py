@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from torch import nn
 from sophon.audit import metrics
 from sophon.audit.fidelity import Fidelity, feature_network
 from sophon.audit.gallery import write_gallery
+from sophon.audit.masking import measure as measure_masking
 from sophon.audit.plan import Scene
 from sophon.audit.runner import Frechet, Runner
 from sophon.audit.workers import run_jobs
-from sophon.config import Config, plain
+from sophon.config import Config, keyed, plain
 from sophon.domains import Domain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
@@ -38,12 +39,41 @@ class _Stage:
 
 
 def audit(config: Config) -> None:
-    """Attack the checkpoint, its unprotected reference and a fresh model; write the results and the reports."""
+    """Attack the checkpoint, its unprotected reference and a fresh model; write the results and the reports.
+
+    Several restricted domains are audited in turn, each in a folder of its name, and then compared.
+    """
     _torch_threads(config)
-    stage = _stage(config)
+    parts = _parts(config)
+    stages = dict(zip(parts, _stages(config), strict=True))
+    runners = {path: _runner(parts[path], stage) for path, stage in stages.items()}  # refuses before a folder is begun
+    if len(parts) > 1 and (run_dir(config) / "run.json").exists():
+        raise UserError(f"run_dir: '{run_dir(config)}' holds an audit of one domain; give another run_dir")
+    summaries = {path: _audit(part, stages[path], runners[path]) for path, part in parts.items()}
+    if len(parts) > 1 and config.attack.shards == 1:
+        _compare_domains(run_dir(config), summaries)
+
+
+def _parts(config: Config) -> dict[Path, Config]:
+    """Return an audit's parts by their folders: the configuration itself, or one for each of several domains."""
+    folder, domains, parts = run_dir(config), config.domain, {}
+    if len(domains.restricted) == 1:
+        return {folder: config}
+    for each in domains.restricted:
+        inside = [str(path) if (path := Path(other) / each.name).is_dir() else other for other in config.attack.reuse]
+        parts[folder / each.name] = replace(
+            config,
+            run_dir=str(folder / each.name),
+            domain=replace(domains, restricted=[each]),
+            attack=replace(config.attack, reuse=inside),
+        )
+    return parts
+
+
+def _audit(config: Config, stage: _Stage, runner: Runner) -> dict[str, Any]:
+    """Audit one restricted domain; return what was found, nothing yet if this is only a shard of it."""
     scene, task = stage.scene, stage.scene.task
     folder = run_dir(config)
-    runner = _runner(config, stage)  # refuses what it cannot run before a folder is begun
     RunDirectory.open(folder, "audit", _identity(config, stage))
     gallery = _gallery(config, scene, folder)
     features = _features(config, stage, folder)
@@ -56,7 +86,7 @@ def audit(config: Config) -> None:
         print(
             f"{folder}: shard {config.attack.shard} of {config.attack.shards} is done; audit without shards to finish"
         )
-        return
+        return {}
     attempts, searches = runner.records()
     before, after = (
         {"test": task.evaluate(scene.models[role], stage.original["test"])} for role in ("unprotected", "protected")
@@ -69,6 +99,7 @@ def audit(config: Config) -> None:
         "searches": searches,
         "left_out": runner.plan.left_out,
         "gallery": gallery,
+        "masking": _masking(config, stage),
         "feature_network": None if features is None else features.name,
         "domains": {
             "original": stage.original.name,
@@ -83,6 +114,7 @@ def audit(config: Config) -> None:
     write_json(folder / "audit.json", summary)
     report.write_curves(folder, attempts)
     _write_reports(folder, summary, attempts)
+    return summary
 
 
 def _torch_threads(config: Config) -> None:
@@ -98,13 +130,14 @@ def _in_worker(config: Config) -> Runner:
     if config.threads:
         torch.set_num_threads(config.threads)
     _torch_threads(config)
-    stage = _stage(config)
+    [stage] = _stages(config)
     runner = _runner(config, stage)
     runner.measure_with(_frechet(stage, _features(config, stage, run_dir(config))))
     return runner
 
 
-def _stage(config: Config) -> _Stage:
+def _stages(config: Config) -> list[_Stage]:
+    """Read everything once, and set the stage for each of the restricted domains."""
     device = resolve_device(config.device)
     protected, reference = (
         checkpoint_of(config, *each) for each in (("checkpoint", "protect"), ("reference", "pretrain"))
@@ -115,13 +148,18 @@ def _stage(config: Config) -> _Stage:
             f"as the checkpoint's ({protected.spec.architecture}, {len(protected.spec.classes)} classes)"
         )
     spec = protected.spec
+    task = task_of(config, spec, device)
+    for key, each in keyed(config.domain.restricted).items():
+        if each.labels == "none" and task.head_names(protected.model):
+            raise UserError(
+                f"{key}.labels: 'none' is not allowed in an audit, whose attackers learn labels; give given"
+            )
     original, restricted = domains_of(config, spec, device)
     benign = None
     if config.domain.benign is not None:
         benign = load_restricted(
             config.domain.benign, image_size=spec.image_size, channels=spec.channels, where="domain.benign"
         ).to(device)
-    task = task_of(config, spec, device)
     models: dict[str, nn.Module] = {
         "protected": protected.model.to(device),
         "unprotected": reference.model.to(device),
@@ -133,9 +171,8 @@ def _stage(config: Config) -> _Stage:
         "scratch": repr([spec, measured]),
     }
     support = protected.manifest.get("sampler_support")
-    return _Stage(
-        protected, reference, original, Scene(models, spec, task, restricted, original, benign, provenance, support)
-    )
+    scenes = [Scene(models, spec, task, each, original, benign, provenance, support) for each in restricted]
+    return [_Stage(protected, reference, original, scene) for scene in scenes]
 
 
 def _runner(config: Config, stage: _Stage) -> Runner:
@@ -156,10 +193,19 @@ def _features(config: Config, stage: _Stage, folder: Path) -> Fidelity | None:
     return feature_network(stage.original, scene.restricted, seed=config.seed, folder=folder, device=device)
 
 
+def _masking(config: Config, stage: _Stage) -> dict[str, Any] | None:
+    scene = stage.scene
+    exact = task_of(replace(config, amp=False), scene.spec, resolve_device(config.device))
+    seed = derive_seed(config.seed, "masking")
+    return measure_masking(scene.models, scene.spec, exact, scene.restricted, config.attack.masking, seed)
+
+
 def _identity(config: Config, stage: _Stage) -> dict[str, Any]:
     benign = stage.scene.benign
+    parts = _identifying(config, "seed", "task", "attack")
+    del parts["attack"]["masking"]  # looks at what the attacks leave alone
     return {
-        **_identifying(config, "seed", "task", "attack"),
+        **parts,
         "checkpoint": stage.protected.sha256,
         "reference": stage.reference.sha256,
         "restricted": stage.scene.restricted.hashes,
@@ -195,9 +241,25 @@ def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]
 def render(config: Config) -> None:
     """Write an audit's reports again from its ``audit.json`` and ``attempts/``."""
     folder = Path(required(config.run_dir or str(default(config, "audit")), "run_dir"))
+    if (folder / "comparison.html").exists():
+        _compare_domains(folder, {path.parent: _render(path.parent) for path in folder.glob("*/audit.json")})
+    else:
+        _render(folder)
+
+
+def _render(folder: Path) -> dict[str, Any]:
     summary = report.read_audit(folder)
     attempts = [read_json(path) for path in sorted((folder / "attempts").glob("*.json"))]
     _write_reports(folder, summary, attempts)
+    return summary
+
+
+def _compare_domains(folder: Path, summaries: Mapping[Path, dict[str, Any]]) -> None:
+    paths = sorted(summaries)
+    page = write_comparison(paths, folder, "comparison")
+    for path in paths:
+        print(f"{path.name}: {summaries[path]['verdict']}")
+    print(f"comparison: {page}")
 
 
 def compare(config: Config) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
-from sophon.config import Config, plain
-from sophon.domains import Domain, load_original, load_restricted
+from sophon.config import Config, DomainConfig, keyed, plain
+from sophon.domains import Domain, load_original, load_restricted, with_clusters
 from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.foreign import open_foreign
 from sophon.models import ModelSpec
-from sophon.tasks import Task, make_task
+from sophon.tasks import Task, evaluating, make_task
 from sophon.tracking import Tracker
 
 
@@ -66,8 +67,8 @@ def task_of(config: Config, spec: ModelSpec, device: torch.device, *, protects: 
     return make_task(config, spec, amp=config.amp and device.type == "cuda", protects=protects)
 
 
-def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, Domain]:
-    """Load the original and the restricted domain as the model takes them.
+def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, tuple[Domain, ...]]:
+    """Load the original and the restricted domains as the model takes them.
 
     Raises:
         UserError: the original domain's classes are not the model's, or a domain cannot be loaded.
@@ -79,8 +80,32 @@ def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[D
             f"domain.original: its {len(original.classes)} classes ({_few(original.classes)}) are not the "
             f"{len(spec.classes)} that the reference tells apart ({_few(spec.classes)})"
         )
-    restricted = load_restricted(config.domain.restricted, image_size=size, channels=channels)
-    return original.to(device), restricted.to(device)
+    restricted = (
+        load_restricted(each, image_size=size, channels=channels, where=key)
+        for key, each in keyed(config.domain.restricted).items()
+    )
+    return original.to(device), tuple(each.to(device) for each in restricted)
+
+
+def with_pseudo_labels(domain: Domain, config: DomainConfig, where: str, task: Task, model: nn.Module) -> Domain:
+    """Give a domain without labels those that simulated attackers can learn: clusters of the reference's features.
+
+    It stays as it is if it has labels, if the model has no use for them, or if it has no features to go by; a model
+    that is told the class then learns a single one.
+
+    Raises:
+        UserError: there are not as many clusters as the configuration asks for; the message names ``where``.
+    """
+
+    def features(images: Tensor) -> Tensor | None:
+        with evaluating(model):
+            return task.features(model, images)
+
+    needless = config.labels == "given" or not task.head_names(model)
+    if needless or features(domain["adapt"].images[:1]) is None:
+        return domain
+    of_any = cast(Callable[[Tensor], Tensor], features)
+    return with_clusters(domain, of_any, config.clusters, seed=config.split_seed, where=where)
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,21 +16,33 @@ from torch import nn
 
 from sophon import __version__
 from sophon.audit.verdict import format_value
-from sophon.config import Config, GuardConfig, MethodConfig, plain
+from sophon.config import ClampConfig, Config, GuardConfig, MethodConfig, keyed, plain
 from sophon.domains import Domain, load_original
 from sophon.errors import UserError
 from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.finetune import fine_tune
+from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
 from sophon.models import create
 from sophon.protect.profiling import Profile
 from sophon.protect.ranks import Ranks, join, require_work
+from sophon.protect.starts import check_simulated
 from sophon.protect.state import STATE_FILE, Position, last_good
 from sophon.protect.trainer import Trainer
 from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all
 from sophon.strategies import SamplerConfig, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
-from sophon.verbs.common import default, domains_of, metric_of, reference_of, required, run_dir, task_of, tracker_of
+from sophon.verbs.common import (
+    default,
+    domains_of,
+    metric_of,
+    reference_of,
+    required,
+    run_dir,
+    task_of,
+    tracker_of,
+    with_pseudo_labels,
+)
 
 
 def pretrain(config: Config) -> None:
@@ -62,14 +75,14 @@ def pretrain(config: Config) -> None:
             raise UserError(
                 f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it, in a new run_dir"
             )
-    manifest = _manifest(config, "pretrain", {"original": original}, parent=None)
+    manifest = _manifest(config, "pretrain", None, original)
     manifest["intactness"] = {**metric_of(task), "after": _both_splits(task, model, original)}
     write_checkpoint(folder / "checkpoint", model, spec, manifest)
     print(f"{folder / 'checkpoint'}: {task.metric.name} {_figures(task, manifest['intactness']['after'])}")
 
 
 def protect(config: Config) -> None:
-    """Protect the reference against fine-tuning on the restricted domain; write ``run_dir/checkpoint``.
+    """Protect the reference against fine-tuning on the restricted domains; write ``run_dir/checkpoint``.
 
     Started by torchrun the ranks share the work; the first one alone writes and reports.
     """
@@ -91,28 +104,54 @@ class _Stage:
 
     reference: Checkpoint
     original: Domain
-    restricted: Domain
+    restricted: tuple[Domain, ...]
     task: Task
     identity: dict[str, Any]
 
 
 def _stage(config: Config, device: torch.device) -> _Stage:
     reference = reference_of(config)
-    original, restricted = domains_of(config, reference.spec, device)
+    task = task_of(config, reference.spec, device, protects=True)
+    original, restricted = _domains(config, reference, task, device)
     identity = {
         **plain(config, "seed", "task", "method", "sampler", "guard"),
         "reference": reference.sha256,
-        "original": original.hashes,
-        "restricted": restricted.hashes,
+        **_hashes(original, restricted),
     }
-    StrategySampler(config.sampler)
-    task = task_of(config, reference.spec, device, protects=True)
+    for index, operations in enumerate(StrategySampler(config.sampler).surgeries):
+        check_simulated(operations, f"sampler.surgeries[{index}]")
     for head in config.sampler.heads:  # refused now rather than with a folder begun
-        task.start_head(copy.deepcopy(reference.model), head, restricted.classes)
+        for domain in restricted:
+            task.start_head(copy.deepcopy(reference.model), head, domain.classes)
     for scope in config.sampler.scopes:
         task.train_mode(copy.deepcopy(reference.model), scope)
-    reference.model.to(device)
     return _Stage(reference, original, restricted, task, identity)
+
+
+def _domains(
+    config: Config, reference: Checkpoint, task: Task, device: torch.device
+) -> tuple[Domain, tuple[Domain, ...]]:
+    """Load the domains, and put the reference where they are: it says what to learn of those without labels."""
+    configs, loss = keyed(config.domain.restricted), config.method.suppression_loss
+    for key, each in configs.items():
+        if each.labels == "none" and loss in READS_LABELS:
+            allowed = ", ".join(sorted(set(SUPPRESSION_LOSSES) - READS_LABELS))
+            raise UserError(f"method.suppression_loss: '{loss}' reads labels and {key} has none; allowed: {allowed}")
+    original, loaded = domains_of(config, reference.spec, device)
+    reference.model.to(device)
+    restricted = (
+        with_pseudo_labels(domain, each, key, task, reference.model)
+        for domain, (key, each) in zip(loaded, configs.items(), strict=True)
+    )
+    return original, tuple(restricted)
+
+
+def _hashes(original: Domain, restricted: Sequence[Domain]) -> dict[str, Any]:
+    """Return what says of which images a run is; of several restricted domains also their order."""
+    if len(restricted) == 1:
+        return {"original": original.hashes, "restricted": restricted[0].hashes}
+    several = {each.name: each.hashes for each in restricted}
+    return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
 
 
 def _begin(folder: Path, identity: dict[str, Any]) -> bool:
@@ -179,24 +218,28 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
     config = replace(
         config,
         seed=identity["seed"],
-        method=MethodConfig(**identity["method"]),
+        method=MethodConfig(**identity["method"] | {"clamp": ClampConfig(**identity["method"].get("clamp", {}))}),
         sampler=SamplerConfig(**identity["sampler"]),
         guard=GuardConfig(**identity["guard"]),
     )
-    original, restricted = domains_of(config, reference.spec, device)
-    for domain, role in ((original, "original"), (restricted, "restricted")):
-        if domain.hashes != identity[role]:
+    task = task_of(config, reference.spec, device, protects=True)
+    original, restricted = _domains(config, reference, task, device)
+    for key, value in _hashes(original, restricted).items():
+        if value != identity.get(key):
+            role = "original" if key == "original" else "restricted"
             raise UserError(
                 f"domain.{role}: not the images that '{run}' started from; give the run's own configuration"
             )
-    task = task_of(config, reference.spec, device, protects=True)
-    model = copy.deepcopy(reference.model).to(device)
+    model = copy.deepcopy(reference.model)
     model.load_state_dict(weights)
-    reference.model.to(device)
     _write_protected(out, config, reference, model, task, original, restricted, position)
 
 
-def _manifest(config: Config, verb: str, domains: dict[str, Domain], parent: str | None) -> dict[str, Any]:
+def _manifest(
+    config: Config, verb: str, parent: str | None, original: Domain, restricted: Sequence[Domain] = ()
+) -> dict[str, Any]:
+    several = [_facts(each) for each in restricted]
+    more = {"restricted": several[0] if len(several) == 1 else several} if several else {}
     return {
         "sophon": __version__,
         "verb": verb,
@@ -204,13 +247,14 @@ def _manifest(config: Config, verb: str, domains: dict[str, Domain], parent: str
         "config": plain(config),
         "method": None,
         "sampler_support": None,
-        "domains": {
-            role: {"name": domain.name, "classes": list(domain.classes), "hashes": dict(domain.hashes)}
-            for role, domain in domains.items()
-        },
+        "domains": {"original": _facts(original), **more},
         "seed": config.seed,
         "parent_sha256": parent,
     }
+
+
+def _facts(domain: Domain) -> dict[str, Any]:
+    return {"name": domain.name, "classes": list(domain.classes), "hashes": dict(domain.hashes)}
 
 
 def _write_protected(
@@ -220,14 +264,14 @@ def _write_protected(
     model: nn.Module,
     task: Task,
     original: Domain,
-    restricted: Domain,
+    restricted: Sequence[Domain],
     position: Position,
 ) -> None:
     """Measure what the protection cost the original domain, ``test`` read once, and write the checkpoint."""
     before, after = (_both_splits(task, each, original) for each in (reference.model, model))
     guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
     manifest = {
-        **_manifest(config, "protect", {"original": original, "restricted": restricted}, parent=reference.sha256),
+        **_manifest(config, "protect", reference.sha256, original, restricted),
         "method": asdict(config.method),
         "sampler_support": StrategySampler(config.sampler).support(),
         "intactness": {**metric_of(task), "before": before, "after": after, **guard},

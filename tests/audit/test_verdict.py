@@ -5,6 +5,7 @@ import pytest
 
 from sophon.audit.metrics import summarise
 from sophon.audit.verdict import describe, format_difference, format_value
+from sophon.audit.verdict import verdict as words_of
 from sophon.strategies import FineTuneStrategy, Operation
 from tests.audit.records import ACCURACY, CONTEXT, MSE, attempt, benign, lasting, search, trio
 
@@ -241,3 +242,74 @@ def test_describe_bears_fields_missing_and_unknown():
     assert describe({}) == "momentum at 0.01"
     assert describe({"new_field": 3}) == "momentum at 0.01, new field 3"
     assert describe({"scope": "new"}) == "momentum at 0.01, scope new"
+
+
+def masking(mean, most=None, **more):
+    ratio = {"count": 3, "mean": mean, "least": mean, "most": most or mean}
+    return {"measured": {"weights": {"layers": {"norm": {"ratio": ratio}}}}, "pairs": [], "share": None} | more
+
+
+def undone(share, *pairs):
+    names = [{"attack": f"a{n}", "without": f"b{n}"} for n in range(len(pairs))]
+    keys = ("gap_closed", "gap_closed_without", "share")
+    operations = {"operations": [{"operation": "renormalise", "per": "channel"}]}
+    return {
+        "share": share,
+        "pairs": [a | operations | dict(zip(keys, b, strict=True)) for a, b in zip(names, pairs, strict=True)],
+    }
+
+
+UNDONE = "gap closed 0.05 after re-normalising the weights with per channel instead of 0.60)"
+LARGE = "its weights before normalisation are 3.1 times as large: run the family surgery"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            masking(3.14, **undone(0.92, (0.05, 0.6, 0.92))),
+            f"; most of it is masking (weights before normalisation are 3.1 times as large, {UNDONE}; ",
+        ),
+        (masking(1.05, **undone(0.5, (0.05, 0.6, 0.5))), f"; most of it is masking ({UNDONE}; "),
+        (masking(1.05, **undone(0.49, (0.05, 0.6, 0.49))), f"; part of it is masking ({UNDONE}; "),
+        # the pair that says it is the one nearest to the median
+        (
+            masking(1.0, **undone(0.4, (0.1, 0.1, 0.0), (0.05, 0.6, 0.41), (0.0, 0.2, None), (0.0, 0.2, 1.0))),
+            f"; part of it is masking ({UNDONE}; ",
+        ),
+        (masking(3.14), f"; {LARGE}; "),
+        (masking(1234.5), "; its weights before normalisation are 1234 times as large: run the family surgery; "),
+        (masking(1.2, 6.6), "; its weights before normalisation are up to 6.6 times as large: run the family "),
+        (masking(1.2, 6.6, **undone(0.3, (0.05, 0.6, 0.3))), "(weights before normalisation are 1.2 times as large, "),
+        (
+            {"measured": None} | undone(0.3, (0.05, 0.6, 0.3)),
+            f"; part of it is masking ({UNDONE}; ",
+        ),
+    ],
+)  # fmt: skip
+def test_verdict_says_how_much_is_masking(found, said):
+    summary = summarise(trio("a", 20.0, 60.0, 50.0), CONTEXT) | {"masking": found}
+    assert said in words_of(summary)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        masking(1.0),
+        masking(1.9),
+        masking(0.2),
+        # it was tried, and is little or not known
+        masking(3.14, **undone(0.2, (0.05, 0.6, 0.2))),
+        masking(3.14, **undone(None, (0.05, 0.06, None))),
+        {"measured": None, "pairs": [], "share": None},
+        {"measured": {"weights": {"layers": {"norm": {"ratio": None}}}}, "pairs": [], "share": None},
+    ],
+)
+def test_verdict_is_silent_on_what_is_no_masking(found):
+    summary = summarise(trio("a", 20.0, 60.0, 50.0), CONTEXT)
+    said = words_of(summary | {"masking": found})
+    assert "normalisation" not in said
+    assert "masking" not in said
+    del summary["masking"]  # as an older audit
+    assert words_of(summary) == said == summary["verdict"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sophon.config import Config, MethodConfig
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
-from sophon.protect import suppress
+from sophon.protect import attackers as making
 from sophon.protect.moments import moments_of, restore_moments
 from sophon.protect.pool import Member, Pool
 from sophon.protect.ranks import Ranks
@@ -33,6 +33,7 @@ from tests.tiny import assert_same_state, state_of, tiny_bands, tiny_batches, ti
 RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
 METHOD = MethodConfig(name="test", fts_lr=1e-2, query_batch_size=9, probe_steps=2, pool=1, chunk=2)
 HEAD = {"fc.weight", "fc.bias"}
+OWN = dict.fromkeys(HEAD, 0.0)  # factors of an attacker whose head is not released
 SAMPLER = SamplerConfig({"momentum": [0.05, 0.05]}, batch_sizes=[8], steps=[6, 6], heads=["kept"])
 MODEL = tiny_model()
 STILL = 0.0  # a factor on FTS's rate with which the released weights stay where they are
@@ -63,7 +64,7 @@ def suppressor(
     domain: Domain = RESTRICTED,
     **changes: Any,
 ) -> Suppressor:
-    return Suppressor(model, task or tiny_task(), domain, StrategySampler(replace(SAMPLER, **changes)), method, seed)
+    return Suppressor(model, task or tiny_task(), [domain], StrategySampler(replace(SAMPLER, **changes)), method, seed)
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -124,7 +125,7 @@ def uninterrupted(
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Batch]]:
     """Every batch that is taken from ``adapt`` and ``query``."""
     taken: dict[str, list[Batch]] = {"adapt": [], "query": []}
-    make = suppress.batches
+    make = making.batches
 
     def recorded(images: ImageSet, *rest: Any) -> Iterator[Batch]:
         split = next(name for name, part in RESTRICTED.splits.items() if part is images)
@@ -132,7 +133,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Batch]]:
             taken[split].append(batch)
             yield batch
 
-    monkeypatch.setattr(suppress, "batches", recorded)
+    monkeypatch.setattr(making, "batches", recorded)
     return taken
 
 
@@ -327,7 +328,7 @@ def test_attackers_of_every_kind_share_the_scratch_copies() -> None:
     def watched(place: int, *rest: Any) -> Member:
         member = fts.pool.members[place]
         entered.append((fts.pool.members[place].strategy, member.taken, len(task.before_steps)))
-        expected, own = copy.deepcopy(member.displacement), rest[-1]
+        expected, own = copy.deepcopy(member.displacement), set(member.factors)
         returned = enter(place, *rest)
         for name, value in rest[0].named_parameters():
             start = 0 if name in own else model.get_parameter(name)
@@ -452,7 +453,7 @@ def test_each_place_belongs_to_one_attacker_and_one_rank(attackers: int, more: i
         ranks = Ranks()
         ranks.rank, ranks.size = rank, size
         method = replace(METHOD, pool=attackers + more, attackers=attackers)
-        fts = Suppressor(MODEL, tiny_task(), RESTRICTED, StrategySampler(SAMPLER), method, 0, ranks)
+        fts = Suppressor(MODEL, tiny_task(), [RESTRICTED], StrategySampler(SAMPLER), method, 0, ranks)
         chosen = {fts._draw((step,), index).place for step in range(3) for index in ranks.mine(attackers)}
         assert chosen <= set(fts.pool.own)
         owned.append(set(fts.pool.own))
@@ -526,7 +527,7 @@ def stocked(optimizer: str = "adam", places: tuple[int, ...] = (0, 2)) -> Pool:
         torch_optimizer = build_optimizer(plan, attacker.parameters())
         tiny_task().attacker_loss(attacker, tiny_batches(place, 1)[0]).backward()
         torch_optimizer.step()
-        pool.leave(place, plan, 1 + place, attacker, model, HEAD, moments_of(torch_optimizer))
+        pool.leave(place, plan, 1 + place, attacker, model, OWN, moments_of(torch_optimizer))
     return pool
 
 
@@ -539,9 +540,9 @@ def assert_same_members(found: Pool, expected: Pool) -> None:
     assert members_of(found).keys() == members_of(expected).keys()
     for place, facts in members_of(expected).items():
         other = vars(found.members[place])
-        assert (other["strategy"], other["taken"]) == (facts["strategy"], facts["taken"])
+        assert all(other[name] == facts[name] for name in ("strategy", "taken", "domain"))
         assert isinstance(other["strategy"], FineTuneStrategy)
-        for part in ("displacement", "buffers", "moments"):
+        for part in ("displacement", "buffers", "moments", "factors"):
             assert other[part].keys() == facts[part].keys()
             for name, value in facts[part].items():
                 assert (other[part][name].dtype, other[part][name].shape) == (value.dtype, value.shape)
@@ -552,16 +553,22 @@ def test_what_is_kept_is_a_copy() -> None:
     """The scratch copy serves the next attacker, and the optimizer's tensors change in place."""
     model, pool = tiny_model(), Pool(1)
     attacker, moments = displaced(model, 0), {"0.momentum_buffer": torch.ones(2)}
-    pool.leave(0, FineTuneStrategy(), 1, attacker, model, HEAD, moments)
+    factors = OWN | {"conv1.weight": torch.full((4, 1, 1, 1), 0.5)}
+    pool.leave(0, FineTuneStrategy(), 1, attacker, model, factors, moments)
     before = copy.deepcopy(members_of(pool))
     with torch.no_grad():
-        for value in (*attacker.state_dict().values(), *model.state_dict().values(), *moments.values()):
+        for value in (
+            *attacker.state_dict().values(),
+            *model.state_dict().values(),
+            *moments.values(),
+            factors["conv1.weight"],
+        ):
             value.zero_()
     kept = members_of(pool)[0]
-    for part in ("displacement", "buffers", "moments"):
+    for part in ("displacement", "buffers", "moments", "factors"):
         for name, value in before[0][part].items():
             assert torch.equal(kept[part][name], value)
-            assert value.any()
+            assert value.any() or part == "factors"
 
 
 def test_entering_twice_is_entering_once() -> None:
@@ -569,10 +576,30 @@ def test_entering_twice_is_entering_once() -> None:
     found = []
     for seed in (7, 8):
         attacker = displaced(model, seed)
-        pool.enter(2, attacker, model, HEAD)
+        pool.enter(2, attacker, model)
         found.append(state_of(attacker))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_member_follows_what_is_released_by_its_factors() -> None:
+    """Released weights move by one; a part of each goes into the attacker: all, half by channel, none."""
+    model, pool = tiny_model(), Pool(1)
+    attacker = displaced(model, 0)
+    half = torch.tensor([0.5, -2.0, 0.0, 1.0], dtype=torch.float64).view(4, 1, 1, 1)
+    factors = OWN | {"conv1.weight": half, "bn1.weight": 0.0, "bn2.weight": 0.25}
+    before = parameters_of(attacker)
+    pool.leave(0, FineTuneStrategy(), 1, attacker, model, factors, {}, domain=2)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(1.0)
+    member = pool.enter(0, displaced(model, 1), model)
+    entered = displaced(model, 2)
+    pool.enter(0, entered, model)
+    for name, value in entered.named_parameters():
+        moved = torch.as_tensor(factors.get(name, 1.0), dtype=value.dtype)
+        torch.testing.assert_close(value.detach(), before[name] + moved)
+    assert member.domain == 2
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -635,7 +662,7 @@ TENSORS = st.sampled_from(
 @given(
     st.dictionaries(
         st.integers(0, 20),
-        st.tuples(*[st.dictionaries(NAMES, TENSORS, max_size=3)] * 3, st.integers(1, 99)),
+        st.tuples(*[st.dictionaries(NAMES, TENSORS, max_size=3)] * 4, st.integers(1, 99)),
         max_size=3,
     )
 )
@@ -672,6 +699,6 @@ def test_only_first_order_attackers_go_on() -> None:
 def test_a_record_is_plain_data() -> None:
     pool = stocked()
     assert pool.record() == {
-        "0": {"strategy": pool.members[0].strategy.plain(), "taken": 1},
-        "2": {"strategy": pool.members[2].strategy.plain(), "taken": 3},
+        "0": {"strategy": pool.members[0].strategy.plain(), "taken": 1, "domain": 0},
+        "2": {"strategy": pool.members[2].strategy.plain(), "taken": 3, "domain": 0},
     }

@@ -73,13 +73,15 @@ def suppressed(ranks: Ranks, folder: Path, heads: str = "kept", attackers: int =
     model = tiny_model()
     method = replace(METHOD, attackers=attackers, pool=pool, chunk=2, fts_max_norm=1.0)
     sampler = StrategySampler(replace(ATTACKERS, heads=heads.split("+")))
-    fts = Suppressor(model, tiny_task(), RESTRICTED, sampler, method, 3, ranks)
+    fts = Suppressor(model, tiny_task(), [RESTRICTED], sampler, method, 3, ranks)
     found: Tensors = {}
     for step in range(4):
         told = fts.step(step)
         found |= {f"{step}/{name}": value for name, value in state_of(model).items()}
         found |= {f"{step}/{name}": number(value) for name, value in told._asdict().items()}
-    found |= {f"probe/{name}": value for name, value in fts.probed_head.items()}
+    found |= {
+        f"probe/{name}": value for name, value in (fts.attackers.probed[0] if fts.attackers.probed else {}).items()
+    }
     return found | {f"pool/{name}": value for name, value in ranks.collect(fts.pool.tensors()).items()}
 
 
@@ -89,7 +91,7 @@ def diverging(ranks: Ranks, folder: Path) -> Tensors:
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
     wild = {"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}
     sampler = StrategySampler(replace(ATTACKERS, optimizers=wild, steps=[8, 8]))
-    fts = Suppressor(model, task, RESTRICTED, sampler, METHOD, 0, ranks)
+    fts = Suppressor(model, task, [RESTRICTED], sampler, METHOD, 0, ranks)
     steps = [fts.step(index) for index in range(6)]
     return state_of(model) | {"diverged": torch.tensor([step.diverged for step in steps])}
 
@@ -162,7 +164,18 @@ def trainer(
     guard = GuardConfig(every=1, tolerance=1.0, repair_steps=2, max_ntr_steps=4)
     folder.mkdir(exist_ok=True)
     return Trainer(
-        copy.deepcopy(model), model, task, ORIGINAL, RESTRICTED, sampler, method, guard, 0, folder, Telling(told), ranks
+        copy.deepcopy(model),
+        model,
+        task,
+        ORIGINAL,
+        [RESTRICTED],
+        sampler,
+        method,
+        guard,
+        0,
+        folder,
+        Telling(told),
+        ranks,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -13,11 +14,20 @@ from torch import nn
 from sophon.config import MethodConfig
 from sophon.domains import batches
 from sophon.errors import UserError
-from sophon.losses import distillation
+from sophon.losses import distillation, well_conditioning
 from sophon.protect.reinforce import Reinforcer
 from sophon.runs import derive_seed
 from sophon.tasks import ClassificationTask
-from tests.tiny import assert_same_state, state_of, tiny_images, tiny_model, tiny_spec, tiny_task
+from tests.tiny import (
+    assert_same_state,
+    state_of,
+    tiny_denoising,
+    tiny_images,
+    tiny_model,
+    tiny_spec,
+    tiny_task,
+    tiny_unet,
+)
 
 IMAGES = tiny_images(3)
 METHOD = MethodConfig(name="test", ntr_lr=0.01, ntr_batch_size=10, ntr_augmentation="crop")
@@ -174,3 +184,31 @@ def test_distillation_pulls_to_the_reference() -> None:
 
     assert distance(20.0) < 0.5 * distance(0.0)
     assert_same_state(reference, before)
+
+
+def test_condition_keeps_the_originals_features_well_conditioned() -> None:
+    """One step's gradient is that of the sum; the batch is recorded in statistics once."""
+    model = tiny_model(1).train()
+    expected, recorded = copy.deepcopy(model), copy.deepcopy(model)
+    method = replace(METHOD, condition=0.7)
+    found = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, method, seed=5).gradient(3)
+    Reinforcer(recorded, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).gradient(3)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, recorded.get_buffer(name))
+
+    generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 3))
+    images, labels = next(batches(IMAGES, 10, generator, "crop"))
+    seen: list[torch.Tensor] = []
+    expected.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    loss = nn.functional.cross_entropy(expected((images.double() / 255 - 0.5) / 0.25), labels)
+    loss = loss + 0.7 * well_conditioning(seen[0])
+    gradients = torch.autograd.grad(loss, list(expected.parameters()))
+    for name, gradient in zip(dict(expected.named_parameters()), gradients, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_condition_needs_features() -> None:
+    method = replace(METHOD, condition=0.7)
+    reinforcer = Reinforcer(tiny_unet(), tiny_unet(), tiny_denoising(), IMAGES, method, seed=5)
+    with pytest.raises(UserError, match=r"^method\.condition: "):
+        reinforcer.run(1, 0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, ImageSet, batches
 from sophon.errors import UserError
+from sophon.protect import attackers as making
 from sophon.protect import suppress
 from sophon.protect.simulate import Simulation, query_weights
 from sophon.protect.suppress import ENGINES, Suppressor
@@ -35,7 +36,7 @@ def sampler(**changes: Any) -> StrategySampler:
 
 
 def suppressor(model: nn.Module, method: MethodConfig = METHOD, seed: int = 0, **changes: Any) -> Suppressor:
-    return Suppressor(model, tiny_task(), RESTRICTED, sampler(**changes), method, seed)
+    return Suppressor(model, tiny_task(), [RESTRICTED], sampler(**changes), method, seed)
 
 
 @pytest.fixture
@@ -52,6 +53,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, S
         return run
 
     monkeypatch.setattr(suppress, "ENGINES", {name: recorded(engine) for name, engine in ENGINES.items()})
+    monkeypatch.setattr(making, "first_order", recorded(ENGINES["first_order"]))  # which probes
     return runs
 
 
@@ -252,13 +254,17 @@ def test_only_a_kept_heads_gradient_is_applied(engine: str, heads: list[str], mo
         assert torch.equal(value, before[name]) == (name in HEAD and not moves), name
 
 
+def begun(fts: Suppressor, plan: FineTuneStrategy) -> nn.Module:
+    return fts.attackers.begin(plan, 0, torch.Generator())[0]
+
+
 def test_fresh_heads_differ_and_leave_the_released_one() -> None:
     model = tiny_model()
     fts = suppressor(model, heads=["fresh"])
     plan = FineTuneStrategy(head="fresh")
     torch.manual_seed(1)
-    one = fts._attacker(plan).fc.weight.detach().clone()
-    two = fts._attacker(plan).fc.weight.detach().clone()
+    one = begun(fts, plan).fc.weight.detach().clone()
+    two = begun(fts, plan).fc.weight.detach().clone()
     assert not torch.equal(one, two)
     assert not torch.equal(one, model.fc.weight)
 
@@ -280,7 +286,7 @@ def probe_loss(fts: Suppressor) -> float:
     """The remembered head's loss on adapt, on the released features."""
     net = copy.deepcopy(fts.model).eval()
     with torch.no_grad():
-        for name, value in fts.probed_head.items():
+        for name, value in fts.attackers.probed[0].items():
             net.get_parameter(name).copy_(value)
     adapt = RESTRICTED["adapt"]
     return tiny_task().attacker_loss(net, Batch(adapt.images, adapt.labels)).item()
@@ -307,45 +313,47 @@ def test_probed_head_is_refreshed_and_remembered(simulated: list[tuple[FineTuneS
 def test_refreshing_moves_the_head_alone() -> None:
     model = tiny_model()
     fts = suppressor(model, heads=["probed"])
-    fts._refresh_probe((0,), [fts._draw((0,), 0)])
-    scratch = fts._scratch["fresh"].state_dict()
+    fts.attackers.refresh_probe(0, "a step")
+    scratch = fts.attackers.scratch(FineTuneStrategy(head="probed"), 0).state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(scratch[name], value) == (name not in HEAD), name
-    assert all(torch.equal(scratch[name], fts.probed_head[name]) for name in HEAD)
+    assert all(torch.equal(scratch[name], fts.attackers.probed[0][name]) for name in HEAD)
 
 
 @pytest.mark.parametrize("index", range(8))
-def test_probed_once_a_step(index: int, simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+def test_probed_once_a_step(
+    index: int, simulated: list[tuple[FineTuneStrategy, Simulation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before all attackers, if any of them starts from the probed head; they then all start from the same."""
     model = tiny_model()
     fts = suppressor(model, replace(METHOD, attackers=3), heads=["kept", "fresh", "probed"], steps=[1, 1])
-    before, starts = copy.deepcopy(fts.probed_head), []
-    attacker = fts._attacker
+    before, starts = copy.deepcopy(fts.attackers.probed[0]), []
+    begin = fts.attackers.begin
 
-    def watched(strategy: FineTuneStrategy) -> nn.Module:
-        started = attacker(strategy)
-        starts.append((strategy.head, state_of(started)))
-        return started
+    def watched(strategy: FineTuneStrategy, *rest: Any) -> Any:
+        started, factors = begin(strategy, *rest)
+        starts.append((strategy, state_of(started)))
+        return started, factors
 
-    fts._attacker = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(fts.attackers, "begin", watched)
     fts.step(index)
-    plans, probes = [plan for plan, _ in simulated], []
-    if any(plan.head == "probed" for plan in plans):
-        probes, plans, starts = plans[:1], plans[1:], starts[1:]
-        assert plans[0].head == "probed"
-    assert [plan.scope for plan in probes] == ["head"] * len(probes)
-    assert len(plans) == 3
-    for head, state in starts:
-        if head == "probed":
-            assert all(torch.equal(state[name], value) for name, value in fts.probed_head.items())
-    assert any(not torch.equal(fts.probed_head[name], before[name]) for name in HEAD) == bool(probes)
+    plans = [plan for plan, _ in simulated]
+    probes = [plan for plan in plans if plan.scope == "head"]
+    assert probes == plans[: len(probes)]
+    assert len(plans) - len(probes) == 3
+    assert len(probes) == any(plan.head == "probed" for plan in plans[len(probes) :])
+    for plan, state in starts[len(probes) :]:
+        if plan.head == "probed":
+            assert all(torch.equal(state[name], value) for name, value in fts.attackers.probed[0].items())
+    moved = any(not torch.equal(fts.attackers.probed[0][name], before[name]) for name in HEAD)
+    assert moved == bool(probes)
 
 
 def test_no_probing_without_steps() -> None:
     fts = suppressor(tiny_model(), replace(METHOD, probe_steps=0), heads=["probed"])
-    before = copy.deepcopy(fts.probed_head)
+    before = copy.deepcopy(fts.attackers.probed[0])
     fts.step(0)
-    assert all(torch.equal(fts.probed_head[name], before[name]) for name in HEAD)
+    assert all(torch.equal(fts.attackers.probed[0][name], before[name]) for name in HEAD)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -359,11 +367,11 @@ def test_other_classes_than_the_original(classes: int) -> None:
     model = tiny_model()
     before = parameters_of(model)
     with pytest.raises(UserError, match=f"the model has 3 and the restricted domain {classes}"):
-        Suppressor(model, tiny_task(), domain, sampler(heads=["fresh", "kept"]), METHOD, 0)
-    fts = Suppressor(model, tiny_task(), domain, sampler(heads=["fresh", "probed"]), METHOD, 0)
+        Suppressor(model, tiny_task(), [domain], sampler(heads=["fresh", "kept"]), METHOD, 0)
+    fts = Suppressor(model, tiny_task(), [domain], sampler(heads=["fresh", "probed"]), METHOD, 0)
     for index in range(4):
         assert math.isfinite(fts.step(index).query_loss)
-    assert fts.probed_head["fc.weight"].shape == (classes, 4)
+    assert fts.attackers.probed[0]["fc.weight"].shape == (classes, 4)
     assert model.fc.weight.shape == (len(CLASSES), 4)
     assert all(torch.equal(value, before[name]) == (name in HEAD) for name, value in model.named_parameters())
 
@@ -377,7 +385,7 @@ def test_all_diverged_leaves_the_weights(weight: float) -> None:
     before = state_of(model)
     wild = sampler(optimizers={"nesterov": [1e38, 1e38]}, steps=[8, 8])
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
-    fts = Suppressor(model, task, RESTRICTED, wild, replace(METHOD, attackers=3, fts_original_weight=weight), 0)
+    fts = Suppressor(model, task, [RESTRICTED], wild, replace(METHOD, attackers=3, fts_original_weight=weight), 0)
     step = fts.step(0, anchor=anchor_of(model) if weight else None)
     assert step.diverged == 3
     assert all(math.isnan(value) for value in (step.query_loss, step.attacker_loss, step.gradient_norm))
@@ -390,7 +398,7 @@ def test_the_diverged_are_left_out(simulated: list[tuple[FineTuneStrategy, Simul
     start = parameters_of(model)
     mixed = sampler(optimizers={"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}, steps=[8, 8])
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
-    fts = Suppressor(model, task, RESTRICTED, mixed, replace(METHOD, attackers=6), 0)
+    fts = Suppressor(model, task, [RESTRICTED], mixed, replace(METHOD, attackers=6), 0)
     step = fts.step(0)
     tame = [run for strategy, run in simulated if strategy.lr < 1]
     assert 0 < len(tame) < 6
@@ -408,7 +416,7 @@ def test_the_diverged_are_left_out(simulated: list[tuple[FineTuneStrategy, Simul
 def test_what_counts_as_diverged(bad: str, value: float, limit: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a gradient so large that its norm overflows: clipping it would turn every weight into NaN."""
 
-    def engine(attacker: nn.Module, *rest: object) -> Simulation:
+    def engine(attacker: nn.Module, *rest: object, **settings: object) -> Simulation:
         gradients = {name: torch.ones_like(parameter) for name, parameter in attacker.named_parameters()}
         if bad == "gradient":
             gradients["conv1.weight"][0] = value
@@ -472,3 +480,67 @@ def test_memory_does_not_grow(engine: str) -> None:
     count, numbers = alive()
     assert count <= before[0] + 4
     assert numbers <= before[1] * 1.01
+
+
+# --- surgery, several domains, a curriculum -----------------------------------------------------------------------
+
+
+def test_gradients_come_back_through_surgery(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
+    """What is replaced learns nothing from the attacker, what is scaled its share."""
+    model = tiny_model()
+    start = parameters_of(model)
+    surgeries = [[{"operation": "reset_affine"}, {"operation": "prune", "fraction": 0.5}]]
+    suppressor(model, heads=["fresh"], surgeries=surgeries).step(0)
+    ((_, run),) = simulated
+    attackers = suppressor(tiny_model(), heads=["fresh"], surgeries=surgeries).attackers
+    torch.manual_seed(0)
+    plan = sampler(heads=["fresh"], surgeries=surgeries).sample(torch.Generator())
+    _, factors = attackers.begin(plan, 0, torch.Generator())
+    assert {name for name, factor in factors.items() if isinstance(factor, float) and factor == 0} == {
+        "bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias", *HEAD
+    }  # fmt: skip
+    # Adam's first step moves every weight that has a gradient
+    for name, value in model.named_parameters():
+        kept = torch.as_tensor(factors.get(name, 1.0)).bool().expand_as(value)
+        assert torch.equal(value.detach() != start[name], kept), name
+        assert run.gradients[name].any()
+    assert factors["conv1.weight"].mean() == 0.5
+
+
+@pytest.mark.parametrize("pool", [0, 3])
+def test_attackers_of_several_domains(pool: int) -> None:
+    """Each fine-tunes on the images of its own domain, from a head of its own domain."""
+    other = Domain("other", ("v", "w"), {
+        split: ImageSet(255 - part.images, torch.arange(len(part)) % 2, ("v", "w"))
+        for split, part in RESTRICTED.splits.items()
+    }, {})  # fmt: skip
+    method = replace(METHOD, pool=pool, chunk=2)
+    fts = Suppressor(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(heads=["fresh", "probed"]), method, 0)
+    begun, seen = fts.attackers.begin, []
+
+    def watched(strategy: FineTuneStrategy, domain: int, generator: torch.Generator) -> Any:
+        attacker, factors = begun(strategy, domain, generator)
+        seen.append((domain, attacker.fc.weight.shape[0]))
+        return attacker, factors
+
+    fts.attackers.begin = watched  # type: ignore[method-assign]
+    for index in range(16):
+        assert math.isfinite(fts.step(index).query_loss)
+    assert set(seen) == {(0, 3), (1, 2)}
+    assert [head["fc.weight"].shape[0] for head in fts.attackers.probed] == [3, 2]
+    members = fts.pool.members.values()
+    assert all(member.displacement["fc.weight"].shape[0] == (3, 2)[member.domain] for member in members)
+    with pytest.raises(UserError, match="the model has 3 and the restricted domain 2"):
+        Suppressor(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(), METHOD, 0)
+
+
+def test_the_curriculum_hears_of_every_attacker() -> None:
+    """An optimizer that does nothing never recovers: it is drawn less."""
+    optimizers = {"momentum": [0.1, 0.1], "sgd": [1e-9, 1e-9]}
+    method = replace(METHOD, attackers=3, curriculum="bandit", curriculum_memory=0.5, fts_lr=1e-9)
+    fts = suppressor(tiny_model(), method, optimizers=optimizers, steps=[12, 12])
+    for index in range(8):
+        fts.step(index)
+    chances = fts.curriculum.table()["optimizer"]
+    lazy = sum(value for label, value in chances.items() if "sgd" in label)
+    assert lazy < 0.35

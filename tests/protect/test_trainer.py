@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon.config import GuardConfig, MethodConfig
-from sophon.domains import ImageSet
+from sophon.domains import Domain, ImageSet
 from sophon.errors import GuardError, UserError
 from sophon.finetune import fine_tune
 from sophon.protect.state import STATE_FILE, last_good
@@ -92,7 +92,7 @@ def trainer(
     model = tiny_model() if model is None else model
     limits, tracker, attackers = replace(GUARD, **guard), Listener(told), StrategySampler(sampler)
     released = copy.deepcopy(model)
-    return Trainer(released, model, task, ORIGINAL, RESTRICTED, attackers, method, limits, 0, folder, tracker)
+    return Trainer(released, model, task, ORIGINAL, [RESTRICTED], attackers, method, limits, 0, folder, tracker)
 
 
 def rows(of: Trainer, *names: str) -> list[tuple[Any, ...]]:
@@ -545,7 +545,7 @@ def everything(run: Trainer) -> dict[str, Any]:
     return {
         "model": state_of(run.model),
         "good": dict(run.good),
-        "probe": dict(run.suppressor.probed_head),
+        "probe": dict(run.suppressor.attackers.probed[0]) if run.suppressor.attackers.probed else {},
         "moments": [
             {
                 f"{index}.{name}": value
@@ -672,6 +672,58 @@ def test_a_pool_goes_on_to_the_bit(at: int, how: str, pooled: dict[str, Any], tm
     assert_equal(everything(run), pooled)
 
 
+OPERATING = replace(ATTACKERS, surgeries=[[], [{"operation": "reset_affine"}], [{"operation": "prune"}]])
+HARDENED = replace(PERSISTENT, fixed_norms="channel", curriculum="bandit", attackers=2)
+INVERTED = Domain(
+    "inverted",
+    RESTRICTED.classes,
+    {name: replace(part, images=255 - part.images) for name, part in RESTRICTED.splits.items()},
+    {},
+)
+
+
+def hardened_run(folder: Path, told: Callable[[int], None] = lambda number: None) -> Trainer:
+    """Two domains, attackers who operate, a curriculum, norms held fixed."""
+    task = ClassificationTask(tiny_spec(), suppression_loss="klu", dtype=torch.float64, distillation=0.5)
+    model, limits = tiny_model(), replace(GUARD, every=2, tolerance=100.0)
+    domains, attackers = [RESTRICTED, INVERTED], StrategySampler(OPERATING)
+    released = copy.deepcopy(model)
+    return Trainer(released, model, task, ORIGINAL, domains, attackers, HARDENED, limits, 0, folder, Listener(told))
+
+
+def hardened_end(run: Trainer) -> dict[str, Any]:
+    heads = [dict(head) for head in run.suppressor.attackers.probed]
+    return everything(run) | {"probe": heads, "curriculum": run.suppressor.curriculum.record()}
+
+
+def test_a_hardened_protection_goes_on_to_the_bit(tmp_path: Path) -> None:
+    whole = hardened_run(tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    whole.run()
+    assert {member.domain for member in whole.suppressor.pool.members.values()} == {0, 1}
+    (tmp_path / "parts").mkdir()
+    for _ in range(HARDENED.rounds - 1):
+        with pytest.raises(KeyboardInterrupt):
+            hardened_run(tmp_path / "parts", lambda number: signal.raise_signal(signal.SIGINT)).run()
+    run = hardened_run(tmp_path / "parts")
+    run.run()
+    assert_equal(hardened_end(run), hardened_end(whole))
+
+
+def test_norms_stay_the_references(tmp_path: Path) -> None:
+    run = hardened_run(tmp_path)
+    run.run()
+    for name in ("conv1.weight", "conv2.weight"):
+        found, expected = (each.get_parameter(name).flatten(1).norm(dim=1) for each in (run.model, tiny_model()))
+        torch.testing.assert_close(found, expected)
+        assert not torch.equal(run.model.get_parameter(name), tiny_model().get_parameter(name))
+    free = trainer(tmp_path / "free", Scripted(), method=replace(HARDENED, fixed_norms="none"), sampler=OPERATING)
+    (tmp_path / "free").mkdir()
+    free.run()
+    weight = free.model.get_parameter("conv1.weight").flatten(1).norm(dim=1)
+    assert not torch.allclose(weight, tiny_model().get_parameter("conv1.weight").flatten(1).norm(dim=1))
+
+
 def test_last_good_of_a_run_with_a_pool(tmp_path: Path) -> None:
     run = trainer(tmp_path, Scripted([50, 50, 50, 10, 10]), method=POOLED, sampler=LIVES, patience=5, repair_steps=0)
     run.run()
@@ -726,7 +778,7 @@ def denoisers_run(folder: Path, kind: str, told: Callable[[int], None] = lambda 
         model,
         task,
         ORIGINAL,
-        RESTRICTED,
+        [RESTRICTED],
         StrategySampler(replace(SAMPLER, steps=[2, 3] if kind == "pooled" else [1, 2], heads=heads)),
         method,
         GuardConfig(every=2, tolerance=1e6, relative=True, repair_steps=1),
@@ -744,7 +796,7 @@ def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     run.run()
     assert run.at.good_round == DENOISERS_METHOD.rounds
     heads = set() if request.param == "unconditional" else {"class_embedding.weight"}
-    assert run.suppressor.probed_head.keys() == heads
+    assert {name for head in run.suppressor.attackers.probed for name in head} == heads
     assert bool(run.suppressor.pool.members) == (request.param == "pooled")
     return request.param, everything(run)
 
@@ -911,7 +963,7 @@ def test_protection_costs_the_attacker_and_not_the_original_domain(seed: int, tm
     lr, steps = ATTACKER.lr, ATTACKER.steps
     sampler = StrategySampler(SamplerConfig({"momentum": [lr, lr]}, [12], [steps, steps], ["kept", "fresh"]))
     model = copy.deepcopy(reference)
-    run = Trainer(model, reference, task, original, restricted, sampler, method, guard, seed, tmp_path, Tracker())
+    run = Trainer(model, reference, task, original, [restricted], sampler, method, guard, seed, tmp_path, Tracker())
     position = run.run()
 
     assert task.evaluate(reference, original["test"]) > 95

@@ -19,6 +19,37 @@ CONTEXT = {
     "config": {"attack": {"seeds": 2}, "note": "</script><script>alert(2)</script>"},
     "packages": {"torch": "9.9.9"},
 }  # fmt: skip
+_NORM = {
+    "protected": {"count": 3, "mean": 6.2, "least": 3.0, "most": 9.0},
+    "unprotected": {"count": 3, "mean": 2.0, "least": 1.0, "most": 4.0},
+    "ratio": {"count": 3, "mean": 3.1, "least": 1.5, "most": 6.6},
+}
+_NOTHING = {"protected": None, "unprotected": None, "ratio": None}
+MASKING = {
+    "measured": {
+        "layers": [],
+        "weights": {"layers": {"norm": _NORM, "rate": _NORM}, "channels": {"norm": _NOTHING, "rate": _NOTHING}},
+        "moments": [
+            {"head": head, "step": step, "quantities": {"gradient": gradient, "curvature": _NOTHING}, "weights": {}}
+            for head, step, gradient in [
+                ("fresh", 0, {"protected": 0.0065, "unprotected": 0.26, "ratio": 0.025}),
+                ("kept", 10, {"protected": 0.5, "unprotected": 0.25, "ratio": 2.0}),
+            ]
+        ],
+        "left_out": {},
+    },
+    "pairs": [
+        {
+            "attack": "renormalised", "without": "momentum", "operations": [{"operation": "renormalise"}],
+            "gap_closed": 0.15, "gap_closed_without": 0.6, "share": 0.75,
+        },
+        {
+            "attack": "reset", "without": "<b>weak", "operations": [{"operation": "reset_affine"}],
+            "gap_closed": None, "gap_closed_without": 0.05, "share": None,
+        },
+    ],
+    "share": 0.75,
+}  # fmt: skip
 EVIL = "<script>alert('$x_1$')</script>|`&`"
 
 

@@ -7,7 +7,7 @@ import pytest
 from sophon.audit.metrics import summarise
 from sophon.errors import UserError
 from sophon.report.compare import write_comparison
-from tests.report.reports import CONTEXT, EVIL, MSE, Page, attempt, rows
+from tests.report.reports import CONTEXT, EVIL, MASKING, MSE, Page, attempt, rows
 
 HASHES = {"attack": "12" * 32, "select": "34" * 32}
 
@@ -47,10 +47,11 @@ def test_audits_by_hand(tmp_path, two):
     assert rows(markdown, "## Audits")[0] == [
         "audit", "method", "intactness loss", "gap closed, shared attacks", "gap closed, all attacks",
         "gap closed, seen", "gap closed, longer", "gap closed, held out", "harm to benign use",
+        "masked share",
     ]  # fmt: skip
     assert rows(markdown, "## Audits")[1:] == [
-        ["`strong, seed 0`", "sophon", "0.8 points", "0.90", "0.90", "0.90", "-", "-", "-"],
-        ["`weak, seed 0`", "sophon", "0.8 points", "0.10", "0.10", "0.10", "-", "-", "-"],
+        ["`strong, seed 0`", "sophon", "0.8 points", "0.90", "0.90", "0.90", "-", "-", "-", "-"],
+        ["`weak, seed 0`", "sophon", "0.8 points", "0.10", "0.10", "0.10", "-", "-", "-", "-"],
     ]
     assert rows(markdown, "## Gap closed")[1:] == [["`momentum`", "0.90", "0.10"], ["`patient`", "0.90", "0.10"]]
     assert rows(markdown, "## Worst cases")[1:] == [["`plain`", "0.90", "0.10"]]
@@ -59,6 +60,17 @@ def test_audits_by_hand(tmp_path, two):
         assert verdict in html.unescape(page)
         assert re.sub(r"\\(.)", r"\1", markdown).count(verdict) == 1
     assert "2 audits; 2 of 2 attacks were run in all of them." in page
+
+
+def test_masking_is_compared(tmp_path, two):
+    summary = json.loads((two[0] / "audit.json").read_text())
+    summary["masking"] = MASKING
+    (two[0] / "audit.json").write_text(json.dumps(summary))
+    older = json.loads((two[1] / "audit.json").read_text())
+    del older["masking"]
+    (two[1] / "audit.json").write_text(json.dumps(older))
+    _, markdown = compared(tmp_path / "out", *two)
+    assert [row[-1] for row in rows(markdown, "## Audits")] == ["masked share", "0.75; weights 3.1 times as large", "-"]
 
 
 def test_audits_of_the_same_things_raise_no_warning(tmp_path, two):
@@ -206,7 +218,7 @@ def test_benign_harm_is_shown(tmp_path):
         }
         folders.append(stored(tmp_path / name, name=name, changes={"benign": worst}))
     _, markdown = compared(tmp_path / "out", *folders)
-    assert [row[-1] for row in rows(markdown, "## Audits")[1:]] == ["0.5 points", "-0.2 points"]
+    assert [row[-2] for row in rows(markdown, "## Audits")[1:]] == ["0.5 points", "-0.2 points"]
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sophon.audit.metrics import summarise
 from sophon.report.heat import blocks, gap_strength, strengths
 from sophon.report.single import write_reports
-from tests.report.reports import ACCURACY, CONTEXT, MSE, Page, attempt, audit, rows, write
+from tests.report.reports import ACCURACY, CONTEXT, MASKING, MSE, Page, attempt, audit, rows, write
 
 
 def several():
@@ -226,3 +226,42 @@ def test_summaries_from_before_there_were_searches(tmp_path):
         "To read and to repeat this",
     ]
     Page(page)
+
+
+def test_masking_by_hand(tmp_path):
+    summary = summarise(audit(), CONTEXT) | {"masking": MASKING}
+    write_reports(tmp_path, summary, audit())
+    page, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    Page(page)
+    assert "<b>weak" not in page
+    assert "<h2>Masking</h2>" in page
+    section = markdown[markdown.index("## Masking") :]
+    spread = ["6.2; 3 to 9", "2; 1 to 4", "3.1; 1.5 to 6.6"]
+    assert rows(section, "## Masking") == [
+        ["weights before normalisation", "count", "protected", "unprotected", "ratio"],
+        ["norm of layers", "3", *spread],
+        ["effective rate of layers", "3", *spread],
+    ]
+    assert rows(section, "What a mild attacker sees") == [
+        ["attacker", "quantity", "protected", "unprotected", "ratio"],
+        ["fresh head, 0 steps", "gradient", "0.0065", "0.26", "0.025"],
+        ["fresh head, 0 steps", "curvature", "-", "-", "-"],
+    ]
+    assert rows(section, "### Later, and from other head starts")[1:] == [
+        ["kept head, 10 steps", "gradient", "0.5", "0.25", "2"],
+        ["kept head, 10 steps", "curvature", "-", "-", "-"],
+    ]
+    assert rows(section, "Its median is 0.75.") == [
+        ["attack", "the same without", "gap closed without", "gap closed", "masked share"],
+        ["`renormalised`", "`momentum`", "0.60", "0.15", "0.75"],
+        ["`reset`", "`<b>weak`", "0.05", "-", "-"],
+    ]
+
+
+@pytest.mark.parametrize("found", [None, {"measured": None, "pairs": [], "share": None}, "older"])
+def test_audits_without_masking_have_no_such_section(tmp_path, found):
+    summary = summarise(audit(), CONTEXT) | {"masking": found}
+    if found == "older":
+        del summary["masking"]
+    write_reports(tmp_path, summary, audit())
+    assert "Masking" not in (tmp_path / "report.html").read_text()

@@ -324,3 +324,35 @@ def test_a_protection_with_a_loss_of_the_other_task_is_refused() -> None:
 def test_a_denoiser_is_no_classifier() -> None:
     with pytest.raises(UserError, match=r"^model.library: 'diffusers' is not known; allowed: timm, torchvision$"):
         make_task(config(), tiny_unet_spec(), amp=False)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_features_are_what_the_head_sees(amp: bool) -> None:
+    model = tiny_model()
+    task = ClassificationTask(tiny_spec(), amp=amp, dtype=torch.float64)
+    features = task.features(model.eval(), BATCH.images)
+    assert features.shape == (len(BATCH.labels), 4)
+    assert features.dtype == (torch.float32 if amp else torch.float64)
+    torch.testing.assert_close(model.fc(features.double()), model(task.prepare(BATCH.images)), check_dtype=False)
+    assert torch.autograd.grad(features.sum(), model.conv1.weight)[0].any()
+    with pytest.raises(RuntimeError, match="channels"):
+        task.features(model, torch.zeros(2, 2, 5, 3, dtype=torch.uint8))
+    assert not model.fc._forward_pre_hooks
+
+
+def test_features_of_a_library_model() -> None:
+    spec = ModelSpec(
+        "timm", "vit_tiny_patch16_224", CLASSES, 3, 32, (0.5,) * 3, (0.5,) * 3, {"depth": 1, "img_size": 32}
+    )
+    model = build(spec)
+    assert ClassificationTask(spec).features(model, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 192)
+
+
+def test_the_loss_of_a_guess_is_that_of_equal_logits() -> None:
+    task, model = tiny_task(), tiny_model()
+    with torch.no_grad():
+        for parameter in model.fc.parameters():
+            parameter.zero_()
+    assert task.chance_loss(model) == pytest.approx(task.attacker_loss(model, BATCH).item())
+    task.start_head(model, "fresh", ("a", "b"))
+    assert task.chance_loss(model) == pytest.approx(0.6931, abs=1e-4)

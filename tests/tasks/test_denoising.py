@@ -765,3 +765,10 @@ def test_a_classifiers_loss_is_refused() -> None:
 def test_a_classifier_is_no_denoiser() -> None:
     with pytest.raises(UserError, match=r"^model.library: 'torchvision' is not known; allowed: diffusers$"):
         make_task(config(), tiny_spec(), amp=False)
+
+
+def test_a_denoiser_has_no_features_and_a_guess_removes_nothing() -> None:
+    task, model = task_of(spec()), unet(spec())
+    assert task.features(model, batch_of().images) is None
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    assert task.chance_loss(model) == pytest.approx(noise.square().mean().item(), abs=0.05)

@@ -1,0 +1,273 @@
+"""Gradient masking: protection that hides in the scale of weights, and that a rate or a re-normalisation undoes.
+
+Where a normalisation follows, a layer's scale does not show in the function, but its gradient shrinks by it: weights
+that are c times as large see a gradient 1/c as large, and move 1/c^2 as far relative to their size. So the gradient
+that an attacker sees falls, and the gradient times the weights' norm does not: `measure` looks for that in the
+released weights. What it is worth to an attacker who knows, `sophon.audit.undone` reads from attacks that were run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sophon.audit.attacks import Attacker
+from sophon.audit.scores import Array
+from sophon.audit.verdict import ROLES
+from sophon.config import MaskingConfig
+from sophon.domains import Batch, Domain, batches
+from sophon.errors import UserError
+from sophon.finetune import fine_tune
+from sophon.models import ModelSpec
+from sophon.runs import derive_seed, seed_all
+from sophon.strategies import FineTuneStrategy
+from sophon.surgery import Means
+from sophon.surgery.renormalise import norms as norms_of
+from sophon.surgery.renormalise import scale_free
+from sophon.tasks import Task
+
+COMPARED = ROLES[:2]  # a fresh model has nothing to hide
+_MILD = FineTuneStrategy(optimizer="momentum", lr=1e-2)
+# How far curvature looks, in units of the norm of what moves: beyond float32's rounding, within the neighbourhood.
+_REACH = 5e-3
+_FEW = 8  # images that show which layers feed a normalisation
+
+
+class _Norms(NamedTuple):
+    """Norms of the weights whose scale is hidden: of each layer, and of each output channel that has its own."""
+
+    layers: Array
+    channels: Array
+
+
+class _Start(NamedTuple):
+    """What does not depend on the role; of each layer the name, and the axis of its weight if channels have scales."""
+
+    spec: ModelSpec
+    task: Task
+    restricted: Domain
+    draws: Sequence[Batch]
+    layers: Mapping[str, int | None]
+    seed: int
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    spec: ModelSpec,
+    task: Task,
+    restricted: Domain,
+    config: MaskingConfig,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Compare what an attacker's first steps see of the protected and of the unprotected weights.
+
+    Both roles face the same head, batches and noise. Only the ``attack`` split is read.
+
+    Args:
+        models: ``protected`` and ``unprotected``, of one architecture; left as they are.
+        spec: of both.
+        task: the model kind; without autocast, whose rounding would drown the curvature.
+        restricted: the domain that is attacked.
+        config: which head starts, how many steps, how many batches.
+        seed: of everything drawn; the same seed gives the same result.
+
+    Returns:
+        None if there are no head starts. Else plain data, NaN where a loss is not finite:
+
+        - ``layers``: each layer that only feeds a normalisation, by ``name``, with its weight's norm ``protected`` and
+          ``unprotected`` and their ``ratio``.
+        - ``weights``: ``layers`` and ``channels`` (their output channels, where each is normalised by itself), each
+          with ``norm`` and ``rate`` (effective learning rate, 1 / norm^2: per unit of the attacker's rate), each with
+          ``protected``, ``unprotected`` and ``ratio`` (protected / unprotected, of each layer or channel): ``count``,
+          geometric ``mean``, ``least`` and ``most``, None where there are none. What is zero in either model is left
+          out.
+        - ``moments``: for each ``head`` before the first step and after the last (``step``): ``weights``, and
+          ``quantities``, each with ``protected``, ``unprotected`` and ``ratio`` (None unless both are positive). These
+          are the attacker's ``loss``; ``gradient``, its gradient's norm, the head left out; ``hidden_gradient``, the
+          same of the layers' weights only; ``scale_free_gradient``, the sum over the layers of norm of weight times
+          norm of gradient; ``curvature``, [L(w + d u) - 2 L(w) + L(w - d u)] / d^2 with u the normalised first update
+          of momentum, the head left out; ``relative_curvature``, the same along the first update in coordinates in
+          which each tensor is measured by its own norm. The scale-free gradient and the relative curvature do not
+          change with the layers' scale.
+        - ``left_out``: head starts that do not fit, with the reason.
+    """
+    if not config.heads:
+        return None
+    attacked = restricted["attack"]
+    stream = batches(attacked, _MILD.batch_size, torch.Generator().manual_seed(derive_seed(seed, "draws")))
+    draws = list(islice(stream, config.batches))
+    means = Means(task, spec, restricted.classes, attacked, torch.Generator())
+    layers = _hidden_layers(copy.deepcopy(models["unprotected"]), means)
+    start = _Start(spec, task, restricted, draws, layers, seed)
+    released = {role: _norms(models[role], layers) for role in COMPARED}
+    moments: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for head in config.heads:
+        strategy = replace(_MILD, steps=config.steps, head=head)
+        try:
+            courses = {role: _course(models[role], strategy, start) for role in COMPARED}
+        except UserError as error:
+            left_out[head] = str(error)
+            continue
+        for step in courses[COMPARED[0]]:
+            at = {role: course[step] for role, course in courses.items()}
+            moments.append({"head": head, "step": step, **_moment(at)})
+    listed = [
+        {"name": name, **_side_by_side({role: float(norms.layers[index]) for role, norms in released.items()})}
+        for index, name in enumerate(layers)
+    ]
+    return {"layers": listed, "weights": _weights(released), "moments": moments, "left_out": left_out}
+
+
+def _hidden_layers(model: nn.Module, means: Means) -> dict[str, int | None]:
+    few = means.relabelled(means.images.take(torch.arange(min(_FEW, len(means.images)))), model)
+    loss = partial(means.task.attacker_loss, model, Batch(few.images, few.labels))
+    return {found.name: found.axis for found in scale_free(model, loss, per="channel")}
+
+
+def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict[int, tuple[dict[str, float], _Norms]]:
+    """Return what the attacker sees and the hidden layers' norms, by the steps done."""
+    attacker = Attacker(
+        copy.deepcopy(model),
+        strategy,
+        start.task,
+        start.restricted,
+        spec=start.spec,
+        seed=start.seed,
+        eval_points=2,
+        read_test=False,
+    )
+    found = {0: (_quantities(attacker.model, start), _norms(attacker.model, start.layers))}
+    if strategy.steps:
+        seed_all(derive_seed(start.seed, "steps"))
+        fine_tune(attacker.model, strategy, start.task, attacker.images, attacker.generator)
+        found[strategy.steps] = _quantities(attacker.model, start), _norms(attacker.model, start.layers)
+    return found
+
+
+def _quantities(model: nn.Module, start: _Start) -> dict[str, float]:
+    model = copy.deepcopy(model)  # whose normalisation statistics must not move
+    outside = start.task.head_names(model)
+    body = {name: part for name, part in start.task.train_mode(model, "all").items() if name not in outside}
+    gradients = _gradients(model, body, start)
+    sizes = {name: _norm(part) for name, part in body.items()}
+    slopes = {name: _norm(part) for name, part in gradients.items()}
+    hidden = [f"{name}.weight" for name in start.layers]
+    steep = math.hypot(*slopes.values())
+    steep_for_its_size = math.hypot(*(sizes[name] * slopes[name] for name in body))
+    # weighed by how much of the update falls on each tensor, so that layers which it leaves alone set no scale
+    moved = steep_for_its_size / steep if steep else 0.0
+    updates = {name: -part for name, part in gradients.items()}
+    relative = {name: sizes[name] * sizes[name] * part for name, part in updates.items()}
+    return {
+        "loss": _loss(model, start),
+        "gradient": steep,
+        "hidden_gradient": math.hypot(*(slopes[name] for name in hidden)),
+        "scale_free_gradient": math.fsum(sizes[name] * slopes[name] for name in hidden),
+        "curvature": _curvature(model, body, updates, steep, _REACH * moved, start),
+        "relative_curvature": _curvature(model, body, relative, steep_for_its_size, _REACH, start),
+    }
+
+
+def _gradients(model: nn.Module, body: Mapping[str, nn.Parameter], start: _Start) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss by parameter, zero for what the loss does not depend on."""
+    model.requires_grad_(False)
+    for part in body.values():
+        part.requires_grad_(True)
+    seed_all(derive_seed(start.seed, "noise"))
+    for batch in start.draws:
+        loss = start.task.attacker_loss(model, batch) / len(start.draws)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return {name: torch.zeros_like(part) if part.grad is None else part.grad for name, part in body.items()}
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, start: _Start) -> float:
+    """Return the mean loss over the batches, under the same noise every time."""
+    seed_all(derive_seed(start.seed, "noise"))
+    return math.fsum(float(start.task.attacker_loss(model, batch)) for batch in start.draws) / len(start.draws)
+
+
+@torch.no_grad()
+def _curvature(
+    model: nn.Module,
+    body: Mapping[str, nn.Parameter],
+    direction: Mapping[str, Tensor],
+    length: float,
+    distance: float,
+    start: _Start,
+) -> float:
+    """Return the second difference of the loss along ``direction`` / ``length``; NaN where there is no direction."""
+    if not (0 < length < math.inf and 0 < distance < math.inf):
+        return math.nan
+    here = {name: part.clone() for name, part in body.items()}
+
+    def at(place: float) -> float:
+        for name, part in body.items():
+            part.copy_(here[name] + place / length * direction[name])
+        return _loss(model, start)
+
+    ahead, behind, between = at(distance), at(-distance), at(0.0)
+    return (ahead - 2 * between + behind) / distance**2
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().double().norm())
+
+
+def _norms(model: nn.Module, layers: Mapping[str, int | None]) -> _Norms:
+    found = {name: model.get_submodule(name) for name in layers}
+    whole = [float(norms_of(layer, None)) for layer in found.values()]
+    channels = [norms_of(layer, layers[name]).flatten() for name, layer in found.items() if layers[name] is not None]
+    return _Norms(np.array(whole), torch.cat(channels).cpu().numpy() if channels else np.empty(0))
+
+
+def _moment(at: Mapping[str, tuple[Mapping[str, float], _Norms]]) -> dict[str, Any]:
+    quantities = next(iter(at.values()))[0]
+    return {
+        "quantities": {
+            name: _side_by_side({role: values[name] for role, (values, _) in at.items()}) for name in quantities
+        },
+        "weights": _weights({role: norms for role, (_, norms) in at.items()}),
+    }
+
+
+def _weights(norms: Mapping[str, _Norms]) -> dict[str, Any]:
+    return {
+        kind: _norm_and_rate({role: getattr(each, kind) for role, each in norms.items()}) for kind in _Norms._fields
+    }
+
+
+def _norm_and_rate(norms: Mapping[str, Array]) -> dict[str, Any]:
+    kept = np.logical_and.reduce([(each > 0) & np.isfinite(each) for each in norms.values()])
+    protected, unprotected = (norms[role][kept] for role in COMPARED)
+    return {
+        name: {
+            COMPARED[0]: _spread(protected**power),
+            COMPARED[1]: _spread(unprotected**power),
+            "ratio": _spread((protected / unprotected) ** power),
+        }
+        for name, power in (("norm", 1.0), ("rate", -2.0))
+    }
+
+
+def _spread(values: Array) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    mean = float(np.exp(np.log(values).mean()))
+    return {"count": len(values), "mean": mean, "least": float(values.min()), "most": float(values.max())}
+
+
+def _side_by_side(values: Mapping[str, float]) -> dict[str, float | None]:
+    protected, unprotected = (values[role] for role in COMPARED)
+    comparable = 0 < protected < math.inf and 0 < unprotected < math.inf
+    return {**values, "ratio": protected / unprotected if comparable else None}

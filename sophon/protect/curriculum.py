@@ -1,0 +1,221 @@
+"""Which attacker is simulated next: any that the sampler knows, or rather those that recover most at present.
+
+An attacker has too many fields for every combination to be tried, so each field with several choices has a bandit of
+its own, and all of them learn from every attacker: the naive assumption of Ontanon, "The combinatorial multi-armed
+bandit problem and its application to real-time strategy games" (AIIDE 2013), that a choice's worth shows whatever the
+other choices are. An arm is a choice; for the optimizer, which means little without its rate, an optimizer together
+with one third of its range of rates (on a log scale). Lengths are no arms: a longer attack always recovers more.
+
+**Success.** Losses drift as the protection grows, and an attacker that blows up may lose by millions. So a success is
+centred and scaled by where it stands among those of the last `RECENT` steps, its own included::
+
+    rank = (recent ones that are lower - recent ones that are higher) / recent ones          in (-1, 1)
+
+This is Graves et al., "Automated curriculum learning for neural networks" (arXiv 1704.03003, section 3), who rescale a
+reward by quantiles of its recent history; a whole rank needs no clipping and holds where most of the history is equal.
+
+**Arms.** Defender and attackers both change, so an arm's score forgets: it starts from 0, the middle, and where the arm
+was seen becomes ``memory * score + (1 - memory) * mean rank in this step`` (Sutton and Barto, "Reinforcement learning",
+2nd edition, equation 2.5). The next choice has the probability::
+
+    p = share * prior + (1 - share) * prior * exp(score / TEMPERATURE) / (the sum of these over the field's arms)
+
+with the sampler's own probability as prior (1/n, more for a value that its list repeats), so before anything is learnt
+the draws are the sampler's. The form is Exp3's (Auer et al., "The nonstochastic multiarmed bandit problem", SIAM J.
+Comput. 32, 2002, figure 1). Its division of a gain by the probability of the choice is left out, and means taken
+instead: an attacker of a pool is drawn once and seen in many turns, so that is not the probability of seeing it.
+
+An arm that always beats the n - 1 others comes within about n * exp(-1 / TEMPERATURE) = 0.0003 n of its largest
+probability, ``1 - share + share / n``. Once another takes over, the draws follow within the `RECENT` steps in which the
+old successes leave the ranks, and those in which the uniform share meets the new one 1 / (1 - memory) times. An arm
+whose attackers never stay finite keeps the score 0: it is drawn less than the best, more than what is known to fail.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sophon.config import MethodConfig
+from sophon.strategies import FineTuneStrategy, Operation, StrategySampler
+
+# Steps whose successes a success is compared with: long enough for ranks, short against the drift of a protection.
+RECENT = 64
+# Of a softmax over scores that lie between -1 and 1: where two arms are told apart with certainty these differ by 1,
+# and one is drawn 3000 times as often as the other; where all are equal, by about 0.2, what their noise leaves.
+TEMPERATURE = 0.125
+
+
+class Rates(NamedTuple):
+    """An optimizer with a part of its range.
+
+    Attributes:
+        optimizer: its name.
+        low: logarithm of the part's lowest learning rate.
+        high: of its highest; at least ``low``.
+    """
+
+    optimizer: str
+    low: float
+    high: float
+
+
+class Arm(NamedTuple):
+    """One choice for a field.
+
+    Attributes:
+        label: what logs and states call it; no two of a field are the same.
+        value: the strategy's value, or for the optimizer its `Rates`.
+        prior: the probability that the sampler gives it, > 0; those of a field sum to 1.
+    """
+
+    label: str
+    value: Any
+    prior: float
+
+
+class Curriculum:
+    """Draws the strategies of a `StrategySampler` by what is learnt of them.
+
+    The generator given to `draw` is the only randomness; the same successes in the same steps give the same table, to
+    the bit, whatever their order within a step: so ranks that learn the same gathered list agree. All is float64.
+
+    Args:
+        sampler: what can be drawn; nothing else ever is.
+        config: its keys ``curriculum``, ``curriculum_share`` and ``curriculum_memory``. With ``uniform`` nothing is
+            learnt, and the draws are `StrategySampler.sample`'s.
+    """
+
+    def __init__(self, sampler: StrategySampler, config: MethodConfig) -> None:
+        self.sampler = sampler
+        self.config = config
+        choices = {name: _arms(values) for name, values in sampler.choices().items()}
+        self._arms: dict[str, tuple[Arm, ...]] = {"optimizer": _rates(sampler), **choices}
+        self._scores = {name: [0.0] * len(arms) for name, arms in self._arms.items()}
+        self._recent: list[list[float]] = []
+
+    def draw(self, generator: torch.Generator) -> FineTuneStrategy:
+        """Draw one strategy; ``generator`` (on the CPU) is the only source of randomness."""
+        if self.config.curriculum == "uniform":
+            return self.sampler.sample(generator)
+        drawn = {name: self._pick(name, generator) for name in self._arms}
+        optimizer, low, high = drawn.pop("optimizer")
+        lr = math.exp(low + (high - low) * _uniform(generator))
+        return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=self.sampler.steps(generator), **drawn)
+
+    def learn(self, strategy: FineTuneStrategy, success: float) -> None:
+        """Learn from a step of one attacker; see `learn_all`."""
+        self.learn_all([(strategy, success)])
+
+    def learn_all(self, found: Sequence[tuple[FineTuneStrategy, float]]) -> None:
+        """Learn from all attackers of one step, in any order.
+
+        Args:
+            found: each attacker with its success: how well it recovers, higher for better, in a unit that compares
+                across strategies, such as minus its own loss at the end of its turn. Those that are not finite are
+                ignored, and a value that the sampler does not have teaches nothing about its field.
+        """
+        finite = [(strategy, float(success)) for strategy, success in found if math.isfinite(success)]
+        if not finite or self.config.curriculum == "uniform":
+            return
+        self._recent = [*self._recent[1 - RECENT :], sorted(success for _, success in finite)]
+        recent = sorted(success for step in self._recent for success in step)
+        ranks = [(bisect_left(recent, each) + bisect_right(recent, each)) / len(recent) - 1 for _, each in finite]
+        memory = self.config.curriculum_memory
+        for name, arms in self._arms.items():
+            places = [_place(name, arms, strategy) for strategy, _ in finite]
+            for place in {place for place in places if place is not None}:
+                seen = [rank for rank, at in zip(ranks, places, strict=True) if at == place]
+                mean = math.fsum(seen) / len(seen)  # rounded once, so without regard to their order
+                self._scores[name][place] = memory * self._scores[name][place] + (1 - memory) * mean
+
+    def support(self) -> dict[str, Any]:
+        """Return what can be drawn, as `StrategySampler.support` does: whatever is learnt, it stays the same."""
+        return self.sampler.support()
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Return the probability of each arm, by field and label; fields with a single choice are left out."""
+        return {
+            name: {arm.label: p for arm, p in zip(arms, self._probabilities(name), strict=True)}
+            for name, arms in self._arms.items()
+            if len(arms) > 1
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return all that was learnt as plain JSON data."""
+        scores = {
+            name: {arm.label: score for arm, score in zip(arms, self._scores[name], strict=True)}
+            for name, arms in self._arms.items()
+        }
+        return {"scores": scores, "recent": [list(step) for step in self._recent]}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Take up what `record` returned, in place of what was learnt; an arm that it does not name starts anew."""
+        known = record.get("scores", {})
+        for name, arms in self._arms.items():
+            self._scores[name] = [float(known.get(name, {}).get(arm.label, 0.0)) for arm in arms]
+        self._recent = [[float(success) for success in step] for step in record.get("recent", [])]
+
+    def _probabilities(self, name: str) -> list[float]:
+        arms, scores = self._arms[name], self._scores[name]
+        weights = [arm.prior * math.exp(score / TEMPERATURE) for arm, score in zip(arms, scores, strict=True)]
+        total, share = math.fsum(weights), self.config.curriculum_share
+        return [share * arm.prior + (1 - share) * weight / total for arm, weight in zip(arms, weights, strict=True)]
+
+    def _pick(self, name: str, generator: torch.Generator) -> Any:
+        left = _uniform(generator)
+        *arms, last = zip(self._arms[name], self._probabilities(name), strict=True)
+        for arm, probability in arms:
+            left -= probability
+            if left < 0:
+                return arm.value
+        return last[0].value
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _rates(sampler: StrategySampler) -> tuple[Arm, ...]:
+    """Cut the range of each optimizer into thirds, unless it is a single rate."""
+    arms = []
+    for optimizer, (lowest, highest) in sorted(sampler.ranges.items()):
+        low, high = math.log(lowest), math.log(highest)
+        parts = ("low", "middle", "high") if low < high else ("",)
+        edges = [low + (high - low) * part / len(parts) for part in range(len(parts))] + [high]
+        for part, start, end in zip(parts, edges, edges[1:], strict=False):
+            prior = 1 / (len(sampler.ranges) * len(parts))
+            arms.append(Arm(f"{optimizer} {part}".strip(), Rates(optimizer, start, end), prior))
+    return tuple(arms)
+
+
+def _arms(values: Sequence[Any]) -> tuple[Arm, ...]:
+    return tuple(Arm(_label(value), value, values.count(value) / len(values)) for value in dict.fromkeys(values))
+
+
+def _label(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return " + ".join(_named(operation) for operation in value) or "none"
+
+
+def _named(operation: Operation) -> str:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in operation.arguments)
+    return f"{operation.name}({arguments})" if arguments else operation.name
+
+
+def _place(name: str, arms: Sequence[Arm], strategy: FineTuneStrategy) -> int | None:
+    """Return which of a field's arms a strategy has chosen; None if it is none of them."""
+    if name != "optimizer":
+        return next((place for place, arm in enumerate(arms) if arm.value == getattr(strategy, name)), None)
+    lr = math.log(strategy.lr)
+    for place, arm in enumerate(arms):
+        optimizer, low, high = arm.value
+        # as in `sophon.strategies.fields_outside`, a rate at an end of the range may lie outside by rounding
+        if strategy.optimizer == optimizer and low - 1e-9 <= lr <= high + 1e-9:
+            return place
+    return None

@@ -1,0 +1,402 @@
+"""Masking: scale that hides from the function shows in the gradient; what does not depend on scale stays."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sophon.audit.masking import measure
+from sophon.audit.metrics import summarise
+from sophon.audit.undone import undone
+from sophon.config import MaskingConfig
+from sophon.domains import Batch, Domain, batches
+from sophon.models import ModelSpec
+from sophon.runs import derive_seed
+from tests.audit.records import CONTEXT, trio
+from tests.tiny import (
+    CLASSES,
+    SIZE,
+    assert_same_state,
+    state_of,
+    tiny_denoising,
+    tiny_images,
+    tiny_model,
+    tiny_spec,
+    tiny_task,
+    tiny_unet,
+    tiny_unet_spec,
+)
+
+CONVOLUTIONS = ("conv1", "conv2")
+# nothing but what an attacker trains on: whatever else were read would be missed
+ATTACKED = Domain("restricted", CLASSES, {"attack": tiny_images(3)}, {})
+HEADS = MaskingConfig(heads=["fresh", "kept"], steps=2, batches=1)
+KEPT = MaskingConfig(heads=["kept"], steps=0, batches=1)
+
+
+def exact(seed: int = 1) -> nn.Module:
+    """Return the tiny network with BatchNorm that hides the scale of the weights before it wholly."""
+    model = tiny_model(seed)
+    model.bn1.eps = model.bn2.eps = 1e-30
+    return model
+
+
+def scaled(model: nn.Module, factor: float) -> nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in CONVOLUTIONS:
+            model.get_submodule(name).weight.mul_(factor)
+    return model
+
+
+def measured(
+    protected: nn.Module, unprotected: nn.Module, config: MaskingConfig = HEADS, seed: int = 0, **changes: Any
+) -> dict[str, Any]:
+    usual = {"spec": tiny_spec(), "task": tiny_task(), "restricted": ATTACKED} | changes
+    found = measure({"protected": protected, "unprotected": unprotected}, config=config, seed=seed, **usual)
+    assert found is not None
+    return found
+
+
+def ratios(moment: dict[str, Any]) -> dict[str, float | None]:
+    return {name: values["ratio"] for name, values in moment["quantities"].items()}
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def test_weights_times_1000_hide_the_gradient_and_nothing_else() -> None:
+    found = measured(scaled(exact(), 1000.0), exact(), MaskingConfig(heads=["fresh", "kept"], steps=0, batches=2))
+    assert [(moment["head"], moment["step"]) for moment in found["moments"]] == [("fresh", 0), ("kept", 0)]
+    for moment in found["moments"]:
+        seen = ratios(moment)
+        assert seen["hidden_gradient"] == pytest.approx(1e-3, rel=1e-9)
+        for name in ("loss", "scale_free_gradient"):
+            assert seen[name] == pytest.approx(1.0, rel=1e-9)
+        curvatures = moment["quantities"]["relative_curvature"]
+        assert curvatures["protected"] == pytest.approx(curvatures["unprotected"], rel=1e-6)
+        for kind, count in (("layers", 2), ("channels", 8)):
+            weights = moment["weights"][kind]
+            assert weights == found["weights"][kind]
+            for end in ("mean", "least", "most"):
+                assert weights["norm"]["ratio"][end] == pytest.approx(1e3, rel=1e-12)
+                assert weights["rate"]["ratio"][end] == pytest.approx(1e-6, rel=1e-12)
+            assert weights["rate"]["ratio"]["count"] == count
+    assert {each["name"]: each["ratio"] for each in found["layers"]} == {
+        name: pytest.approx(1e3, rel=1e-12) for name in CONVOLUTIONS
+    }
+
+
+def test_all_of_the_gradient_falls_where_nothing_else_takes_gradients() -> None:
+    """Without affine weights, all that the attacker's gradient is of lies before normalisation."""
+    plain = exact()
+    for norm in ("bn1", "bn2"):
+        setattr(plain, norm, nn.BatchNorm2d(4, eps=1e-30, affine=False).double())
+    (moment,) = measured(scaled(plain, 1000.0), plain, KEPT)["moments"]
+    seen = ratios(moment)
+    assert seen["gradient"] == seen["hidden_gradient"] == pytest.approx(1e-3, rel=1e-9)
+    assert seen["scale_free_gradient"] == pytest.approx(1.0, rel=1e-9)
+    assert moment["quantities"]["curvature"]["protected"] == pytest.approx(
+        1e-6 * moment["quantities"]["curvature"]["unprotected"], rel=1e-6
+    )
+
+
+def test_an_unchanged_model_has_ratios_of_one() -> None:
+    found = measured(tiny_model(), tiny_model())
+    assert [(moment["head"], moment["step"]) for moment in found["moments"]] == [
+        ("fresh", 0), ("fresh", 2), ("kept", 0), ("kept", 2),
+    ]  # fmt: skip
+    for moment in found["moments"]:
+        assert all(values["protected"] == values["unprotected"] for values in moment["quantities"].values())
+        assert {value for value in ratios(moment).values() if value is not None} == {1.0}
+        for kind in moment["weights"].values():
+            for each in kind.values():
+                assert [each["ratio"][end] for end in ("mean", "least", "most")] == [1.0, 1.0, 1.0]
+    # the mild attacker gets somewhere, and its heads are two
+    fresh, later, kept, _ = (moment["quantities"]["loss"]["protected"] for moment in found["moments"])
+    assert later < fresh != kept
+
+
+def test_quantities_against_derivatives_by_autograd() -> None:
+    model, unit = tiny_model(4), tiny_task()
+    (moment,) = measured(model, tiny_model(5), KEPT, seed=7)["moments"]
+    generator = torch.Generator().manual_seed(derive_seed(7, "draws"))
+    (batch,) = islice(batches(ATTACKED["attack"], 128, generator), 1)
+    expected = copy.deepcopy(model).train()
+    body = {name: part for name, part in expected.named_parameters() if not name.startswith("fc.")}
+    assert len(body) == 6
+    loss = unit.attacker_loss(expected, batch)
+    gradients = dict(zip(body, torch.autograd.grad(loss, list(body.values()), create_graph=True), strict=True))
+    slope = {name: each.detach() for name, each in gradients.items()}
+    size = {name: part.detach().norm() for name, part in body.items()}
+
+    def second_derivative(direction: dict[str, torch.Tensor]) -> float:
+        along = sum((gradients[name] * direction[name]).sum() for name in body)
+        again = torch.autograd.grad(along, list(body.values()), retain_graph=True)
+        return float(sum((one * other).sum() for one, other in zip(again, direction.values(), strict=True)))
+
+    whole = math.sqrt(sum(float(each.square().sum()) for each in slope.values()))
+    pace = math.sqrt(sum(float((size[name] * slope[name].norm()) ** 2) for name in body))
+    expected_quantities = {
+        "loss": float(loss.detach()),
+        "gradient": whole,
+        "hidden_gradient": math.hypot(*(float(slope[f"{name}.weight"].norm()) for name in CONVOLUTIONS)),
+        "scale_free_gradient": sum(
+            float(size[f"{name}.weight"] * slope[f"{name}.weight"].norm()) for name in CONVOLUTIONS
+        ),
+        "curvature": second_derivative({name: -each / whole for name, each in slope.items()}),
+        "relative_curvature": second_derivative(
+            {name: -(size[name] ** 2) * each / pace for name, each in slope.items()}
+        ),
+    }
+    seen = {name: values["protected"] for name, values in moment["quantities"].items()}
+    for name, value in expected_quantities.items():
+        assert seen[name] == pytest.approx(value, rel=1e-2 if "curvature" in name else 1e-10), name
+
+
+class Bowl(nn.Module):
+    """Two tensors at the bottom of whose loss, 0.5 * (3 a^2 + 5 b^2), lies zero."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([a], dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor([b], dtype=torch.float64))
+
+
+class Descending:
+    """Says nothing of images: its loss is the bowl's height."""
+
+    def attacker_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return (1.5 * model.a.square() + 2.5 * model.b.square()).sum()
+
+    def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
+        return dict(model.train().named_parameters())
+
+    def head_names(self, model: nn.Module) -> set[str]:
+        return set()
+
+    def start_head(self, model: nn.Module, head: str, classes: tuple[str, ...]) -> None:
+        pass
+
+
+def test_curvature_by_hand() -> None:
+    """At (2, 1) the gradient is (6, 5): along it the curvature is (3 * 36 + 5 * 25) / 61.
+
+    In units of (2, 1) it is (12, 5), the step along it (24, 5) / 13, and its curvature (3 * 576 + 5 * 25) / 169.
+    """
+    (moment,) = measured(Bowl(2.0, 1.0), Bowl(0.0, 0.0), KEPT, task=Descending())["moments"]
+    seen = moment["quantities"]
+    assert seen["loss"]["protected"] == 8.5
+    assert seen["gradient"]["protected"] == pytest.approx(math.sqrt(61), rel=1e-12)
+    assert seen["curvature"]["protected"] == pytest.approx(233 / 61, rel=1e-7)
+    assert seen["relative_curvature"]["protected"] == pytest.approx(1853 / 169, rel=1e-7)
+    # at the bottom there is no direction
+    assert seen["gradient"]["unprotected"] == 0
+    assert math.isnan(seen["curvature"]["unprotected"])
+    assert math.isnan(seen["relative_curvature"]["unprotected"])
+    assert seen["curvature"]["ratio"] is None
+    assert moment["weights"]["layers"]["norm"] == dict.fromkeys(("protected", "unprotected", "ratio"))
+
+
+def test_a_single_channel_shows_where_channels_have_scales_of_their_own() -> None:
+    model = exact()
+    with torch.no_grad():
+        model.conv1.weight[2].mul_(16.0)
+        model.conv2.weight[1].zero_()
+    found = measured(model, exact(), KEPT)["weights"]["channels"]["norm"]["ratio"]
+    # what is zero can be compared with nothing
+    assert found == {
+        "count": 7,
+        "mean": pytest.approx(16 ** (1 / 7)),
+        "least": pytest.approx(1.0),
+        "most": pytest.approx(16.0),
+    }
+
+
+def test_channels_that_are_normalised_together_have_no_scale_of_their_own() -> None:
+    model = exact()
+    model.bn1 = nn.GroupNorm(2, 4).double()
+    found = measured(model, model, KEPT)["weights"]
+    assert found["layers"]["norm"]["ratio"]["count"] == 2
+    assert found["channels"]["norm"]["ratio"]["count"] == 4
+
+
+def test_a_denoiser_meets_the_same_noise_every_time() -> None:
+    models = [tiny_unet(seed=1), tiny_unet(seed=1)]
+    kind = {"spec": tiny_unet_spec(), "task": tiny_denoising()}
+    found = measured(*models, MaskingConfig(heads=["kept"], steps=1, batches=1), **kind)
+    assert [moment["step"] for moment in found["moments"]] == [0, 1]
+    for moment in found["moments"]:
+        for values in moment["quantities"].values():
+            assert math.isfinite(values["protected"])
+            assert values["protected"] == values["unprotected"]
+    # what its convolutions say is added to, and so shows, before any normalisation reads it
+    assert found["layers"] == []
+
+
+def test_a_head_that_a_denoiser_does_not_have_is_left_out() -> None:
+    kind = {"spec": tiny_unet_spec(), "task": tiny_denoising()}
+    found = measured(tiny_unet(), tiny_unet(), MaskingConfig(heads=["fresh"], steps=0, batches=1), **kind)
+    assert found["moments"] == []
+    assert "class-conditional" in found["left_out"]["fresh"]
+
+
+def test_the_same_seed_gives_the_same_and_models_stay_as_they_are() -> None:
+    models = tiny_model(1), tiny_model(2)
+    before = [state_of(model) for model in models]
+    modes = [model.training for model in models]
+    config = MaskingConfig(heads=["fresh"], steps=1, batches=1)
+    first = measured(*models, config, seed=3)
+    torch.rand(7)
+    assert measured(*models, config, seed=3) == first
+    assert measured(*models, config, seed=4) != first
+    for model, state, mode in zip(models, before, modes, strict=True):
+        assert_same_state(model, state)
+        assert model.training is mode
+
+
+def test_a_head_of_another_size_is_left_out_with_the_reason() -> None:
+    two = Domain("two", CLASSES[:2], {"attack": tiny_images(3)}, {})
+    two.splits["attack"].labels.remainder_(2)
+    found = measured(tiny_model(1), tiny_model(2), restricted=two)
+    assert [moment["head"] for moment in found["moments"]] == ["fresh", "fresh"]
+    assert "as many classes" in found["left_out"]["kept"]
+    assert [each["name"] for each in found["layers"]] == list(CONVOLUTIONS)
+
+
+def test_a_probed_head_has_been_fitted() -> None:
+    config = MaskingConfig(heads=["fresh", "probed"], steps=0, batches=1)
+    fresh, probed = measured(tiny_model(1), tiny_model(1), config)["moments"]
+    assert probed["quantities"]["loss"]["protected"] < fresh["quantities"]["loss"]["protected"]
+
+
+def test_no_head_starts_measure_nothing() -> None:
+    models = {"protected": tiny_model(), "unprotected": tiny_model()}
+    assert measure(models, tiny_spec(), tiny_task(), ATTACKED, MaskingConfig(heads=[]), 0) is None
+
+
+def test_a_loss_that_is_not_finite_is_reported_as_such() -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.fc.weight.fill_(math.inf)
+    summary = summarise(trio("a", 20.0, 60.0, 50.0), CONTEXT | {"masking": measured(broken, tiny_model(), KEPT)})
+    values = summary["masking"]["measured"]["moments"][0]["quantities"]["gradient"]
+    assert (values["protected"], values["ratio"]) == (None, None)
+    assert values["unprotected"] > 0
+
+
+def test_a_model_without_normalisation_has_nothing_to_hide_in() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Linear(SIZE * SIZE, 4)
+            self.fc = nn.Linear(4, len(CLASSES))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.tanh(F.linear(images.flatten(1), self.features.weight)))
+
+    torch.manual_seed(0)
+    spec = ModelSpec("torchvision", "bare", CLASSES, 1, SIZE, (0.5,), (0.25,))
+    models = Bare().double(), Bare().double()
+    found = measured(*models, KEPT, spec=spec)
+    assert found["layers"] == []
+    assert found["weights"]["layers"]["norm"]["ratio"] is None
+    seen = found["moments"][0]["quantities"]
+    assert seen["hidden_gradient"] == {"protected": 0.0, "unprotected": 0.0, "ratio": None}
+    assert seen["gradient"]["ratio"] > 0
+
+
+# ---- what surgery undoes --------------------------------------------------------------------------------------------
+
+RENORMALISE = {"operation": "renormalise"}
+PER_CHANNEL = {"operation": "renormalise", "per": "channel"}
+RESET = {"operation": "reset_affine"}
+NOISE = {"operation": "noise", "scale": 0.1}
+
+
+def attack(
+    name: str, gap: float | None, *surgery: dict[str, Any], search: Any = None, **strategy: Any
+) -> dict[str, Any]:
+    return {
+        "attack": name,
+        "search": search,
+        "strategy": {"optimizer": "sgd", "lr": 0.1, "surgery": list(surgery)} | strategy,
+        "gap_closed": {"value": gap},
+    }
+
+
+def test_pairs_by_hand() -> None:
+    attacks = [
+        attack("plain", 0.8),
+        attack("renormalised", 0.2, RENORMALISE),
+        attack("both", 0.4, PER_CHANNEL, RESET),
+        attack("noisy", 0.5, NOISE),
+        attack("noisy_renormalised", 0.6, NOISE, RENORMALISE),
+        attack("alone", 0.1, RENORMALISE, lr=0.2),
+        attack("searched", 0.1, RENORMALISE, search={"trials": 3}),
+    ]
+    found = undone(attacks)
+    assert [(pair["attack"], pair["without"]) for pair in found["pairs"]] == [
+        ("both", "plain"), ("noisy_renormalised", "noisy"), ("renormalised", "plain"),
+    ]  # fmt: skip
+    assert [pair["share"] for pair in found["pairs"]] == pytest.approx([0.5, -0.2, 0.75])
+    assert found["pairs"][0]["operations"] == [PER_CHANNEL, RESET]
+    assert found["pairs"][2]["gap_closed"] == 0.2
+    assert found["pairs"][2]["gap_closed_without"] == 0.8
+    assert found["share"] == pytest.approx(0.5)
+    assert undone(attacks[::-1]) == found
+
+
+@pytest.mark.parametrize(("gap", "without"), [(0.05, 0.09), (None, 0.8), (0.2, None), (-0.3, -0.2)])
+def test_where_nothing_protects_nothing_is_masked(gap: float | None, without: float | None) -> None:
+    found = undone([attack("plain", without), attack("renormalised", gap, RENORMALISE)])
+    assert len(found["pairs"]) == 1
+    assert found["pairs"][0]["share"] is None
+    assert found["share"] is None
+
+
+def test_fields_that_were_not_stored_are_at_their_defaults() -> None:
+    older = attack("older", 0.5)
+    del older["strategy"]["surgery"]
+    found = undone([older, attack("newer", 0.25, RESET, steps=200, ema=0.0)])
+    assert found["share"] == 0.5
+
+
+def test_attacks_of_other_lengths_are_no_pair() -> None:
+    assert undone([attack("short", 0.5), attack("long", 0.2, RESET, steps=300)]) == {"pairs": [], "share": None}
+
+
+# ---- both, in an audit's result -------------------------------------------------------------------------------------
+
+
+def audited(protected: nn.Module, *, undone_to: float | None = None) -> dict[str, Any]:
+    """Summarise an audit of the tiny network, attacked with and without re-normalisation."""
+    attempts = trio("sgd", 36.0, 60.0, 20.0)
+    if undone_to is not None:
+        strategy = {"optimizer": "adam", "lr": 0.1, "surgery": [RENORMALISE]}
+        attempts += trio("renormalised", undone_to, 60.0, 20.0, strategy=strategy)
+    return summarise(attempts, CONTEXT | {"masking": measured(protected, exact(), KEPT)})
+
+
+def test_the_verdict_says_that_weights_times_1000_are_masking() -> None:
+    assert (
+        "most of it is masking (weights before normalisation are 1000 times as large, gap closed 0.05 after "
+        "re-normalising the weights instead of 0.60)"
+    ) in audited(scaled(exact(), 1000.0), undone_to=58.0)["verdict"]
+    assert (
+        "its weights before normalisation are 1000 times as large: run the family surgery"
+        in audited(scaled(exact(), 1000.0))["verdict"]
+    )
+
+
+def test_the_verdict_is_silent_on_an_unchanged_model() -> None:
+    for summary in (audited(exact()), audited(exact(), undone_to=36.0)):
+        assert "masking" not in summary["verdict"]
+        assert "normalisation" not in summary["verdict"]
