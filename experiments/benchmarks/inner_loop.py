@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,13 @@ def cells(options: argparse.Namespace, cases: dict[str, Case]) -> Iterator[tuple
                     yield f"memory/{name}/K{steps}/{method}", Job("memory", case, steps, (method,), **settings)
 
 
-def fitting(job: Job, model: Model, limit: float) -> tuple[Job, dict[str, str]]:
-    """Leave the methods out that need more than ``limit`` bytes; return the rest, and the reason for each of those."""
+def fitting(job: Job, model: Model, limit: float, unwanted: Sequence[str] = ()) -> tuple[Job, dict[str, str]]:
+    """Leave out unwanted methods and those that need more than ``limit`` bytes; return the rest, and the reasons."""
     left_out = {}
     for name in job.methods:
+        if name in unwanted:
+            left_out[name] = "left out to save time"
+            continue
         work = Round(job.steps, job.case.adapt, job.case.query, optimizer=METHODS[name].optimizer)
         needed = METHODS[name].needs(model, work)
         if needed > limit:
@@ -96,7 +99,7 @@ def run(chosen: dict[str, Job], options: argparse.Namespace, measure: Measure = 
     with tracker.progress("inner loop", sum(costs.values())) as advance:
         for name, job in chosen.items():
             model = sizes[job.case]
-            fits, left_out = fitting(job, model, options.limit * GB)
+            fits, left_out = fitting(job, model, options.limit * GB, options.without)
             try:
                 found = measure(fits) if fits.methods else {}
             except UserError as error:
@@ -134,6 +137,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--missing", action="store_true", help="leave out cells that the file has")
     parser.add_argument("--list", action="store_true", help="print the cells' names and measure nothing")
     parser.add_argument("--quick", action="store_true", help="batches of 4, K 1 and 2, two repeats: does it run?")
+    parser.add_argument("--without", action="append", choices=list(METHODS), default=[], help="leave a method out")
     parser.add_argument("--repeats", type=int, help="clocked turns of each method (5)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sophon.domains import Batch
 from sophon.protect.first_order import first_order
 from sophon.protect.second_order import second_order
+from sophon.protect.simulate import query_weights
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
@@ -161,6 +162,13 @@ def ours_first(work: Work) -> Outcome:
     return Outcome(first_order(*work).gradients, dict(work.attacker.named_parameters()))
 
 
+def ours_first_fifth(work: Work) -> Outcome:
+    """Query after every fifth step only (``method.query_every=5``): less work, and so another gradient."""
+    gammas = query_weights("uniform", len(work.gammas), every=5)
+    first_order(*work._replace(gammas=gammas))
+    return Outcome(None, dict(work.attacker.named_parameters()))
+
+
 def ours_second(work: Work) -> Outcome:
     """Use the package's second-order engine as it comes; it does not say where the attacker's weights ended."""
     return Outcome(second_order(*work).gradients, {})
@@ -207,6 +215,7 @@ METHODS = {
     "plain": Method(plain, timed=False, needs=formulas.plain_memory),
     "bound": Method(bound, needs=formulas.bound_memory),
     "ours_first": Method(ours_first),
+    "ours_first_fifth": Method(ours_first_fifth, weighed=False),
     "learn2learn": Method(learn2learn, needs=formulas.kept_graphs_memory),
     "higher_first": Method(higher_first),
     "ours_second": Method(ours_second, order=2, needs=partial(formulas.second_order_memory, segment=1)),
