@@ -9,17 +9,13 @@ are those of the named attacks against the first seed's models.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
+from audited import write_results
 from matplotlib.figure import Figure
 from PIL import Image
-
-import sophon  # noqa: F401 - declares torchvision's operators where its compiled part cannot load
 
 HERE = Path(__file__).parent
 ROLES = ("scratch", "unprotected", "protected")
@@ -94,9 +90,7 @@ def main() -> None:
     seeds = [int(number) for number in numbers]
     out, runs = HERE / name, Path("runs") / name
     found = gather(runs, seeds)
-    machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
-    results = {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "seeds": found}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out / "results.json", {"seeds": found})
     (out / "table.md").write_text(table(found))
     pictures(runs / f"seed{seeds[0]}" / "audit", attacks.split(","), out / "samples.png")
     print(table(found))

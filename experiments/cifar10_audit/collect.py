@@ -8,14 +8,14 @@ Reads <folder>/<checkpoint>/audit.json, of those that are done, and writes besid
 from __future__ import annotations
 
 import json
-import platform
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).parents[1]))
+from audited import brief, tested, write_results
 
 HERE = Path(__file__).parent
 CHECKPOINTS = ("paper", "sampled", "unchanged", "times_1000")
@@ -34,27 +34,13 @@ def gather(folder: Path) -> dict[str, Any]:
         audit = json.loads((folder / name / "audit.json").read_text())
         found[name] = {
             **{key: audit[key] for key in ("verdict", "intactness", "families", "decay", "controls", "seconds_total")},
-            "worst_case": {key: group and _brief(group) for key, group in audit["worst_case"].items()},
+            "worst_case": {key: group and brief(group) for key, group in audit["worst_case"].items()},
             "benign_worst_harm": (audit["benign"] or {}).get("worst_harm"),
             "attempts": audit["attempts"],
-            "attacks": {
-                row["attack"]: {
-                    "exposure": row["exposure"],
-                    "gap_closed": row["gap_closed"]["value"],
-                    "test": {role: values["values"] for role, values in row["roles"].items()},
-                }
-                for row in audit["attacks"]
-            },
+            "attacks": tested(audit),
         }
-        found[name]["families"] = {key: _brief(group) for key, group in audit["families"].items()}
+        found[name]["families"] = {key: brief(group) for key, group in audit["families"].items()}
     return found
-
-
-def _brief(group: dict[str, Any]) -> dict[str, Any]:
-    roles = {
-        role: {key: values[key] for key in ("attack", "mean", "values")} for role, values in group["roles"].items()
-    }
-    return {"attacks": group["attacks"], "roles": roles, "gap_closed": group["gap_closed"]}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -102,9 +88,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     found = gather(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/standard"))
-    machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
-    results = {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "checkpoints": found}
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(HERE / "results.json", {"checkpoints": found})
     (HERE / "table.md").write_text(table(found))
     figure(found, HERE / "families.svg")
     print(table(found))

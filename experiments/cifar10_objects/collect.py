@@ -9,17 +9,14 @@ there are more than two attempts: their mean and the half width of its 95 % Stud
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
-import sophon  # noqa: F401 - declares torchvision's operators where its compiled part cannot load
-from sophon.audit.metrics import ci95
+sys.path.append(str(Path(__file__).parents[1]))
+from audited import spread, write_results
 
 HERE = Path(__file__).parent
 RECIPES = {"paper": "cifar10_objects_paper", "sampled": "cifar10_objects"}
@@ -48,23 +45,16 @@ def gather(runs: Path, seeds: list[int]) -> dict:
     return {"attacks": attacks, "intactness": intactness}
 
 
-def cell(values: list[float]) -> str:
-    half = ci95(values)
-    if len(values) <= 2 or half is None:  # an interval of two values says nothing that they do not say
-        return ", ".join(f"{value:.1f}" for value in values)
-    return f"{statistics.mean(values):.1f} ± {half:.1f}"
-
-
 def table(results: dict) -> str:
     """Return the Markdown table: test accuracy in percent after each attack."""
     lines = ["| attack | " + " | ".join(COLUMNS) + " | seen by paper / sampled |", "|---|" + "---|" * 5]
     for name, entry in results["attacks"].items():
-        cells = [cell(entry["test"][column]) if column in entry["test"] else "-" for column in COLUMNS]
+        cells = [spread(entry["test"][column]) if column in entry["test"] else "-" for column in COLUMNS]
         seen = " / ".join(entry["exposure"].get(recipe, "-").replace("_", " ") for recipe in RECIPES)
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {seen} |")
     before = [run["before"]["test"] for run in results["intactness"]["sampled"]]
-    after = {r: cell([run["after"]["test"] for run in results["intactness"][r]]) for r in RECIPES}
-    lines.append(f"| *original domain* | - | {cell(before)} | {after['paper']} | {after['sampled']} | |")
+    after = {r: spread([run["after"]["test"] for run in results["intactness"][r]]) for r in RECIPES}
+    lines.append(f"| *original domain* | - | {spread(before)} | {after['paper']} | {after['sampled']} | |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,9 +82,7 @@ def main() -> None:
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
     seeds = [int(seed) for seed in sys.argv[2:]] or [0, 1]
     results = gather(runs, seeds)
-    machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
-    results = {"date": datetime.now(UTC).date().isoformat(), "seeds": seeds, "machine": machine, **results}
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(HERE / "results.json", {"seeds": seeds, **results})
     (HERE / "table.md").write_text(table(results))
     figure(results, HERE / "recovery.svg")
     print(table(results))

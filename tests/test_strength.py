@@ -1,0 +1,528 @@
+"""The bench of experiments/strength: its rows mean something, its steps go on, its table says what was found."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sophon.audit.plan import strategies
+from sophon.cli import conf_dir
+from sophon.config import Config
+from sophon.errors import UserError
+from sophon.strategies import StrategySampler, fields_outside
+from sophon.tracking import Tracker
+from sophon.validation import from_omegaconf, strategy_from
+from tests.cli_helpers import PRETRAIN, load, sophon
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+METRIC = {"name": "accuracy", "unit": "%", "higher_is_better": True}
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the scripts find one another, as they do when one of them is run."""
+    for folder in (EXPERIMENTS, EXPERIMENTS / "strength"):
+        monkeypatch.syspath_prepend(str(folder))
+
+
+@cache
+def composed(*overrides: str, verb: str = "protect") -> Config:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return from_omegaconf(hydra.compose("config", overrides=[*overrides, f"verb={verb}"]))
+
+
+def rows() -> dict[str, list[str]]:
+    groups = yaml.safe_load((EXPERIMENTS / "strength" / "methods.yaml").read_text())
+    return {name: overrides for group in groups.values() for name, overrides in group.items()}
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rows())
+def test_every_row_composes_and_shares_the_yardstick(name: str) -> None:
+    config, usual = composed("experiment=bench_c", *rows()[name]), composed("experiment=bench_c")
+    assert (config.guard, config.domain, config.model) == (usual.guard, usual.domain, usual.model)
+    assert config.reference == usual.reference
+    for key in ("fts_lr", "ntr_lr", "ntr_steps", "ntr_batch_size", "schedule"):
+        assert getattr(config.method, key) == getattr(usual.method, key)
+    assert (config.method.distillation == 0) == (name in ("sophon_ice_paper", "sophon_klu_paper", "mlac_paper"))
+    if not name.endswith("_paper"):
+        mine, theirs = (StrategySampler(each.sampler).support() for each in (config, usual))
+        assert mine["optimizer"].items() <= theirs["optimizer"].items()
+        assert set(mine["head"]) <= set(theirs["head"])
+        assert [each for each in mine["surgery"] if each not in theirs["surgery"]] == []
+
+
+def test_rows_have_names_of_their_own_and_groups_can_be_chosen(tmp_path: Path) -> None:
+    from rows import chosen, read_rows
+
+    groups = read_rows()
+    assert chosen(groups, ["methods", "ablations"]) == rows()
+    assert list(chosen(groups, ["pool_fixed", "pool", "pool"])) == ["pool_fixed", "pool"]
+    assert len(groups["methods"]) >= 11
+    with pytest.raises(UserError, match="--methods: 'pol' is not known; allowed: ablations"):
+        chosen(groups, ["pol"])
+    for text, message in (
+        ("methods: {a: [x=1]}\nablations: {a: [x=1]}", "'a' is not allowed"),
+        ("methods: {controls: [x=1]}", "'controls' is not allowed"),
+        ("methods: {a/b: [x=1]}", "'a/b' is not allowed"),
+        ("methods: {a: x=1}", "a: x=1 is not a list of overrides"),
+        ("mine: {a: [x=1]}", "give groups of rows"),
+    ):
+        (tmp_path / "rows.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_rows(tmp_path / "rows.yaml")
+
+
+def test_the_attacks_have_every_family_and_share_names_with_the_same_attacks() -> None:
+    whole, screen = (
+        composed("experiment=bench_c", f"attack={name}", verb="audit") for name in ("bench_c", "bench_c_screen")
+    )
+    named, few = strategies(whole.attack), strategies(screen.attack)
+    assert few.items() <= named.items()
+    assert len(few) == 8
+    assert {each.steps for each in few.values()} == {200}
+    assert not screen.attack.search
+    assert whole.attack.eval_points == screen.attack.eval_points, "or the one cannot reuse the other's attempts"
+    assert sorted(each.steps for each in named.values())[-2:] == [200, 4000]
+    assert [(each.trials, each.steps, each.seeds) for each in whole.attack.search.values()] == [(64, 200, 3)]
+    assert len(whole.attack.benign) == 2
+    operations = {operation.name for each in named.values() for operation in each.surgery}
+    assert {"renormalise", "reset_affine", "reinitialise", "shrink_perturb", "distil", "heal"} <= operations
+    assert {"all", "lora", "last_blocks"} == {each.scope for each in named.values()}
+    families = [yaml.safe_load(path.read_text()) for path in (conf_dir() / "attack" / "family").glob("*.yaml")]
+    shared = {name: each for family in families for name, each in (family.get("strategies") or {}).items()}
+    assert len(named.keys() & shared.keys()) >= 10
+    for name in named.keys() & shared.keys():
+        assert strategy_from(name, shared[name]) == named[name], name
+
+
+def test_what_the_sampler_holds_out_is_held_out() -> None:
+    config = composed("experiment=bench_c", verb="audit")
+    support = StrategySampler(config.sampler).support()
+    outside = {name: fields_outside(support, each) for name, each in strategies(config.attack).items()}
+    seen = {"adam_1e-3_kept", "adam_1e-3_fresh", "adam_5e-3_fresh", "momentum_5e-2_kept", "momentum_5e-2_fresh"}
+    assert {name for name, fields in outside.items() if not fields} == {*seen, "renormalise_adam_5e-3", "reset_affine"}
+    assert outside["rmsprop_1e-3_fresh"] == ("optimizer",)
+    assert outside["adam_1e-3_cosine_20x"] == ("steps", "schedule")
+    assert outside["renormalise_channels_adam_fresh"] == outside["distil_attack"] == ("surgery",)
+
+
+# ---- the budget ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    few=st.integers(1, 50),
+    more=st.integers(1, 50),
+    start=st.floats(0, 100),
+    each=st.floats(0.01, 100),
+    minutes=st.floats(0.1, 100),
+)
+def test_a_budget_buys_the_rounds_that_fit(few: int, more: int, start: float, each: float, minutes: float) -> None:
+    from budget import Calibration
+
+    timed = Calibration((few, few + more), (start + few * each, start + (few + more) * each))
+    assert timed.seconds_per_round == pytest.approx(each, rel=1e-6)
+    bought = timed.rounds_for(minutes)
+    assert bought >= 1
+    assert bought == 1 or bought * each <= 60 * minutes * (1 + 1e-6)
+    assert (bought + 1) * each > 60 * minutes * (1 - 1e-6)
+
+
+def test_times_that_tell_nothing_are_refused() -> None:
+    from budget import Calibration
+
+    for rounds, seconds in (((5, 15), (3.0, 3.0)), ((5, 15), (3.0, 2.0)), ((5, 5), (2.0, 3.0))):
+        with pytest.raises(UserError, match="cannot be told"):
+            Calibration(rounds, seconds).rounds_for(1)
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
+
+
+def _steps(order: list[str], *wanted: tuple[str, tuple[str, ...]], fails: str = "") -> list[Any]:
+    from schedule import Step, StepFailed
+
+    def work(name: str) -> Callable[[], str]:
+        def run() -> str:
+            order.append(name)
+            if name == fails:
+                raise StepFailed("no luck")
+            return "fine"
+
+        return run
+
+    return [Step(name, 1.0, lambda: False, work(name), needs) for name, needs in wanted]
+
+
+def test_steps_are_done_in_their_order_as_far_as_others_allow() -> None:
+    from schedule import Processes, run_steps
+
+    order: list[str] = []
+    steps = _steps(order, ("b", ("a",)), ("c", ()), ("a", ()), ("d", ("b", "c")))
+    assert run_steps(steps, 1, Processes(), Tracker()) == {}
+    assert order == ["c", "a", "b", "d"]
+
+
+def test_what_needs_a_failed_step_is_left_out_and_the_rest_goes_on() -> None:
+    from schedule import Processes, run_steps
+
+    order: list[str] = []
+    steps = _steps(order, ("a", ()), ("b", ("a",)), ("c", ("b",)), ("d", ()), fails="a")
+    failed = run_steps(steps, 2, Processes(), Tracker())
+    assert sorted(order) == ["a", "d"]
+    assert failed["a"] == "no luck"
+    assert set(failed) == {"a", "b", "c"}
+
+
+def test_processor_time_is_the_commands_own_and_sleep_costs_none(tmp_path: Path) -> None:
+    from schedule import Processes
+
+    busy = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\nprint('said')"
+    worked = Processes().run([sys.executable, "-c", busy], tmp_path / "log")
+    slept = Processes().run([sys.executable, "-c", "import time, sys\ntime.sleep(0.5)\nsys.exit(3)"], tmp_path / "log")
+    assert worked.code == 0
+    assert worked.core_seconds >= 0.3
+    assert slept.code == 3
+    assert slept.seconds >= 0.5
+    assert slept.core_seconds < 0.4
+    assert "said\n" in (tmp_path / "log").read_text()
+
+
+def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    from schedule import Processes, Step, StepFailed, run_steps
+
+    processes = Processes()
+    codes: list[int] = []
+
+    def sleep() -> str:
+        codes.append(processes.run([sys.executable, "-c", "import time\ntime.sleep(60)"], tmp_path / "log").code)
+        return "slept"
+
+    def interrupt() -> str:
+        while not processes._running:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    steps = [Step("sleep", 1.0, lambda: False, sleep), Step("interrupt", 1.0, lambda: False, interrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(steps, 2, processes, Tracker())
+    assert codes == [-15]
+    with pytest.raises(StepFailed, match="stopped"):
+        processes.run(["true"], tmp_path / "log")
+
+
+# ---- the bench, with a command that only pretends --------------------------------------------------------------------
+
+STUB = """
+import json, pathlib, sys, time
+verb, *rest = sys.argv[1:]
+given = dict(each.split("=", 1) for each in rest)
+folder = pathlib.Path(given["run_dir"].strip("'"))
+calls = pathlib.Path(__file__).with_name("calls")
+calls.open("a").write(json.dumps([verb, given]) + "\\n")
+folder.mkdir(parents=True, exist_ok=True)
+if verb == "protect":
+    end = time.process_time() + 0.04 * int(given["method.rounds"])
+    while time.process_time() < end:
+        pass
+    if given["method"] == "refused":
+        sys.exit(3)
+    if given["method"] == "broken" and "seed1" in str(folder) and not calls.with_name("mended").exists():
+        print("something broke")
+        sys.exit(1)
+else:
+    (folder / "audit.json").write_text(json.dumps({"verdict": "Pretended."}))
+"""
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Callable[..., int]:
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "reference" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "reference" / "checkpoint" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "rows.yaml").write_text(
+        "methods: {good: [method=good], refused: [method=refused], broken: [method=broken]}"
+    )
+
+    def run(*arguments: str) -> int:
+        from bench import main
+
+        where = ["--runs", str(tmp_path / "runs"), "--reference", str(tmp_path / "reference")]
+        options = [*where, "--rows", str(tmp_path / "rows.yaml"), "--minutes", "0.002", "--looks", "1", *arguments]
+        return main(options, (sys.executable, str(tmp_path / "stub.py")))
+
+    return run
+
+
+def calls(tmp_path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Return and forget what was called."""
+    path = tmp_path / "calls"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [(verb, {key: value.strip("'") for key, value in each.items()}) for verb, each in found]
+
+
+def folders(tmp_path: Path, found: list[tuple[str, dict[str, str]]]) -> list[str]:
+    return [str(Path(each["run_dir"]).relative_to(tmp_path / "runs")) for _, each in found]
+
+
+def test_the_bench_goes_breadth_first_and_on_where_it_stopped(
+    tmp_path: Path, stage: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stage("--methods", "good", "refused", "--seeds", "0", "1") == 0
+    found = calls(tmp_path)
+    assert folders(tmp_path, found) == [
+        "controls/audit",
+        *("good/timed_1", "good/timed_3", "good/seed0/protect", "good/seed0/audit"),
+        *("refused/timed_1", "refused/timed_3", "refused/seed0/protect"),
+        *("good/seed1/protect", "good/seed1/audit", "refused/seed1/protect"),
+    ]
+    controls, audits = found[0][1], [each for verb, each in found[1:] if verb == "audit"]
+    assert controls["attack.roles"] == "[unprotected,scratch]"
+    assert controls["checkpoint"] == str(tmp_path / "reference")
+    for audit_ in audits:
+        assert str(tmp_path / "runs" / "controls" / "audit") in audit_["attack.reuse"]
+        assert audit_["seed"] == controls["seed"], "or nothing could be reused"
+    assert [each["seed"] for verb, each in found if verb == "protect" and "good/seed" in each["run_dir"]] == [
+        "0",
+        "1",
+    ]
+    assert {each["threads"] for _, each in found} == {"1"}
+    assert {each["device"] for _, each in found} == {"cpu"}
+
+    budget = load(tmp_path / "runs" / "good" / "budget.json")
+    used = {each["method.rounds"] for verb, each in found if "good/seed" in each["run_dir"] and verb == "protect"}
+    assert used == {str(budget["rounds"])}
+    cell = load(tmp_path / "runs" / "good" / "seed1" / "cell.json")
+    assert cell["protect"]["exit_code"] == cell["audit"]["exit_code"] == 0
+    assert cell["protect"]["core_seconds"] > 0.04 * budget["rounds"]
+    assert cell["overrides"] == ["method=good"]
+    refused = load(tmp_path / "runs" / "refused" / "seed0" / "cell.json")
+    assert refused["protect"]["exit_code"] == 3
+    assert "audit" not in refused
+
+    assert stage("--methods", "good", "refused", "--seeds", "0", "1") == 0
+    assert calls(tmp_path) == []
+    assert stage("--methods", "good", "--seeds", "2") == 0
+    assert folders(tmp_path, calls(tmp_path)) == ["good/seed2/protect", "good/seed2/audit"]
+    assert stage("--methods", "good", "--seeds", "0", "--screen") == 0
+    screened = calls(tmp_path)
+    assert folders(tmp_path, screened) == ["controls/screen", "good/seed0/screen"]
+    assert {each["attack"] for _, each in screened} == {"bench_c_screen"}
+    assert "core-minutes" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_is_said_and_tried_again(
+    tmp_path: Path, stage: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stage("--methods", "broken", "good", "--seeds", "0", "1", "--jobs", "2") == 1
+    assert "good/seed1/audit" in folders(tmp_path, calls(tmp_path))
+    said = capsys.readouterr().err
+    assert "bench: broken/seed1/protect: exit code 1, something broke" in said
+    assert "bench: broken/seed1/audit: left out" in said
+    before = load(tmp_path / "runs" / "broken" / "seed1" / "cell.json")["protect"]["core_seconds"]
+    (tmp_path / "mended").touch()
+    assert stage("--methods", "broken", "good", "--seeds", "0", "1") == 0
+    assert folders(tmp_path, calls(tmp_path)) == ["broken/seed1/protect", "broken/seed1/audit"]
+    assert load(tmp_path / "runs" / "broken" / "seed1" / "cell.json")["protect"]["core_seconds"] > before
+
+
+def test_a_bench_keeps_to_what_it_began_with(
+    tmp_path: Path, stage: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stage("--methods", "good") == 0
+    calls(tmp_path)
+    assert stage("--methods", "good", "--minutes", "1") == 2
+    assert "minutes=0.002, now minutes=1.0" in capsys.readouterr().err
+    rows = tmp_path / "rows.yaml"
+    rows.write_text(rows.read_text().replace("method=good", "method=better"))
+    assert stage("--methods", "good") == 2
+    assert "was made with ['method=good'], now ['method=better']" in capsys.readouterr().err
+    (tmp_path / "reference" / "checkpoint" / "model.safetensors").unlink()
+    assert stage("--methods", "good") == 2
+    assert "holds no model.safetensors" in capsys.readouterr().err
+    assert calls(tmp_path) == []
+    for wrong in (("--minutes", "0"), ("--minutes", "nan"), ("--jobs", "0")):
+        with pytest.raises(SystemExit, match="2"):
+            stage(*wrong)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def attack(name: str, protected: float, *, search: bool = False, **changes: Any) -> dict[str, Any]:
+    """Return an entry of audit.json's attacks in which unprotected reaches 80 and scratch 60."""
+    values = {"protected": protected, "unprotected": 80.0, "scratch": 60.0}
+    roles = {
+        role: {"mean": v, "values": [v], "ci95": None, "n": 1, "failed": 0, "select": v, "details": {}}
+        for role, v in values.items()
+    }
+    gap = {"value": (80 - protected) / 20, "ci95": None, "reason": None}
+    exposure = changes.pop("exposure", "seen")
+    strategy = {"steps": 200, "scope": "all", "surgery": [], "data_budget": None, **changes}
+    found = {"name": "tpe_search"} if search else None
+    return {
+        "attack": name,
+        "strategy": strategy,
+        "search": found,
+        "exposure": exposure,
+        "roles": roles,
+        "gap_closed": gap,
+    }
+
+
+def audit(best: float, loss: float, share: float | None = 0.5) -> dict[str, Any]:
+    """Return what collect.py reads of an audit.json; ``best`` is what the search gets out of the protected model."""
+    weights = {"layers": {"norm": {"ratio": {"mean": 1.25}}}}
+    return {
+        "metric": METRIC,
+        "verdict": "Said.",
+        "attacks": [
+            attack("adam", 70.0),
+            attack("tpe_search", best, search=True, exposure="held_out"),
+            attack("lora", 64.0, scope="lora", exposure="held_out"),
+            attack("renormalise", 66.0, surgery=[{"operation": "renormalise"}]),
+            attack("long", 79.0, steps=4000, exposure="longer"),
+        ],
+        "intactness": {"metric": "accuracy", "unit": "%", "higher_is_better": True, "loss": loss},
+        "benign": {"worst_harm": {"attack": "adam", "value": 2.0, "ci95": None}},
+        "masking": {"measured": {"weights": weights}, "pairs": [], "share": share},
+    }
+
+
+def cell(runs: Path, method: str, seed: int, found: dict[str, Any] | None, code: int = 0) -> None:
+    folder = runs / method / f"seed{seed}"
+    (folder / "audit").mkdir(parents=True)
+    protect = {"exit_code": code, "core_seconds": 660.0, "seconds": 700.0, "machine": {}, "date": "2026-01-01"}
+    budget = {"rounds": 90, "minutes": 12.0, "seconds_per_round": 8.0}
+    facts = {"method": method, "seed": seed, "overrides": [f"method={method}"], "budget": budget, "protect": protect}
+    (folder / "cell.json").write_text(json.dumps(facts))
+    if found is not None:
+        (folder / "audit" / "audit.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    for seed, best in enumerate((72.0, 74.0, 76.0)):
+        cell(tmp_path / "runs", "pool", seed, audit(best, 1.0 + seed))
+    cell(tmp_path / "runs", "mlac", 0, audit(80.0, 0.5, share=None))
+    cell(tmp_path / "runs", "mlac", 1, None, code=3)
+    cell(tmp_path / "runs", "tar", 0, None, code=130)
+    cell(tmp_path / "runs", "without_kept", 0, audit(78.0, 0.5))
+    cell(tmp_path / "runs", "mine", 0, audit(78.0, 0.5))
+    return tmp_path
+
+
+def lines(text: str) -> dict[str, list[str]]:
+    """Return the rows of Markdown tables by their first cell."""
+    cut = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cut}
+
+
+def test_the_table_has_means_with_intervals_and_says_what_is_missing(finished: Path) -> None:
+    from collect import main
+
+    assert main([str(finished / "runs"), "--out", str(finished / "out")]) == 0
+    text = (finished / "out" / "table.md").read_text()
+    found = lines(text)
+    head = found["method"]
+    pool = dict(zip(head, found["pool"], strict=True))
+    # gaps closed by the search, the best of 200 steps: 0.4, 0.3, 0.2; Student's t at 2 degrees of freedom is 4.30
+    assert pool["**worst case**"] == pool["search"] == pool["held out"] == "0.30 ± 0.25"
+    assert pool["intactness loss (points)"] == "2.0 ± 2.5"
+    assert (pool["plain"], pool["surgery"], pool["lora"]) == ("0.50 ± 0.00", "0.70 ± 0.00", "0.80 ± 0.00")
+    assert pool["partial"] == "-"
+    assert pool["long"] == "0.05 ± 0.00"
+    assert (pool["masked share"], pool["norm ratio"]) == ("0.50 ± 0.00", "1.25 ± 0.00")
+    assert (pool["benign harm (points)"], pool["core-minutes"]) == ("2.0 ± 0.0", "11.0 ± 0.0")
+    assert pool["seeds"] == "3"
+    mlac = dict(zip(head, found["mlac"], strict=True))
+    assert mlac["**worst case**"] == "0.00 (n = 1)"
+    assert mlac["masked share"] == "-"
+    assert mlac["seeds"] == "1, 1 without an acceptable checkpoint"
+    assert dict(zip(head, found["tar"], strict=True))["seeds"] == "0, 1 unfinished"
+    assert text.count("| method |") == 3, "methods, ablations, others"
+    assert text.index("| mlac |") < text.index("| pool |") < text.index("| without_kept |") < text.index("| mine |")
+    assert "unprotected 80.0 (tpe_search), scratch 60.0 (tpe_search)" in text
+
+
+def test_results_keep_every_raw_value_and_the_figure_is_drawn(finished: Path) -> None:
+    from collect import main
+
+    out = finished / "out"
+    assert main([str(finished / "runs"), "--out", str(out)]) == 0
+    results = load(out / "results.json")
+    assert {"date", "machine", "methods"} <= set(results)
+    seed = results["methods"]["pool"]["seeds"]["1"]
+    assert seed["attacks"]["tpe_search"]["test"] == {"protected": [74.0], "unprotected": [80.0], "scratch": [60.0]}
+    assert seed["groups"]["worst_case"]["gap_closed"]["value"] == pytest.approx(0.3)
+    assert seed["groups"]["exposure/seen"]["roles"]["protected"]["attack"] == "adam"
+    assert (results["methods"]["pool"]["rounds"], seed["core_minutes"]) == (90, 11.0)
+    assert results["methods"]["mlac"]["seeds"]["1"]["exit_code"] == 3
+    first = (out / "worst_case.svg").read_text()
+    assert first.startswith("<?xml")
+    from collect import gather, points
+
+    drawn = points(gather(finished / "runs", "audit", 200), ["pool", "tar", "mlac"])
+    assert drawn == {"pool": [(1.0, 0.4), (2.0, 0.3), (3.0, 0.2)], "mlac": [(0.5, 0.0)]}
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from collect import main
+
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no cell" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- for real --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_tiny_cell_for_real(tmp_path: Path) -> None:
+    from bench import main
+    from collect import main as collect
+
+    assert sophon(tmp_path, *PRETRAIN).code == 0
+    bench = tmp_path / "bench"
+    (tmp_path / "rows.yaml").write_text("methods: {pooled: [method=pool, method.pool=2]}")
+    sizes = [each for each in PRETRAIN if each.startswith("domain.")]
+    # rounds that take longer than the time of two starts differs
+    others = ["guard.every=1", "guard.tolerance=100", "sampler.steps=[20,20]", "sampler.batch_sizes=[64]"]
+    where = ["--runs", str(bench), "--reference", str(tmp_path / "runs" / "quickstart" / "seed0" / "pretrain")]
+    what = ["--rows", str(tmp_path / "rows.yaml"), "--experiment", "quickstart", "--attack", "smoke"]
+    options = [*where, *what, "--minutes", "0.05", "--looks", "10", "--set", *sizes, *others]
+    assert main(options) == 0
+
+    budget = load(bench / "pooled" / "budget.json")
+    assert budget["rounds"] == max(1, int(3 / budget["seconds_per_round"]))
+    manifest = load(bench / "pooled" / "seed0" / "protect" / "checkpoint" / "sophon.json")
+    assert manifest["history"]["rounds"] == budget["rounds"]
+    attempts = sorted((bench / "pooled" / "seed0" / "audit" / "attempts").iterdir())
+    shared = [path for path in attempts if "-protected-" not in path.name]
+    assert len(shared) == 2 * (len(attempts) - len(shared)) > 0
+    for mine in shared:
+        theirs = load(bench / "controls" / "audit" / "attempts" / mine.name)
+        assert theirs["seconds"] == load(mine)["seconds"], "taken over, not run again"
+
+    assert collect([str(bench), "--steps", "40", "--out", str(tmp_path / "out")]) == 0
+    seed = load(tmp_path / "out" / "results.json")["methods"]["pooled"]["seeds"]["0"]
+    assert seed["groups"]["worst_case"]["roles"].keys() == {"protected", "unprotected", "scratch"}
+    assert seed["norm_ratio"] > 0
+    assert seed["core_minutes"] > 0
