@@ -1,0 +1,197 @@
+"""Typed configuration: what every key means and which values it takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from omegaconf import MISSING
+
+from sophon.config.attack import AttackConfig, MaskingConfig, SearchConfig
+from sophon.config.domains import ComposedDomains, DomainConfig, DomainsConfig
+from sophon.config.protection import ClampConfig, GuardConfig, MethodConfig
+from sophon.strategies import FineTuneStrategy, SamplerConfig
+
+__all__ = [
+    "AttackConfig",
+    "ClampConfig",
+    "ComposedConfig",
+    "ComposedDomains",
+    "Config",
+    "DomainConfig",
+    "DomainsConfig",
+    "GuardConfig",
+    "MaskingConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "SearchConfig",
+    "StrategyConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "keyed",
+    "plain",
+]
+
+if TYPE_CHECKING:
+    StrategyConfig = FineTuneStrategy
+else:
+    # OmegaConf makes a frozen dataclass read-only, so that no configuration file could fill it in. This is the same
+    # dataclass unfrozen; `sophon.validation` hands on FineTuneStrategy itself.
+    _types = get_type_hints(FineTuneStrategy)
+    # Its operations are lists of mappings there.
+    StrategyConfig = make_dataclass(
+        "StrategyConfig",
+        [
+            ("surgery", list[Any], field(default_factory=list))
+            if part.name == "surgery"
+            else (part.name, _types[part.name], part.default)
+            for part in fields(FineTuneStrategy)
+        ],
+    )
+
+
+@dataclass
+class TaskConfig:
+    """The model kind, and how it is measured.
+
+    Attributes:
+        name: a key of `sophon.tasks.TASKS`: ``classification`` or ``denoising``.
+        evaluation_images: denoising: at most so many (image, timestep, noise) triples of a split are measured.
+        sample_steps: denoising: DDIM steps of a generated image.
+    """
+
+    name: str = "classification"
+    evaluation_images: int = 1000
+    sample_steps: int = 25
+
+
+@dataclass
+class ModelConfig:
+    """A model.
+
+    Attributes:
+        library: ``timm`` or ``torchvision`` for classifiers, ``diffusers`` for denoisers.
+        architecture: the library's name of it; a timm hub name such as ``caformer_m36.sail_in22k_ft_in1k`` also works,
+            and with ``pretrained`` a denoiser's Hub id such as ``google/ddpm-cifar10-32``.
+        model_args: keyword arguments of its constructor.
+        image_size: images are resized to this many pixels on each side.
+        channels: channels that the model takes; 1 or 3; grey images are repeated, colour ones reduced to luminance.
+        mean: normalisation per channel on a 0..1 scale; one number serves all channels.
+        std: the same.
+        pretrained: start from the library's pretrained weights (downloads them).
+        weights: start from these weights: a folder of sophon, timm or diffusers, or a .safetensors state dict.
+        scheduler: a denoiser's noise schedule: arguments of diffusers' DDPMScheduler.
+        class_conditional: a denoiser that is told the class.
+    """
+
+    library: str = "timm"
+    architecture: str = MISSING
+    model_args: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 32
+    channels: int = 3
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    std: list[float] = field(default_factory=lambda: [0.5])
+    pretrained: bool = False
+    weights: str | None = None
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    class_conditional: bool = False
+
+
+@dataclass
+class TrackingConfig:
+    """Where a run reports to.
+
+    Attributes:
+        wandb: ``disabled``, ``offline`` or ``online`` (needs a key and the network).
+        project: wandb's project.
+        entity: wandb's entity; null for the default one.
+        progress: show progress bars (plain lines where the output is not a terminal).
+    """
+
+    wandb: str = "offline"
+    project: str = "sophon"
+    entity: str | None = None
+    progress: bool = True
+
+
+@dataclass
+class Config:
+    """A whole run; one schema for every verb.
+
+    Attributes:
+        verb: what to do; the command line sets it.
+        name: the experiment's name; the default folders lie under ``runs/<name>/seed<seed>``.
+        seed: every random choice of a run derives from it (splits from ``split_seed``).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        amp: autocast to bfloat16 on a CUDA device.
+        threads: CPU threads of torch; 0 leaves torch's choice.
+        workers: processes that run an audit's attempts side by side. With ``threads=0`` each takes its share of the
+            cores; with the same ``threads`` the results do not depend on the number of workers.
+        stack: attempts of an audit that are trained together at most, as one stacked model, >= 1: those of the same
+            steps, batch size, scope and kinds of surgery. 1 trains each by itself. More is for a GPU that one small
+            model cannot fill; on a CPU it takes longer, and ``workers`` is what helps. The results are then those of 1
+            to rounding, not to the bit, since batched kernels add in another order: so a run directory keeps to one or
+            to more, and ``attack.reuse`` takes no attempt over from one to the other. Searches, adapters and models
+            whose loss draws random numbers (dropout, denoisers) are trained one by one. What is killed loses up to
+            ``stack`` attempts.
+        run_dir: where the run writes.
+        reference: the unprotected checkpoint: what protect starts from and the audit compares with.
+        checkpoint: the checkpoint to export or audit.
+        out: where export writes.
+        n: images that ``sample`` draws.
+        profile: let ``protect`` record some rounds with torch's profiler and say where their time went:
+            ``run_dir/profile.txt``, and the trace ``profile.json.gz``. The results stay the same.
+        runs: run directories of audits that ``report compare`` sets side by side.
+        task: the model kind.
+        pretrain: how ``pretrain`` trains the reference on the original domain; ``steps=0`` takes ``model.weights`` as
+            they are.
+    """
+
+    verb: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    device: str = "auto"
+    amp: bool = True
+    threads: int = 0
+    workers: int = 1
+    stack: int = 1
+    run_dir: str | None = None
+    reference: str | None = None
+    checkpoint: str | None = None
+    out: str | None = None
+    n: int = 64
+    profile: bool = False
+    runs: list[str] = field(default_factory=list)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    domain: DomainsConfig = field(default_factory=DomainsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: StrategyConfig = field(default_factory=StrategyConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def keyed(restricted: list[DomainConfig]) -> dict[str, DomainConfig]:
+    """Return restricted domains by the configuration keys that messages give them."""
+    if len(restricted) == 1:
+        return {"domain.restricted": restricted[0]}
+    return {f"domain.several.{each.name}": each for each in restricted}
+
+
+@dataclass
+class ComposedConfig(Config):
+    """The schema of what files and the command line may say."""
+
+    domain: ComposedDomains = field(default_factory=ComposedDomains)
+
+
+def plain(config: Config, *keys: str) -> dict[str, Any]:
+    """Return the configuration, or only the parts named by ``keys``, as plain JSON data; one domain is no list."""
+    everything = asdict(config)
+    if len(config.domain.restricted) == 1:
+        everything["domain"]["restricted"] = everything["domain"]["restricted"][0]
+    everything["pretrain"] = config.pretrain.plain()
+    everything["attack"]["strategies"] = {name: each.plain() for name, each in config.attack.strategies.items()}
+    return {key: everything[key] for key in keys or everything}

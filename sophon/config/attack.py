@@ -1,0 +1,95 @@
+"""What an audit runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SearchConfig:
+    """An attacker who searches: the same search, with the same budget, against every role.
+
+    Every trial is an attempt of ``steps`` steps, judged on the attacker's ``select`` split; the best one is run again
+    on ``seeds`` seeds and only then measured on ``test``.
+
+    Attributes:
+        sampler: how optuna proposes trials: ``tpe`` or ``random``.
+        trials: how many, pruned ones included, >= 1.
+        steps: fine-tuning steps of each, >= 1.
+        seeds: attempts of the winner, >= 1.
+        startup: random trials before ``tpe`` begins to model, and before anything is pruned.
+        prune: stop a trial that at a point of its curve is worse than the median of the trials before it.
+        eval_points: points of a trial's curve, the start and the end included, >= 2.
+        optimizers: learning-rate range [low, high] of each optimizer; drawn as by the sampler of protection.
+        choices: further fields of `FineTuneStrategy`, each with the values to choose from; others keep their defaults.
+    """
+
+    sampler: str = "tpe"
+    trials: int = 64
+    steps: int = 200
+    seeds: int = 3
+    startup: int = 10
+    prune: bool = True
+    eval_points: int = 5
+    optimizers: dict[str, list[float] | None] = field(default_factory=dict)
+    choices: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class MaskingConfig:
+    """How an audit looks for gradient masking once the attacks have run (see `sophon.audit.masking`).
+
+    It only looks, so that changing this does not make other attacks of an audit, which may go on in its run directory.
+
+    Attributes:
+        heads: head starts from which the attacker's gradient is measured: ``fresh``, ``kept``, ``probed``. One that
+            does not fit the model is left out; an empty list leaves the whole measurement out.
+        steps: after so many steps of a mild attacker (momentum, rate 0.01) it is measured again, >= 0; 0 measures the
+            released weights only.
+        batches: batches of 128 of the attacker's images that each measurement averages over, >= 1.
+    """
+
+    heads: list[str] = field(default_factory=lambda: ["fresh", "kept"])
+    steps: int = 10
+    batches: int = 2
+
+
+@dataclass
+class AttackConfig:
+    """What the audit runs.
+
+    Attributes:
+        seeds: attempts of each strategy against each role, >= 1.
+        roles: which models are attacked: ``protected``, ``unprotected``, ``scratch``. Comparisons need all three.
+        eval_points: points of each curve on the ``select`` split, the start and the end included, >= 2.
+        samples: images that a generating model draws at each of these points, for the report's grids; 0 for none.
+        frechet_samples: images drawn at the end for the Frechet distance to the test split; 0 for none.
+        strategies: the attacks by name, each with the fields of `FineTuneStrategy`.
+        grid: further attacks: every combination of these lists: of values of the `FineTuneStrategy` field that is the
+            list's key; or, under any key, of mappings with a ``name`` and several fields that go together.
+        search: attackers who search, by name; the winner's attempts are recorded under that name.
+        benign: names of the strategies that are also run on ``domain.benign``, if there is one.
+        masking: how gradient masking is looked for.
+        oracle: name of a strategy that the unprotected model also suffers with ten times the data (as far as there
+            are so many) for as many epochs, as the ceiling of what an attacker could have; null for none.
+        reuse: run directories of other audits; what they hold of the same attempts is copied instead of run again.
+        shard: run only every ``shards``-th part of the attempts, counted from 0, for several machines that share a
+            run directory; the audit without shards then finds them done and writes the result.
+        shards: see ``shard``, >= 1.
+    """
+
+    seeds: int = 1
+    roles: list[str] = field(default_factory=lambda: ["protected", "unprotected", "scratch"])
+    eval_points: int = 6
+    samples: int = 16
+    frechet_samples: int = 0
+    strategies: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    search: dict[str, SearchConfig] = field(default_factory=dict)
+    benign: list[str] = field(default_factory=list)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    oracle: str | None = None
+    reuse: list[str] = field(default_factory=list)
+    shard: int = 0
+    shards: int = 1

@@ -1,0 +1,82 @@
+"""What a run is about: data sets, and which part each plays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class DomainConfig:
+    """A data set, or a part of one.
+
+    Attributes:
+        name: what reports call it.
+        source: a key of `sophon.domains.SOURCES`: ``bundled``, ``torchvision`` or ``imagefolder``.
+        dataset: which of the source's data sets; empty for ``imagefolder``.
+        root: folder that torchvision's files, or the ``train/`` and ``test/`` of an image folder, lie in.
+        download: fetch the data if it is not there. Nothing is ever fetched otherwise.
+        classes: names of the classes to keep, in this order; null keeps all.
+        per_class: at most this many training images of each class (drawn with ``split_seed``); null for all.
+        test_per_class: the same for test images.
+        split_seed: seeds the limits and the splits; not the run's seed, so that runs share their splits.
+        val_fraction: part of an original domain's training images kept for ``val``.
+        fractions: parts of a restricted domain's training images: ``adapt`` and ``query`` (the defender's), ``attack``
+            and ``select`` (the attacker's). They sum to at most 1.
+        labels: ``given``, or for a restricted domain of which the defender has images only ``none``: classes then
+            serve to choose and to split images as with ``given``, simulated attackers learn clusters, and an image
+            folder may hold its images in ``train/`` and ``test/`` themselves.
+        clusters: without labels, how many clusters of the reference's features become classes, >= 2.
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    dataset: str = ""
+    root: str = "data"
+    download: bool = False
+    classes: list[str] | None = None
+    per_class: int | None = None
+    test_per_class: int | None = None
+    split_seed: int = 0
+    val_fraction: float = 0.1
+    fractions: dict[str, float] = field(
+        default_factory=lambda: {"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}
+    )
+    labels: str = "given"
+    clusters: int = 10
+
+
+@dataclass
+class DomainsConfig:
+    """The domains of a run.
+
+    Attributes:
+        original: what the model was made for.
+        restricted: what it must not be fine-tuned for, one domain or more. In files and on the command line it is the
+            keys of one; for several see `ComposedDomains`.
+        benign: what it may be fine-tuned for, for the audit to see that this is not harmed; null for none. Split as a
+            restricted domain.
+    """
+
+    original: DomainConfig = field(default_factory=DomainConfig)
+    restricted: list[DomainConfig] = field(default_factory=lambda: [DomainConfig()])
+    benign: DomainConfig | None = None
+
+
+@dataclass
+class ComposedDomains(DomainsConfig):
+    """The domains as files and the command line give them; `sophon.validation` makes a `DomainsConfig` of them.
+
+    ``domain.restricted=[a, b]`` on the command line fills in ``several`` and ``chosen``; in a file's defaults list
+    ``/domain@domain.several.a: a`` does.
+
+    Attributes:
+        restricted: the restricted domain, where there is one.
+        several: restricted domains, each under a key of its own, which take the place of ``restricted``.
+        chosen: keys of those that count, in this order; null for all of them.
+    """
+
+    restricted: DomainConfig = field(default_factory=DomainConfig)  # type: ignore[assignment]
+    several: dict[str, DomainConfig] = field(default_factory=dict)
+    chosen: list[str] | None = None
