@@ -8,6 +8,7 @@ from one of many: what is left are rounds alone, without starting and loading. R
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -76,6 +77,9 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    chosen: Path = parser.parse_args().folder
+    if chosen.exists():
+        parser.error(f"FOLDER: '{chosen}' is there already; give a new one")
+    main(chosen)
