@@ -10,13 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import runner as module
 from sophon.audit.runner import Frechet, with_more_data
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.domains import Batch, Domain, ImageSet
-from sophon.strategies import FineTuneStrategy
-from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (
@@ -27,29 +24,13 @@ from tests.audit.staging import (
     RESTRICTED,
     SEARCH,
     attempts_of,
-    build_tiny,
-    count_attacks,
     results,
     run_all,
     staged,
-    without_sync,
 )
 from tests.tiny import tiny_spec
 
-pytestmark = pytest.mark.slow  # whole audits
-
-
-@pytest.fixture(autouse=True)
-def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (module, means):
-        monkeypatch.setattr(room, "build", build_tiny)
-    without_sync(monkeypatch)
-
-
-@pytest.fixture
-def attacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, int]]:
-    """The strategy and the seed of every attack that is run."""
-    return count_attacks(monkeypatch)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("buildable")]  # whole audits
 
 
 # --- other domains and controls -----------------------------------------------------------------------------------

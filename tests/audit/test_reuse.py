@@ -15,8 +15,7 @@ from sophon.audit import runner as module
 from sophon.audit.runner import Frechet
 from sophon.config import AttackConfig
 from sophon.errors import UserError
-from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
-from sophon.surgery import means
+from sophon.strategies import SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
 from tests.audit.staging import (
     BENIGN,
@@ -24,16 +23,13 @@ from tests.audit.staging import (
     FRESH,
     SEARCH,
     attempts_of,
-    build_tiny,
-    count_attacks,
     results,
     run_all,
     staged,
-    without_sync,
 )
 from tests.tiny import tiny_model, tiny_spec
 
-pytestmark = pytest.mark.slow  # whole audits
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("buildable")]  # whole audits
 
 SMALL = AttackConfig(seeds=1, eval_points=2, samples=1, strategies={"a": FRESH})
 WHOLE = replace(SMALL, search={"tuned": replace(SEARCH, trials=2, seeds=1)}, oracle="a", benign=["a"])
@@ -45,19 +41,6 @@ class Drawing(ClassificationTask):
     def sample(self, model: nn.Module, count: int, seed: int) -> Tensor:  # type: ignore[override]
         level = int(1000 * float(model.conv1.weight.detach().abs().sum())) % 256
         return torch.full((count, 1, 6, 6), level, dtype=torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (module, means):
-        monkeypatch.setattr(room, "build", build_tiny)
-    without_sync(monkeypatch)
-
-
-@pytest.fixture
-def attacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, int]]:
-    """Every attack that is run."""
-    return count_attacks(monkeypatch)
 
 
 def reusing(config: AttackConfig, *folders: Path) -> AttackConfig:

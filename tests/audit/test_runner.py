@@ -31,7 +31,6 @@ from tests.audit.staging import (
     RESTRICTED,
     attempts_of,
     build_tiny,
-    count_attacks,
     results,
     run_all,
     staged,
@@ -64,12 +63,6 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     for room in (module, means):
         monkeypatch.setattr(room, "build", build)
     return models
-
-
-@pytest.fixture
-def attacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, int]]:
-    """The strategy and the seed of every attack that is run."""
-    return count_attacks(monkeypatch)
 
 
 def test_records(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from sophon.audit.verdict import ROLES
 from sophon.audit.workers import run_jobs
 from sophon.domains import Domain, ImageSet
 from sophon.strategies import FineTuneStrategy
-from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (
@@ -27,29 +26,13 @@ from tests.audit.staging import (
     SEARCH,
     SEARCHING,
     TWO,
-    build_tiny,
-    count_attacks,
     results,
     run_all,
     staged,
-    without_sync,
 )
 from tests.tiny import assert_same_state, state_of, tiny_spec
 
-pytestmark = pytest.mark.slow  # whole searches
-
-
-@pytest.fixture(autouse=True)
-def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (module, means):
-        monkeypatch.setattr(room, "build", build_tiny)
-    without_sync(monkeypatch)
-
-
-@pytest.fixture
-def attacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, int]]:
-    """Every attack that is run."""
-    return count_attacks(monkeypatch)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("buildable")]  # whole searches
 
 
 def test_records_of_a_search(tmp_path: Path, attacked: list[Any]) -> None:

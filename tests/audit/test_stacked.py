@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sophon.audit import plan
-from sophon.audit import runner as module
 from sophon.audit.attacks import Attacker, Outcome, attack
 from sophon.audit.plan import Attempt, Job, Search
 from sophon.audit.runner import Frechet, Runner
@@ -27,7 +26,6 @@ from sophon.config import AttackConfig, Config, DomainConfig, MethodConfig, Mode
 from sophon.errors import UserError
 from sophon.runs import RunDirectory, read_json
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
-from sophon.surgery import means
 from sophon.tracking import Tracker
 from sophon.validation import validate
 from sophon.verbs import auditing
@@ -39,14 +37,12 @@ from tests.audit.staging import (
     RESTRICTED,
     SEARCH,
     attempts_of,
-    build_tiny,
     count_attacks,
     in_worker,
     refuse,
     results,
     scene,
     staged,
-    without_sync,
 )
 from tests.tiny import (
     CLASSES,
@@ -60,15 +56,10 @@ from tests.tiny import (
     tiny_unet_spec,
 )
 
+pytestmark = pytest.mark.usefixtures("buildable")
+
 PLAN = FineTuneStrategy(optimizer="adam", lr=0.02, batch_size=8, steps=4, head="kept")
 LIMIT = {"rtol": 1e-9, "atol": 1e-9, "equal_nan": True}
-
-
-@pytest.fixture(autouse=True)
-def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (module, means):
-        monkeypatch.setattr(room, "build", build_tiny)
-    without_sync(monkeypatch)
 
 
 def launch(how: Any, strategy: FineTuneStrategy, seed: int, model: nn.Module | None = None, **options: Any) -> Any:

@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 
-from sophon.audit import runner as module
 from sophon.audit.runner import Runner
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.errors import UserError
 from sophon.runs import read_json
-from sophon.surgery import means
 from sophon.tracking import Tracker
 from tests.audit.staging import (
     BENIGN,
@@ -28,13 +26,13 @@ from tests.audit.staging import (
     DISTILLED,
     FRESH,
     SEARCH,
-    build_tiny,
     die,
     maker,
     refuse,
     staged,
-    without_sync,
 )
+
+pytestmark = pytest.mark.usefixtures("buildable")
 
 EVERYTHING = replace(
     CONFIG,
@@ -51,13 +49,6 @@ EVERYTHING = replace(
 )
 # the trouble is the shortest job, so it comes last
 TROUBLE = AttackConfig(seeds=2, eval_points=2, strategies={"a": FRESH, "trouble": replace(FRESH, steps=1)})
-
-
-@pytest.fixture(autouse=True)
-def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (module, means):
-        monkeypatch.setattr(room, "build", build_tiny)
-    without_sync(monkeypatch)
 
 
 def files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -154,6 +145,7 @@ def test_a_job_that_goes_wrong_ends_the_audit_in_one_line_and_what_is_finished_s
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 
@@ -162,6 +154,7 @@ from sophon.tracking import Tracker
 from tests.audit.staging import maker, wait
 from tests.audit.test_workers import TROUBLE
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background with SIGINT ignored
 make = maker(Path(sys.argv[1]), TROUBLE, wait)
 try:
     run_jobs(make(), make, 2, Tracker())
