@@ -10,8 +10,9 @@ from typing import Any
 from sophon.audit.verdict import NO_PROTECTION_BELOW, Record
 from sophon.strategies import FineTuneStrategy
 
-# Surgery that takes scale away and leaves the rest of an attack as it is.
-UNDOING = ("renormalise", "reset_affine")
+# Surgery that takes scale away and leaves the function as it is. Resetting affine parameters does not: what an attack
+# loses by that says nothing about masking.
+UNDOING = ("renormalise",)
 _DEFAULTS = FineTuneStrategy().plain()
 
 

@@ -336,7 +336,8 @@ def test_pairs_by_hand() -> None:
     attacks = [
         attack("plain", 0.8),
         attack("renormalised", 0.2, RENORMALISE),
-        attack("both", 0.4, PER_CHANNEL, RESET),
+        attack("reset", 0.9, RESET),
+        attack("both", 0.45, PER_CHANNEL, RESET),
         attack("noisy", 0.5, NOISE),
         attack("noisy_renormalised", 0.6, NOISE, RENORMALISE),
         attack("alone", 0.1, RENORMALISE, lr=0.2),
@@ -344,10 +345,10 @@ def test_pairs_by_hand() -> None:
     ]
     found = undone(attacks)
     assert [(pair["attack"], pair["without"]) for pair in found["pairs"]] == [
-        ("both", "plain"), ("noisy_renormalised", "noisy"), ("renormalised", "plain"),
+        ("both", "reset"), ("noisy_renormalised", "noisy"), ("renormalised", "plain"),
     ]  # fmt: skip
     assert [pair["share"] for pair in found["pairs"]] == pytest.approx([0.5, -0.2, 0.75])
-    assert found["pairs"][0]["operations"] == [PER_CHANNEL, RESET]
+    assert found["pairs"][0]["operations"] == [PER_CHANNEL]
     assert found["pairs"][2]["gap_closed"] == 0.2
     assert found["pairs"][2]["gap_closed_without"] == 0.8
     assert found["share"] == pytest.approx(0.5)
@@ -365,12 +366,12 @@ def test_where_nothing_protects_nothing_is_masked(gap: float | None, without: fl
 def test_fields_that_were_not_stored_are_at_their_defaults() -> None:
     older = attack("older", 0.5)
     del older["strategy"]["surgery"]
-    found = undone([older, attack("newer", 0.25, RESET, steps=200, ema=0.0)])
+    found = undone([older, attack("newer", 0.25, RENORMALISE, steps=200, ema=0.0)])
     assert found["share"] == 0.5
 
 
 def test_attacks_of_other_lengths_are_no_pair() -> None:
-    assert undone([attack("short", 0.5), attack("long", 0.2, RESET, steps=300)]) == {"pairs": [], "share": None}
+    assert undone([attack("short", 0.5), attack("long", 0.2, RENORMALISE, steps=300)]) == {"pairs": [], "share": None}
 
 
 # ---- both, in an audit's result -------------------------------------------------------------------------------------
