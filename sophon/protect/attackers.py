@@ -72,19 +72,22 @@ class Attackers:
         A head that is not released has the factor 0. The copy is overwritten by the next attacker. What is drawn comes
         from torch's global generator, and the batches of surgery that trains from ``generator``.
         """
-        released = self._reset()
+        source = self.model
         factors: Factors = {}
+        if strategy.surgery or strategy.head == "kept":
+            source = self._released
+            _copy(self.model, source)
         if strategy.surgery:
             classes, images = self.restricted[domain].classes, self.restricted[domain]["adapt"]
             means = Means(
                 self.task, self.task.spec, classes, images, generator, self.original, batch_size=strategy.batch_size
             )
-            factors |= start(released, strategy.surgery, means)
+            factors |= start(source, strategy.surgery, means)
         if strategy.head == "kept":
-            return released, factors
+            return source, factors
         attacker = self.scratch(strategy, domain)
         head = self.task.head_names(attacker)
-        _copy(released, attacker, without=head)
+        _copy(source, attacker, without=head)
         if strategy.head == "fresh":
             self.task.start_head(attacker, "fresh", self.restricted[domain].classes)
         else:
@@ -129,10 +132,6 @@ class Attackers:
 
     def _head(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: model.get_parameter(name).detach().clone() for name in self.task.head_names(model)}
-
-    def _reset(self) -> nn.Module:
-        _copy(self.model, self._released)
-        return self._released
 
 
 @torch.no_grad()
