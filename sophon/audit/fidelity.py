@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
@@ -24,6 +23,9 @@ from sophon.models import ModelSpec, build
 from sophon.runs import derive_seed, read_tensors, sha256_file, write_tensors
 from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask
+
+if TYPE_CHECKING:
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
 CACHE = "features.safetensors"
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's file; the end is its sha256's beginning
@@ -103,6 +105,9 @@ def feature_network(
         UserError: ``folder`` holds a network that is damaged or was trained on something else, training diverged, or
             the file system refuses.
     """
+    # only here: torchmetrics brings text and audio along, which would double the start of every command
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
     if find_spec("torch_fidelity") and weights.exists() and sha256_file(weights).startswith(weights.stem[-8:]):
         with _plain_tensors_only():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from huggingface_hub import snapshot_download
 from torch import nn
 
@@ -144,6 +144,9 @@ def build(spec: ModelSpec) -> nn.Module:
     Raises:
         UserError: ``model_args`` do not fit the architecture.
     """
+    # only here: the network brings peft and with it transformers, which would take a third of every command's start
+    from diffusers import UNet2DModel
+
     own = {"sample_size": spec.image_size, "in_channels": spec.channels, "out_channels": spec.channels}
     try:
         module: nn.Module = UNet2DModel(**own, **spec.model_args)
@@ -193,6 +196,8 @@ def _current_name(name: str) -> str:
 
 def save(folder: Path, module: nn.Module, spec: ModelSpec) -> None:
     """Write the pipeline's folder, as `DiffusionPipeline.from_pretrained` loads it."""
+    from diffusers import DDPMPipeline  # only here, as the network
+
     # not by save_pretrained: it neither flushes what it writes nor explains why it could not
     scheduler = DDPMScheduler(**spec.scheduler)
     parts: dict[str, Any] = {

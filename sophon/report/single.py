@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from sophon.audit.metrics import SCHEMA_VERSION
 from sophon.audit.verdict import Record, printable
@@ -15,6 +13,9 @@ from sophon.errors import UserError
 from sophon.report import sections, tables
 from sophon.report.document import Document
 from sophon.runs import read_json, write_bytes, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _COLUMNS = ["attack", "role", "seed", "step", "select", "exposure", "domain"]
 _NEEDED = ("verdict", "metric", "attacks", "worst_case", "intactness", "checkpoint", "config")
@@ -52,6 +53,8 @@ def curves_frame(attempts: Sequence[Record]) -> pd.DataFrame:
         Columns ``attack``, ``role``, ``seed`` (int64), ``step`` (int64), ``select`` (float64, the metric on the
         attacker's ``select`` split, NaN where it was not finite), ``exposure`` and ``domain``.
     """
+    import pandas as pd  # only here: most commands never write a table
+
     rows = [
         (a["attack"], a["role"], a["seed"], point["step"], point["select"], a["exposure"], _domain(a))
         for a in attempts

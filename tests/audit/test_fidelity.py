@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from sophon.audit import fidelity
 from sophon.audit.fidelity import CACHE, Fidelity, feature_network
@@ -93,7 +94,7 @@ def test_distance_by_hand(monkeypatch):
         def forward(self, images):
             return images.flatten(1).float()
 
-    metric = fidelity.FrechetInceptionDistance(feature=Pixels(), reset_real_features=False)
+    metric = FrechetInceptionDistance(feature=Pixels(), reset_real_features=False)
     real = torch.tensor([[0, 0], [2, 2], [0, 2], [2, 0]], dtype=torch.uint8).view(4, 1, 1, 2)
     # Means differ by (3, 4); the covariances, c and 4 c with c = 4/3 on the diagonal, by 2 * (2 - 1) ** 2 * 4/3.
     generated = 2 * (real - 1) + torch.tensor([6, 7], dtype=torch.uint8).view(1, 1, 1, 2) - torch.tensor(2)
@@ -206,7 +207,7 @@ class FakeInception(nn.Module):
 @pytest.fixture
 def inception(monkeypatch, tmp_path):
     """torch-fidelity installed and a weights file in torch.hub's cache; gives its path and what was asked for."""
-    real, asked = fidelity.FrechetInceptionDistance, []
+    real, asked = FrechetInceptionDistance, []
 
     def made(*, feature, **settings):
         asked.append((feature, settings.get("feature_extractor_weights_path"), force()))
@@ -218,7 +219,7 @@ def inception(monkeypatch, tmp_path):
     weights = tmp_path / "hub" / "checkpoints" / fidelity._INCEPTION
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
-    monkeypatch.setattr(fidelity, "FrechetInceptionDistance", made)
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", made)
     monkeypatch.setattr(fidelity, "find_spec", lambda name: object())
     monkeypatch.setattr(fidelity, "sha256_file", lambda path: "6726825d" + Path(path).read_bytes().hex())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
