@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,7 +31,7 @@ def from_omegaconf(config: DictConfig) -> Config:
         UserError: a key is missing, a value is outside its range, or torchrun started what does not spread over ranks.
     """
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _with_listed_domains(config)))
+        typed = OmegaConf.to_object(OmegaConf.merge(_schema(Config), _with_listed_domains(config)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{key or 'configuration'}: {str(error).splitlines()[0]}") from error
@@ -47,13 +48,20 @@ def from_omegaconf(config: DictConfig) -> Config:
     return typed
 
 
+@cache
+def _schema(kind: type) -> DictConfig:
+    """Return the types of a configuration; reading a data class anew takes longer than merging into a copy of it."""
+    schema: DictConfig = OmegaConf.structured(kind)
+    return schema
+
+
 def _with_listed_domains(config: DictConfig) -> Any:
     """Return the configuration as plain data in which ``domain.restricted`` is a list, in whichever form it came."""
     # a key appended with `+` has slipped past the types of the composed configuration
     data: Any = OmegaConf.to_container(config, resolve=True)
     listed = isinstance(data.get("domain"), dict) and isinstance(data["domain"].get("restricted"), list)
     if not listed:  # typed first, so that what is wrong is named by the key that was given
-        data = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ComposedConfig), data))
+        data = OmegaConf.to_container(OmegaConf.merge(_schema(ComposedConfig), data))
     domains = data["domain"]
     several, chosen = domains.pop("several", {}), domains.pop("chosen", None)
     for key in sorted(OmegaConf.missing_keys(config)):
@@ -70,7 +78,7 @@ def _with_listed_domains(config: DictConfig) -> Any:
 def strategy_from(key: str, values: Any) -> FineTuneStrategy:
     """Make a strategy of plain data: untyped in `AttackConfig`, so that ``+attack.strategies.NAME.lr=...`` adds one."""
     try:
-        strategy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StrategyConfig), values))
+        strategy = OmegaConf.to_object(OmegaConf.merge(_schema(StrategyConfig), values))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         below = getattr(error, "full_key", None)
         raise UserError(f"{key}{f'.{below}' if below else ''}: {str(error).splitlines()[0]}") from error
@@ -134,6 +142,7 @@ def validate(config: Config) -> None:
     if not 0 <= attack.shard < attack.shards:
         raise UserError(f"attack.shard: {attack.shard} is not allowed; it must be 0 to {attack.shards - 1}")
     choose("method.ntr_augmentation", method.ntr_augmentation, AUGMENTATIONS)
+    choose("amp", config.amp, ("all", "cuda", "none"))
     choose("tracking.wandb", config.tracking.wandb, ("disabled", "offline", "online"))
     choose("method.engine", method.engine, ("first_order", "second_order"))
     choose("method.schedule", method.schedule, SCHEDULES)

@@ -123,7 +123,8 @@ class Config:
         name: the experiment's name; the default folders lie under ``runs/<name>/seed<seed>``.
         seed: every random choice of a run derives from it (splits from ``split_seed``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        amp: autocast to bfloat16 on a CUDA device.
+        amp: where passes are autocast to bfloat16: ``cuda`` devices only, ``all`` devices, or ``none``. On a CPU with
+            bfloat16 units it saves time as on a GPU; experiments/benchmarks says how much, and at which gradients.
         threads: CPU threads of torch; 0 leaves torch's choice.
         workers: processes that run an audit's attempts side by side. With ``threads=0`` each takes its share of the
             cores; with the same ``threads`` the results do not depend on the number of workers.
@@ -151,7 +152,7 @@ class Config:
     name: str = MISSING
     seed: int = 0
     device: str = "auto"
-    amp: bool = True
+    amp: str = "cuda"
     threads: int = 0
     workers: int = 1
     stack: int = 1

@@ -48,7 +48,7 @@ class Profile:
             replaced.
         device: where the rounds compute.
         enabled: whether to record at all.
-        amp: they compute in bfloat16 if that is a CUDA device.
+        amp: they compute in bfloat16.
         say: told the table.
         rank: which process of the run this is; only 0 records.
     """
@@ -110,7 +110,7 @@ class Profile:
 
     def _write(self, recorded: profile, started: str) -> None:
         trace = _trace_of(recorded)
-        dtype = torch.bfloat16 if self.amp and self.device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if self.amp else torch.float32
         size, peak = measure_peak(self.device, dtype)
         where = f"CPU, {torch.get_num_threads()} thread(s)"
         if self.device.type == "cuda":

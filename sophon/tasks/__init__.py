@@ -26,7 +26,7 @@ def make_task(config: Config, spec: ModelSpec, *, amp: bool, protects: bool = Fa
     Args:
         config: the run's; `TaskConfig.name` says which task.
         spec: the model's.
-        amp: autocast to bfloat16 on a CUDA device.
+        amp: autocast passes to bfloat16.
         protects: whether the suppression loss and the distillation of `MethodConfig` are needed.
 
     Raises:

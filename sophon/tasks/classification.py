@@ -29,7 +29,7 @@ class ClassificationTask:
         suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`; None where nothing is protected.
         distillation: weight of the reference's distillation in `original_loss`, >= 0.
         temperature: of the distillation, > 0.
-        amp: autocast to bfloat16 where the images lie on a CUDA device.
+        amp: autocast passes to bfloat16; what they return, and so every loss, is float32.
         dtype: of the normalised images; float64 serves gradient checks.
 
     Raises:
@@ -83,7 +83,7 @@ class ClassificationTask:
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the model's logits, float [B, classes], for uint8 images [B, C, H, W]."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp and images.is_cuda):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             logits: Tensor = model(self.prepare(images))
         return logits.float() if self.amp else logits
 

@@ -48,7 +48,7 @@ class DenoisingTask:
         distillation: weight of the reference's distillation in `original_loss`, >= 0.
         evaluation_images: at most so many (image, timestep, noise) triples are measured.
         sample_steps: DDIM steps of a generated image.
-        amp: autocast to bfloat16 where the images lie on a CUDA device.
+        amp: autocast passes to bfloat16; what they return, and so every loss, is float32.
         dtype: of the images; float64 serves gradient checks.
 
     Raises:
@@ -121,7 +121,7 @@ class DenoisingTask:
     def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return what the network says: noise, velocity or clean images, as the scheduler has it; [B, C, H, W]."""
         conditions = {"class_labels": labels} if "num_class_embeds" in self.spec.model_args else {}
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp and images.is_cuda):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             output: Tensor = model(images, timesteps, return_dict=False, **conditions)[0]
         return output.float() if self.amp else output
 

@@ -32,8 +32,7 @@ class Task(Protocol):
     What a loss draws at random (noise, dropout) comes from torch's global generator, which the loops seed.
 
     Attributes:
-        amp: whether passes are autocast to bfloat16 where the images lie on a CUDA device; who needs more precision may
-            switch it off for a while.
+        amp: whether passes are autocast to bfloat16; who needs more precision may switch it off for a while.
     """
 
     metric: Metric

@@ -195,7 +195,7 @@ def _features(config: Config, stage: _Stage, folder: Path) -> Fidelity | None:
 
 def _masking(config: Config, stage: _Stage) -> dict[str, Any] | None:
     scene = stage.scene
-    exact = task_of(replace(config, amp=False), scene.spec, resolve_device(config.device))
+    exact = task_of(replace(config, amp="none"), scene.spec, resolve_device(config.device))
     seed = derive_seed(config.seed, "masking")
     return measure_masking(scene.models, scene.spec, exact, scene.restricted, config.attack.masking, seed)
 

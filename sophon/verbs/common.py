@@ -64,7 +64,7 @@ def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
 
 def task_of(config: Config, spec: ModelSpec, device: torch.device, *, protects: bool = False) -> Task:
     """Make the run's task; ``protects`` if it is asked for a suppression loss."""
-    return make_task(config, spec, amp=config.amp and device.type == "cuda", protects=protects)
+    return make_task(config, spec, amp=config.amp in ("all", device.type), protects=protects)
 
 
 def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, tuple[Domain, ...]]:

@@ -178,7 +178,7 @@ def _protect(config: Config, stage: _Stage, ranks: Ranks) -> None:
             folder,
             tracker,
             ranks,
-            Profile(folder, device, config.profile, config.amp, tracker.say, ranks.rank),
+            Profile(folder, device, config.profile, stage.task.amp, tracker.say, ranks.rank),
         )
         position = trainer.run()
     if ranks.rank == 0:

@@ -20,7 +20,8 @@ from sophon.protect import regions
 from sophon.protect.first_order import first_order
 from sophon.protect.simulate import Past, Simulation, frozen_statistics, query_weights
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
-from tests.tiny import CLASSES, TinyNet, state_of, tiny_batches, tiny_model, tiny_task
+from sophon.tasks import ClassificationTask
+from tests.tiny import CLASSES, TinyNet, state_of, tiny_batches, tiny_model, tiny_spec, tiny_task
 
 STEPS = 4
 ADAPT = tiny_batches(1, STEPS)
@@ -51,6 +52,18 @@ def plainly(attacker: nn.Module, plan: FineTuneStrategy) -> dict[str, Tensor]:
         for name, gradient in zip(total, found, strict=True):
             total[name] += GAMMA[step] * gradient
     return total
+
+
+def test_in_bfloat16_the_gradient_stays_near() -> None:
+    """With AMP on the CPU, its losses still in float32: here within two hundredths of its norm."""
+    plan, found = replace(PLAN, optimizer="sgd"), []
+    for amp in (False, True):
+        task = ClassificationTask(tiny_spec(), suppression_loss="klu", amp=amp)
+        simulation = first_order(tiny_model().float(), plan, task, iter(ADAPT), iter(QUERY), GAMMA)
+        found.append(torch.cat([gradient.flatten() for gradient in simulation.gradients.values()]))
+    exact, rounded = found
+    assert rounded.dtype == torch.float32
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.02
 
 
 @pytest.mark.parametrize("scope", ["all", "head"])
@@ -236,10 +249,10 @@ def test_regions_tell_where_the_time_goes() -> None:
 
 
 def test_rounds_leave_no_tensors_behind() -> None:
-    """As many are alive after 100 rounds as after 20."""
+    """As many are alive after 50 rounds as after 10."""
     model = tiny_model()
     scratch, alive = copy.deepcopy(model), []
-    for rounds in (20, 80):
+    for rounds in (10, 40):
         for _ in range(rounds):
             scratch.load_state_dict(model.state_dict())
             simulate(scratch)
@@ -302,8 +315,8 @@ def child(script: str) -> list[int]:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_steps() -> None:
-    """What a round adds to the process's peak at K = 200 is within 2 % of K = 5, and within 10 % of plain training."""
-    few, many = (child(f"peak(simulate, {steps}, stream(32))")[0] for steps in (5, 200))
+    """What a round adds to the process's peak at K = 60 is within 2 % of K = 5, and within 10 % of plain training."""
+    few, many = (child(f"peak(simulate, {steps}, stream(32))")[0] for steps in (5, 60))
     plain = child("peak(train, 5, stream(32))")[0]
     assert 0 < many < 1.02 * few
     assert few < 1.1 * plain

@@ -140,6 +140,11 @@ def test_the_peak_is_measured_without_touching_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_peak_is_that_of_the_precision_of_the_passes(tmp_path: Path) -> None:
+    assert "(matmul, bfloat16, 32 x 32)" in recorded(tmp_path, amp=True)[0]
+    assert "(matmul, float32, 32 x 32)" in recorded(tmp_path)[0]
+
+
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
 
 # module, shape of its input, FLOPs of its forward pass by hand
@@ -416,6 +421,7 @@ def test_no_room_for_the_trace_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     method = replace(METHOD, rounds=4)
     plain = trainer(tmp_path / "plain", Scripted(), method=method)

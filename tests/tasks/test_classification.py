@@ -278,10 +278,13 @@ def test_without_weight_the_reference_is_not_run() -> None:
     torch.testing.assert_close(loss, task.original_loss(model, BATCH, None))
 
 
-def test_amp_changes_nothing_on_the_cpu() -> None:
-    model = tiny_model().float().eval()
+def test_amp_rounds_passes_and_returns_float32() -> None:
+    model, images = tiny_model().float().eval(), tiny_images(1)
     plain, amp = (ClassificationTask(tiny_spec(), amp=amp) for amp in (False, True))
-    assert torch.equal(plain.logits(model, BATCH.images), amp.logits(model, BATCH.images))
+    exact, rounded = (task.logits(model, BATCH.images) for task in (plain, amp))
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.02
+    assert rounded.dtype == amp.attacker_loss(model, BATCH).dtype == torch.float32
+    assert amp.evaluate(model, images) == pytest.approx(plain.evaluate(model, images), abs=5)
 
 
 # --- made of a configuration --------------------------------------------------------------------------------------

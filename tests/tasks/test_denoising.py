@@ -332,11 +332,13 @@ def test_without_weight_the_reference_is_not_run() -> None:
     assert losses[0] == losses[1]
 
 
-def test_amp_changes_nothing_on_the_cpu() -> None:
+def test_amp_rounds_passes_and_returns_float32() -> None:
     of, images = spec(), images_of()
     model = unet(of).float()
     plain, amp = (task_of(of, amp=amp, dtype=torch.float32) for amp in (False, True))
-    assert plain.evaluate(model, images) == amp.evaluate(model, images)
+    assert amp.attacker_loss(model, batch_of()).dtype == torch.float32
+    assert plain.evaluate(model, images) != amp.evaluate(model, images)
+    assert plain.evaluate(model, images) == pytest.approx(amp.evaluate(model, images), rel=0.02)
 
 
 # --- class labels -------------------------------------------------------------------------------------------------
