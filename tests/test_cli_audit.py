@@ -16,6 +16,7 @@ from tests.cli_helpers import RUNS, SMALL, finish, load, make, refused, sophon, 
 SUITE = """
 seeds: 1
 eval_points: 3
+masking: {heads: [kept], steps: 1, batches: 1}
 oracle: adam_fresh
 benign: [adam_fresh]
 strategies:
@@ -119,12 +120,17 @@ def test_another_audit_takes_over_the_other_roles(copied: Path) -> None:
 
 def test_an_audit_killed_again_and_again_ends_the_same(copied: Path) -> None:
     draw = random.Random(0)
-    for _ in range(3):
+    attempts = copied / "killed" / "attempts"
+    for least in (2, 12):  # of what is written then, so that no start is in vain
         process = start(copied, *AUDIT, "run_dir=killed")
-        time.sleep(draw.uniform(6, 14))
+        while len(list(attempts.glob("*.json"))) < least:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.5))
         process.kill()
         process.communicate()
-    result = finish(start(copied, *AUDIT, "run_dir=killed"))
+        assert not (copied / "killed" / "audit.json").exists()
+    result = sophon(copied, *AUDIT, "run_dir=killed")
     assert result.code == 0, result
     assert audit_of(copied / "killed") == audit_of(copied / RUNS / "audit")
 

@@ -201,9 +201,7 @@ def test_the_audit_looks_for_masking(made: Path) -> None:
     masking = load(made / RUNS / "audit" / "audit.json")["masking"]
     assert (masking["pairs"], masking["share"]) == ([], None)
     found = masking["measured"]
-    assert [(moment["head"], moment["step"]) for moment in found["moments"]] == [
-        ("fresh", 0), ("fresh", 10), ("kept", 0), ("kept", 10),
-    ]  # fmt: skip
+    assert [(moment["head"], moment["step"]) for moment in found["moments"]] == [("kept", 0), ("kept", 1)]
     assert found["layers"]
     for moment in found["moments"]:
         for values in moment["quantities"].values():
@@ -265,7 +263,7 @@ def test_masking_is_measured_otherwise_without_another_attempt(copied: Path, mon
     monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     path = copied / RUNS / "audit" / "audit.json"
     before = load(path)
-    for override, steps in (("attack.masking={heads: [kept], steps: 1}", [0, 1]), ("attack.masking.heads=[]", None)):
+    for override, steps in (("attack.masking={heads: [kept], steps: 2}", [0, 2]), ("attack.masking.heads=[]", None)):
         result = sophon(copied, *AUDIT, override)
         assert result.code == 0, result
         after = load(path)

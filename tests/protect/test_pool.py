@@ -137,7 +137,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Batch]]:
     return taken
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 10, 50])
+@pytest.mark.parametrize("chunk", [7, 50, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 10))])
 @pytest.mark.parametrize("schedule", ["cosine", "warmup"])
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 def test_turns_are_one_attackers_life(optimizer: str, schedule: str, chunk: int, drawn: dict[str, list[Batch]]) -> None:

@@ -124,7 +124,7 @@ def assert_same_gradients(run: Simulation, expected: dict[str, Tensor]) -> None:
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["all", "head"])
+@pytest.mark.parametrize("scope", ["all", pytest.param("head", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_segment_gives_the_gradient_of_one_graph(optimizer: str, scope: str) -> None:
     model, plan = tiny_model(), strategy(optimizer, scope)
@@ -160,7 +160,7 @@ def test_a_step_taken_again_draws_and_remembers_the_same(segment: int) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "scope"),
     [
-        ("adam", "all"),
+        pytest.param("adam", "all", marks=pytest.mark.slow),
         pytest.param("momentum", "attention", marks=pytest.mark.slow),
         pytest.param("adamw", "last_blocks", marks=pytest.mark.slow),
         pytest.param("rmsprop", "head", marks=pytest.mark.slow),

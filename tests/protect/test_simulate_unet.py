@@ -178,6 +178,7 @@ def written_out(
     return p - lr * m / (1 - 0.9 ** (step + 1)) / (root + 1e-8)
 
 
+@pytest.mark.slow
 @over_cases
 def test_second_order_equals_finite_differences(optimizer: str, scope: str, conditional: bool) -> None:
     """Central differences of attackers run with torch.optim, along random directions."""

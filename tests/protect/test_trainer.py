@@ -401,7 +401,7 @@ def test_a_rollback_empties_the_pool_and_patience_does_not(tmp_path: Path) -> No
 # --- the schedule and the original domain's gradient --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_both_rates_follow_the_schedule_over_the_rounds(schedule: str, weight: float, tmp_path: Path) -> None:
     """Of the rounds, not of the steps in them; with the original domain's gradient and without."""
@@ -575,7 +575,7 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-@pytest.fixture(scope="module", params=["float64", "channels_last"])
+@pytest.fixture(scope="module", params=["float64", pytest.param("channels_last", marks=pytest.mark.slow)])
 def uninterrupted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any]]:
@@ -592,8 +592,12 @@ class KilledError(Exception):
     pass
 
 
+# a state is written after every other round, so the fast set has one of each kind
+ANY_ROUND = [at if at in (3, 4) else pytest.param(at, marks=pytest.mark.slow) for at in range(1, 9)]
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("at", ANY_ROUND)
 def test_going_on_equals_never_having_stopped(
     at: int, how: str, uninterrupted: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -655,7 +659,7 @@ def pooled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("at", ANY_ROUND)
 def test_a_pool_goes_on_to_the_bit(at: int, how: str, pooled: dict[str, Any], tmp_path: Path) -> None:
     def told(number: int) -> None:
         if number == at and how == "killed":
