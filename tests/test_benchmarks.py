@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def test_cells_become_json_and_a_table(tmp_path: Path) -> None:
     assert set(timed["seconds"]) == {name for name, each in METHODS.items() if each.timed}
     assert all(len(values) == 1 and values[0] > 0 for values in timed["seconds"].values())
     assert any("ours_first" in what for what in timed["disagreements"])
+    assert not any("bf16" in what for what in timed["disagreements"])
+    assert 0 < timed["approximations"]["ours_first_bf16"]["difference"] < 0.5
     table = options.out.with_suffix(".md").read_text()
     assert "4 images a step, 4 a query" in table
     assert "| 1 |" in table
@@ -157,6 +160,44 @@ def test_a_method_that_finds_something_else_is_caught(what: str, monkeypatch: py
     monkeypatch.setitem(METHODS, "learn2learn", dataclasses.replace(honest, run=tampered))
     with pytest.raises(measure.DisagreementError, match=f"{what} of learn2learn and .* differ by"):
         measure.measure_time(_job("time", "bound", "ours_first", "learn2learn"))
+
+
+def test_what_approximates_is_set_beside_the_exact_gradient() -> None:
+    from measure import OTHER, approximations, disagreements
+
+    exact, near = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])
+    found = {"bound": {}, "ours_first": {"gradients": exact}, "ours_first_bf16": {"gradients": near}}
+    assert disagreements(found) == {}
+    beside = approximations({**found, OTHER: {"gradients": -exact}})
+    assert beside["ours_first_bf16"] == pytest.approx({"cosine": 24 / 25, "difference": math.sqrt(2) / 5})
+    assert beside[OTHER] == pytest.approx({"cosine": -1, "difference": 2})
+    assert approximations({"bound": {}}) == {}
+
+
+@pytest.mark.slow
+def test_cheaper_gradients_of_a_checkpoint_come_as_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gradients
+    from cases import make_model
+
+    from sophon.export import Checkpoint
+
+    def read(path: str, key: str) -> Checkpoint:
+        model, spec, _ = make_model("resnet_tiny", torch.device("cpu"))
+        return Checkpoint(model, spec, {}, Path(path), "")
+
+    monkeypatch.setattr(gradients, "read_checkpoint", read)
+    size = ["--k", "2", "--batch", "4", "--draws", "2", "--out", str(tmp_path / "gradients.json")]
+    gradients.main(["--reference", "here", "--domain", "fashion_mnist", *size])
+    (cell,) = json.loads((tmp_path / "gradients.json").read_text())["cells"].values()
+    for draw in cell["draws"]:
+        assert set(draw) == {"ours_first_fifth", "ours_first_bf16", "ours_first_fifth_bf16", "other queries"}
+        assert draw["ours_first_bf16"]["cosine"] > draw["other queries"]["cosine"]
+    cosine = statistics.median(draw["other queries"]["cosine"] for draw in cell["draws"])
+    assert f"| {cosine:.3f} (" in capsys.readouterr().out
+    with pytest.raises(UserError, match="head: 'kept' needs as many classes"):
+        gradients.main(["--reference", "here", "--domain", "fashion_shoes_bags", *size])
 
 
 @pytest.mark.slow
@@ -331,12 +372,11 @@ def test_a_whole_run_is_projected_from_its_rounds(tmp_path: Path, capsys: pytest
     assert f"| {minutes:.3g} min |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["--query", "150"], "--query: 150"), (["--amp"], "--amp")])
-def test_a_whole_run_refuses_what_it_cannot_do(arguments: list[str], message: str) -> None:
+def test_a_whole_run_refuses_a_query_that_leaves_no_images() -> None:
     from whole_run import parsed
 
-    with pytest.raises(UserError, match=message):
-        parsed(arguments)
+    with pytest.raises(UserError, match="--query: 150"):
+        parsed(["--query", "150"])
 
 
 def test_rounds_are_clocked_without_what_comes_before_them(tmp_path: Path) -> None:

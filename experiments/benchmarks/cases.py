@@ -22,7 +22,7 @@ from sophon.tasks import TASKS, Task, kind_of
 CONF = Path(__file__).parents[2] / "conf" / "model"
 CLASSES = tuple("0123456789")
 SUPPRESSION = {"classification": "ice", "denoising": "dos"}
-DISTINCT = 4  # batches; streams repeat them, so that what is drawn takes no more memory for more steps
+DISTINCT = 4  # batches where memory is measured: streams repeat them, so that more steps take no more of it
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,15 @@ def random_batch(spec: ModelSpec, count: int, generator: torch.Generator, device
     return Batch(images.to(device), labels.to(device))
 
 
-def make(case: Case, device: torch.device) -> Bench:
-    """Build a case; the same on every call."""
+def make(case: Case, device: torch.device, distinct: int = DISTINCT, query_seed: int = 2) -> Bench:
+    """Build a case with so many different batches of either kind; the same on every call."""
     model, spec, task = make_model(case.model, device)
-    generator = torch.Generator().manual_seed(1)
-    adapt = [random_batch(spec, case.adapt, generator, device) for _ in range(DISTINCT)]
-    query = [random_batch(spec, case.query, generator, device) for _ in range(DISTINCT)]
-    return Bench(model, task, adapt, query)
+
+    def batches(count: int, seed: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        return [random_batch(spec, count, generator, device) for _ in range(distinct)]
+
+    return Bench(model, task, batches(case.adapt, 1), batches(case.query, query_seed))
 
 
 def facts(bench: Bench) -> Model:

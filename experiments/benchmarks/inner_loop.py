@@ -138,7 +138,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cells' names and measure nothing")
     parser.add_argument("--quick", action="store_true", help="batches of 4, K 1 and 2, two repeats: does it run?")
     parser.add_argument("--without", action="append", choices=list(METHODS), default=[], help="leave a method out")
-    parser.add_argument("--repeats", type=int, help="clocked turns of each method (5)")
+    parser.add_argument(
+        "--repeats", type=int, help="clocked turns of each method (5); 0: the first turn, which warms up"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--limit", type=float, help="GB that a method may need (four fifths of what is free)")
@@ -146,7 +148,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the results' file")
     options = parser.parse_args(arguments)
     resolve_device(options.device)
-    options.repeats = options.repeats or (2 if options.quick else 5)
+    if options.repeats is None:
+        options.repeats = 2 if options.quick else 5
     if options.limit is None:
         options.limit = available() if options.device == "cpu" else 0.8 * torch.cuda.mem_get_info()[0] / GB
     if options.out is None:

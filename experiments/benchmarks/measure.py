@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from sophon.protect.simulate import query_weights
 from sophon.strategies import FineTuneStrategy
+
+OTHER = "other queries"  # the exact gradient of other query batches: how far apart any two draws are
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Job:
         methods: keys of `METHODS`; one only for memory.
         device: ``cpu`` or ``cuda``.
         threads: of torch.
-        repeats: rounds of the clock, after one that is not clocked.
+        repeats: rounds of the clock, after one that is not clocked; with 0 that one is, for cells of minutes.
         tolerance: largest difference between methods, relative to the norm of what is compared.
     """
 
@@ -77,7 +79,7 @@ class Runner:
         self.strategy = FineTuneStrategy(method.optimizer, lr, batch_size=size, steps=steps, head="kept")
         self.gammas = query_weights("uniform", steps, 1)
 
-    def once(self, wait: Callable[[], None]) -> tuple[float, Outcome]:
+    def once(self, clock: Callable[[], float], seed: int = 0) -> tuple[float, Outcome]:
         """Run the simulation; return its seconds and what it ended with. Resetting the attacker is not clocked."""
         with torch.no_grad():
             state = self.bench.model.state_dict()
@@ -85,13 +87,11 @@ class Runner:
                 value.copy_(state[name])
         self.attacker.zero_grad(set_to_none=True)
         work = Work(self.attacker, self.strategy, self.bench.task, *self.bench.streams(), self.gammas)
-        torch.manual_seed(0)  # a denoiser's noise
+        torch.manual_seed(seed)  # a denoiser's noise
         gc.collect()  # `higher` leaves cycles behind
-        wait()
-        start = time.perf_counter()
+        start = clock()
         outcome = self.run(work)
-        wait()
-        return time.perf_counter() - start, outcome
+        return clock() - start, outcome
 
 
 def measure_time(job: Job) -> dict[str, Any]:
@@ -101,26 +101,50 @@ def measure_time(job: Job) -> dict[str, Any]:
         DisagreementError: two methods found different gradients or weights.
     """
     device = torch.device(job.device)
-    bench = make(job.case, device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    bench = make(job.case, device, job.steps)
+    clock = clock_of(device)
     runners = {name: Runner(name, bench, job.steps) for name in job.methods}
     gc.freeze()  # what is there now stays: collecting before each turn need not look at it
-    differences = disagreements({name: _flat(each.once(wait)[1], bench.model) for name, each in runners.items()})
+    first, found = {}, {}
+    for name, runner in runners.items():
+        first[name], outcome = runner.once(clock)
+        found[name] = flat(outcome, bench.model)
+    differences = disagreements(found)
     for what, difference in differences.items():
         if not difference <= job.tolerance:
             raise DisagreementError(f"{what} differ by {difference:.2g} of their norm; allowed is {job.tolerance:g}")
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    if any(not METHODS[name].exact for name in found):
+        other = replace(bench, query=make(job.case, device, job.steps, query_seed=3).query)
+        found[OTHER] = flat(Runner("ours_first", other, job.steps).once(clock, seed=1)[1], bench.model)
+    seconds: dict[str, list[float]] = {name: [] if job.repeats else [taken] for name, taken in first.items()}
     for _ in range(job.repeats):
         for name, runner in runners.items():
-            seconds[name].append(runner.once(wait)[0])
+            seconds[name].append(runner.once(clock)[0])
     gc.unfreeze()
-    return {"seconds": seconds, "disagreements": differences, "bandwidth": bandwidth(device, wait)}
+    return {
+        "seconds": seconds,
+        "disagreements": differences,
+        "approximations": approximations(found),
+        "bandwidth": bandwidth(device, clock),
+    }
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return what tells seconds: of a single thread the process's own, to which other processes cannot add."""
+    if device.type == "cpu":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
 
 
 Flat = dict[str, Tensor]
 
 
-def _flat(outcome: Outcome, start: nn.Module) -> Flat:
+def flat(outcome: Outcome, start: nn.Module) -> Flat:
     """Copy what a simulation ended with as vectors on the CPU: the gradient, and the way that the weights went."""
     names = [name for name, _ in start.named_parameters()]
     found: Flat = {}
@@ -134,7 +158,7 @@ def _flat(outcome: Outcome, start: nn.Module) -> Flat:
 
 
 def disagreements(found: dict[str, Flat]) -> dict[str, float]:
-    """Compare each method with the first of its kind.
+    """Compare each exact method with the first of its kind.
 
     Gradients compare among methods of one order and one optimizer; weights among those of one optimizer, as the way
     that they went from the start.
@@ -146,7 +170,7 @@ def disagreements(found: dict[str, Flat]) -> dict[str, float]:
     differences = {}
     for name, vectors in found.items():
         method = METHODS[name]
-        for what, vector in vectors.items():
+        for what, vector in vectors.items() if method.exact else ():
             kind = (what, method.optimizer, method.order if what == "gradients" else None)
             reference = first.setdefault(kind, name)
             if reference != name:
@@ -155,16 +179,35 @@ def disagreements(found: dict[str, Flat]) -> dict[str, float]:
     return differences
 
 
-def bandwidth(device: torch.device, wait: Callable[[], None], floats: int = 2**25) -> float:
+def approximations(found: dict[str, Flat]) -> dict[str, dict[str, float]]:
+    """Say how far the gradients of methods that are not exact, and of `OTHER`, are from the first exact one.
+
+    Returns:
+        For each the ``cosine``, and the ``difference``'s norm by the exact one's.
+    """
+    gradients = {name: vectors["gradients"] for name, vectors in found.items() if "gradients" in vectors}
+    alike = [name for name in gradients if name != OTHER and METHODS[name].order == 1]
+    exact = next((gradients[name] for name in alike if METHODS[name].exact), None)
+    if exact is None:
+        return {}
+    return {
+        name: {
+            "cosine": float(torch.cosine_similarity(gradient, exact, dim=0)),
+            "difference": float((gradient - exact).norm() / exact.norm()),
+        }
+        for name, gradient in gradients.items()
+        if name == OTHER or not METHODS[name].exact
+    }
+
+
+def bandwidth(device: torch.device, clock: Callable[[], float], floats: int = 2**25) -> float:
     """Return the bytes/s of ``a += b`` on vectors too large for a cache: two reads and a write."""
     a, b = torch.zeros(floats, device=device), torch.ones(floats, device=device)
     best = float("inf")
     for _ in range(5):
-        wait()
-        start = time.perf_counter()
+        start = clock()
         a.add_(b)
-        wait()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return 3 * 4 * floats / best
 
 

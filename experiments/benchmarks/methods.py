@@ -6,6 +6,7 @@ step can leave out, the second is ordinary training.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,13 +164,23 @@ def ours_first(work: Work) -> Outcome:
 
 
 def ours_first_fifth(work: Work) -> Outcome:
-    """Query after every fifth step only (``method.query_every=5``): less work, and so another gradient.
+    """Query after every fifth step only (``method.query_every=5``): less work, and a sum of fewer queries.
 
-    A denoiser's queries draw noise, so with fewer of them its attacker goes another way too: nothing is compared.
+    A denoiser's queries draw noise, so with fewer of them its attacker goes another way too.
     """
-    gammas = query_weights("uniform", len(work.gammas), every=5)
-    first_order(*work._replace(gammas=gammas))
-    return Outcome(None, {})
+    return ours_first(work._replace(gammas=query_weights("uniform", len(work.gammas), every=5)))
+
+
+def ours_first_bf16(work: Work) -> Outcome:
+    """Autocast all passes to bfloat16 (``amp=all``)."""
+    task = copy.copy(work.task)
+    task.amp = True
+    return ours_first(work._replace(task=task))
+
+
+def ours_first_fifth_bf16(work: Work) -> Outcome:
+    """Do both."""
+    return ours_first_bf16(work._replace(gammas=query_weights("uniform", len(work.gammas), every=5)))
 
 
 def ours_second(work: Work) -> Outcome:
@@ -198,6 +209,7 @@ class Method:
         baseline: the method whose time its own is divided by.
         timed: whether its time is of interest.
         weighed: whether its memory is.
+        exact: whether its gradient must be that of the others; if not, it is said how far it is from theirs.
         needs: bytes that it is expected to need above the loaded model.
     """
 
@@ -207,6 +219,7 @@ class Method:
     baseline: str = "bound"
     timed: bool = True
     weighed: bool = True
+    exact: bool = True
     needs: Callable[[formulas.Model, formulas.Round], float] = formulas.first_order_memory
 
 
@@ -218,7 +231,9 @@ METHODS = {
     "plain": Method(plain, timed=False, needs=formulas.plain_memory),
     "bound": Method(bound, needs=formulas.bound_memory),
     "ours_first": Method(ours_first),
-    "ours_first_fifth": Method(ours_first_fifth, weighed=False),
+    "ours_first_fifth": Method(ours_first_fifth, weighed=False, exact=False),
+    "ours_first_bf16": Method(ours_first_bf16, weighed=False, exact=False),
+    "ours_first_fifth_bf16": Method(ours_first_fifth_bf16, weighed=False, exact=False),
     "learn2learn": Method(learn2learn, needs=formulas.kept_graphs_memory),
     "higher_first": Method(higher_first),
     "ours_second": Method(ours_second, order=2, needs=partial(formulas.second_order_memory, segment=1)),

@@ -133,7 +133,7 @@ def main() -> None:
     for name, default in (("steps", 20), ("batch_size", 128), ("repeats", 5)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--optimizer", default="momentum")
-    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16 on a GPU")
+    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--out", type=Path, default=Path())
     options = parser.parse_args()
     cases = [measure(name, count, options) for name in options.models for count in options.attempts]

@@ -18,7 +18,7 @@ def inner_loop_page(cells: Mapping[str, Any]) -> str:
     parts = ["# Inner loop\n", "".join(f"Measured on {line}.\n" for line in machines(measured))]
     for case in dict.fromkeys(name.split("/")[1] for name in cells):
         own = {name: cell for name, cell in cells.items() if name.split("/")[1] == case}
-        parts += [f"## {case}{_sizes(own)}\n", _times(own), _memories(own), _left_out(own)]
+        parts += [f"## {case}{_sizes(own)}\n", _times(own), _gradients(own), _memories(own), _left_out(own)]
     return "\n".join(part for part in parts if part)
 
 
@@ -56,6 +56,20 @@ def _time(seconds: Mapping[str, list[float]], method: str) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
+def _gradients(cells: Mapping[str, Any]) -> str:
+    rows = {_steps(name): cell["approximations"] for name, cell in cells.items() if cell.get("approximations")}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    if not names:
+        return ""
+    body = [[str(steps), *(_distance(rows[steps].get(name)) for name in names)] for steps in sorted(rows)]
+    note = "Gradients beside ours_first's: cosine, and (norm of the difference by its norm).\n\n"
+    return note + markdown(["K", *names], body)
+
+
+def _distance(values: Mapping[str, float] | None) -> str:
+    return "-" if values is None else f"{values['cosine']:.3f} ({values['difference']:.3f})"
+
+
 def _memories(cells: Mapping[str, Any]) -> str:
     found: dict[int, dict[str, Any]] = {}
     for name, cell in cells.items():
@@ -74,9 +88,10 @@ def _memory(cell: Mapping[str, Any] | None) -> str:
 
 
 def _left_out(cells: Mapping[str, Any]) -> str:
-    lines = {
-        f"- {name.split('/')[0]}, {method}, K {_steps(name)}: not run: {reason}\n"
-        for name, cell in cells.items()
-        for method, reason in cell["not_run"].items()
-    }
-    return "".join(sorted(lines))
+    methods: dict[tuple[str, int, str], list[str]] = {}
+    for name, cell in cells.items():
+        for method, reason in cell["not_run"].items():
+            methods.setdefault((name.split("/")[0], _steps(name), reason), []).append(method)
+    return "".join(
+        f"- {kind}, {', '.join(methods[kind, k, why])}, K {k}: not run: {why}\n" for kind, k, why in sorted(methods)
+    )

@@ -187,7 +187,7 @@ def compiled(bench: Bench) -> Pair:
 
 
 def half(bench: Bench) -> Pair:
-    """Take a pass in float32, or under autocast to bfloat16; past the task, which turns autocast off on the CPU."""
+    """Take a pass in float32, or under autocast to bfloat16."""
     models, batch = twice(bench.model), bench.adapt[0]
 
     def work(model: nn.Module, enabled: bool) -> None:

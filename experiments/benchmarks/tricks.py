@@ -5,8 +5,8 @@
     python experiments/benchmarks/tricks.py --compile                      # minutes: it compiles first
 
 The work with and without a trick takes turns in one process, so that whatever else the machine does meets both alike.
-On the CPU the clock is the process's own time, which other processes cannot add to; on CUDA it is the wall's. Results:
-tricks_<device>.json, where a trick of a case is a cell that is replaced alone, and the table of it, tricks_<device>.md.
+With one thread on the CPU the clock is the process's own time, which other processes cannot add to; else the wall's.
+Results: tricks_<device>.json, a cell for each trick of a case, replaced alone, and its table, tricks_<device>.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import same_weights
 import torch
 import trick_pairs
 from cases import CASES, Bench, make
+from measure import clock_of
 from records import machine, machines, markdown, put_cell, read_cells
 from torch import Tensor
 from trick_pairs import Pair, Work, engine, stepper
@@ -77,7 +78,7 @@ TRICKS = {
     "gradients_reused": Trick("the attacker's gradients in kept buffers", "pass", trick_pairs.gradients_reused, "no"),
     "optimizer_reused": Trick("one optimizer for all attackers", "4 Adam steps", trick_pairs.optimizer_reused, "no"),
     "layout": Trick("weights in channels_last", "pass", trick_pairs.layout, "yes"),
-    "half": Trick("bfloat16 autocast", "pass", trick_pairs.half, "no (task.amp is for CUDA)"),
+    "half": Trick("bfloat16 autocast", "pass", trick_pairs.half, "amp=all"),
     "marked": Trick("marks for a profiler", "2 passes", trick_pairs.marked, "yes"),
     "one_forward": Trick("query and attacker: one forward pass", "both gradients", same_weights.one_forward, "no"),
     "mapped": Trick("query and attacker: vmap", "both gradients", same_weights.mapped, "no"),
@@ -138,18 +139,6 @@ def measured(trick: Trick, case: str, device: torch.device, turns: int) -> dict[
     }
 
 
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """Return what tells seconds on a device."""
-    if device.type != "cuda":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return clock
-
-
 def interleaved(without: Work, within: Work, turns: int, clock: Callable[[], float]) -> tuple[list[float], list[float]]:
     """Let two works take turns, the first to begin changing each time; return the seconds of each."""
     repeats = max(1, round(SHORTEST / max(timed(without, 1, clock), 1e-7)))
@@ -184,7 +173,8 @@ def page(cells: dict[str, Any]) -> str:
         difference = "-" if cell["difference"] is None else f"{cell['difference']:.1g}"
         ratio = f"{cell['ratio']:.3f} ({low:.3f} to {high:.3f})"
         without = f"{1e3 * cell['seconds'][0]:.3g}"
-        rows.append([cell["case"], trick.what, trick.unit, without, ratio, difference, trick.kept])
+        unit = f"{trick.unit}, the first takes {cell['first_seconds']:.0f} s" if trick.compiles else trick.unit
+        rows.append([cell["case"], trick.what, unit, without, ratio, difference, trick.kept])
     lines = "".join(f"Measured on {line}.\n" for line in machines(cells))
     return f"# Tricks of the first-order engine\n\n{lines}\n{markdown(head, rows)}"
 

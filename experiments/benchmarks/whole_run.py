@@ -155,7 +155,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=150, help="images of an inner step, the query's among them (150)")
     parser.add_argument("--query", type=int, default=20, help="of these, those of the query (20)")
     parser.add_argument("--attackers", type=int, default=1, help="of a round (1)")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, on cuda")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -163,8 +163,6 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.query < options.batch:
         raise UserError(f"--query: {options.query} is not allowed; it must be 1 to {options.batch - 1}")
-    if options.amp and options.device == "cpu":
-        raise UserError("--amp: only on cuda")
     options.out = options.out or HERE / f"whole_run_{options.device}.json"
     return options
 
