@@ -363,6 +363,8 @@ def test_an_empty_folder_is_refused(tmp_path: Path, folders: tuple[str, ...]) ->
         (PROTECT, f"run_dir={RUNS}/pretrain", ["pretrain", "protect"]),
         (PROTECT, "domain.restricted.split_seed=1", ["restricted."]),
         (PROTECT, "seed=7", ["seed=0", "seed=7"]),
+        (PRETRAIN, "amp=all", ["amp=absent", 'amp="all"']),
+        (PROTECT, "amp=all", ["amp=absent", 'amp="all"']),
     ],
 )
 def test_a_run_dir_of_another_run_is_refused(

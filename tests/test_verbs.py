@@ -259,6 +259,13 @@ def test_a_finished_audit_comes_to_the_same_bytes(copied: Path, monkeypatch: pyt
     assert "report.html" in run_again(copied, AUDIT).out
 
 
+def test_an_audit_in_another_precision_is_another_audit(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 'amp=absent, now amp="all"' in refusal(sophon(copied, *AUDIT, "amp=all"))
+    monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran"))
+    with pytest.raises(pytest.fail.Exception, match="an attempt ran"):
+        sophon(copied, *AUDIT, "amp=all", "run_dir=precise", f"attack.reuse=[{RUNS / 'audit'}]")
+
+
 def test_masking_is_measured_otherwise_without_another_attempt(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     path = copied / RUNS / "audit" / "audit.json"

@@ -25,7 +25,17 @@ from sophon.export import Checkpoint, package_versions
 from sophon.report import single as report
 from sophon.report.compare import write_comparison
 from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, write_json
-from sophon.verbs.common import checkpoint_of, default, domains_of, metric_of, required, run_dir, task_of, tracker_of
+from sophon.verbs.common import (
+    asked_precision,
+    checkpoint_of,
+    default,
+    domains_of,
+    metric_of,
+    required,
+    run_dir,
+    task_of,
+    tracker_of,
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ def _stages(config: Config) -> list[_Stage]:
         "protected": protected.model.to(device),
         "unprotected": reference.model.to(device),
     }
-    measured = plain(config, "task")
+    measured = plain(config, "task") | asked_precision(config)
     provenance = {
         "protected": repr([protected.sha256, spec, measured]),
         "unprotected": repr([reference.sha256, spec, measured]),
@@ -206,6 +216,7 @@ def _identity(config: Config, stage: _Stage) -> dict[str, Any]:
     del parts["attack"]["masking"]  # looks at what the attacks leave alone
     return {
         **parts,
+        **asked_precision(config),
         "checkpoint": stage.protected.sha256,
         "reference": stage.reference.sha256,
         "restricted": stage.scene.restricted.hashes,

@@ -67,6 +67,11 @@ def task_of(config: Config, spec: ModelSpec, device: torch.device, *, protects: 
     return make_task(config, spec, amp=config.amp in ("all", device.type), protects=protects)
 
 
+def asked_precision(config: Config) -> dict[str, str]:
+    """Return what a run's identity says of its precision: with ``amp=all`` it has another one on every device."""
+    return {"amp": config.amp} if config.amp == "all" else {}
+
+
 def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, tuple[Domain, ...]]:
     """Load the original and the restricted domains as the model takes them.
 

@@ -33,6 +33,7 @@ from sophon.strategies import SamplerConfig, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
 from sophon.verbs.common import (
+    asked_precision,
     default,
     domains_of,
     metric_of,
@@ -55,7 +56,11 @@ def pretrain(config: Config) -> None:
         raise UserError(
             "pretrain.steps: 0 needs model.weights or model.pretrained=true; a random model is no reference"
         )
-    identity = {**plain(config, "seed", "task", "model", "pretrain"), "original": original.hashes}
+    identity = {
+        **plain(config, "seed", "task", "model", "pretrain"),
+        **asked_precision(config),
+        "original": original.hashes,
+    }
     seed_all(derive_seed(config.seed, "pretrain"))
     model, spec = create(config.model, original.classes)
     model.to(device)
@@ -115,6 +120,7 @@ def _stage(config: Config, device: torch.device) -> _Stage:
     original, restricted = _domains(config, reference, task, device)
     identity = {
         **plain(config, "seed", "task", "method", "sampler", "guard"),
+        **asked_precision(config),
         "reference": reference.sha256,
         **_hashes(original, restricted),
     }
