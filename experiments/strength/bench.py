@@ -1,7 +1,7 @@
 """Protect with every method under one budget, and audit what comes of it.
 
     python experiments/strength/bench.py --runs runs/strength --reference runs/cifar10_objects/seed0/pretrain \
-        --minutes 12 --methods methods --seeds 0 1 2 --jobs 2
+        --minutes 8 --looks 5 --methods methods --seeds 0 1 2 --jobs 2
 
 Breadth first: all methods with the first seed, then with the next. The same command goes on where it stopped, also with
 more methods or seeds. A method of which no checkpoint satisfies the guard is a result; any other failure is said at the
@@ -32,7 +32,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, required=True, help="the bench's folder")
     parser.add_argument("--reference", type=Path, required=True, help="the unprotected checkpoint, or its run_dir")
-    parser.add_argument("--minutes", type=float, default=12.0, help="processor time of each defender")
+    parser.add_argument("--minutes", type=float, default=8.0, help="processor time of each defender")
     parser.add_argument("--methods", nargs="+", default=["methods"], help="rows of methods.yaml, or groups of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--screen", action="store_true", help="a short audit, in a folder of its own")
