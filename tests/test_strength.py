@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import pytest
+import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given
@@ -26,6 +27,7 @@ from sophon.strategies import StrategySampler, fields_outside
 from sophon.tracking import Tracker
 from sophon.validation import from_omegaconf, strategy_from
 from tests.cli_helpers import PRETRAIN, load, sophon
+from tests.tiny import state_of, tiny_images, tiny_model, tiny_task
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 METRIC = {"name": "accuracy", "unit": "%", "higher_is_better": True}
@@ -534,3 +536,22 @@ def test_a_tiny_cell_for_real(tmp_path: Path) -> None:
     assert seed["groups"]["worst_case"]["roles"].keys() == {"protected", "unprotected", "scratch"}
     assert seed["norm_ratio"] > 0
     assert seed["core_minutes"] > 0
+
+
+# ---- a model without learnt features in its first layers -------------------------------------------------------------
+
+
+def test_what_is_to_stay_random_stays_and_all_else_is_distilled() -> None:
+    import handicap
+
+    model, before = tiny_model(1), state_of(tiny_model(1))
+    first = next(name for name, _ in model.named_parameters()).rsplit(".", 1)[0]
+    options = handicap.parsed(["--reference", "r", "--out", "o", "--random", first, "--steps", "3"])
+    kept = handicap.held(model, options.random)
+    task = tiny_task()
+    task.distillation = 1.0
+    handicap.grow(model, tiny_model(0), task, tiny_images(0), kept, options)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith(first), name
+    with pytest.raises(UserError, match="--random: no parameter's name begins with 'nowhere'"):
+        handicap.held(model, ["nowhere"])
