@@ -124,7 +124,11 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Part overrides from flags; Hydra's parser takes the former from one place only, and answers with its usage."""
     parser = get_args_parser()
     parser.error = _refuse
-    overrides: list[str] = parser.parse_intermixed_args(arguments).overrides
+    parsed = parser.parse_intermixed_args(arguments)
+    modes = [f"--{mode}" for mode in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(parsed, mode)]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)}: not allowed together; give one of them")
+    overrides: list[str] = parsed.overrides
     flags = list(arguments)
     for override in overrides:
         flags.remove(override)

@@ -144,6 +144,11 @@ def test_wrong_input_gives_one_line_that_names_it_and_writes_nothing(tmp_path: P
         assert word in message
 
 
+def test_flags_that_exclude_each_other_are_refused_in_one_line(tmp_path: Path) -> None:
+    message = refused(tmp_path, *PRETRAIN, "--cfg", "job", "--multirun")
+    assert "--multirun and --cfg: not allowed together" in message
+
+
 def test_an_unknown_verb_is_answered_with_the_verbs(tmp_path: Path) -> None:
     message = refused(tmp_path, "train", *SMALL)
     assert all(word in message for word in ("'train'", *VERBS))
