@@ -44,16 +44,18 @@ def _times(cells: Mapping[str, Any]) -> str:
         return ""
     body = [[str(steps), *(_time(rows[steps], method) for method in methods)] for steps in sorted(rows)]
     head = ["K", *(f"{method}, s" if METHODS[method].baseline == method else method for method in methods)]
-    return "Time: seconds of the bounds, the others as multiples of theirs; median (lowest to highest).\n\n" + markdown(
-        head, body
+    note = (
+        "Time: seconds of the bounds, the others as multiples of theirs; median (lowest to highest), or the one turn.\n"
     )
+    return f"{note}\n{markdown(head, body)}"
 
 
 def _time(seconds: Mapping[str, list[float]], method: str) -> str:
     if method not in seconds:
         return "-"
     values = seconds[method] if METHODS[method].baseline == method else ratios(seconds, method)
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.3g}{spread}"
 
 
 def _gradients(cells: Mapping[str, Any]) -> str:
