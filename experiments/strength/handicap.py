@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sophon.config import DomainConfig
@@ -26,6 +25,7 @@ from sophon.errors import UserError
 from sophon.export import read_checkpoint
 from sophon.finetune import fine_tune
 from sophon.models import build
+from sophon.runs import write_tensors
 from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> None:
         values = ", ".join(f"{split} {task.evaluate(each, original[split]):.1f} %" for split in ("val", "test"))
         print(f"{name}: {values}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), options.out)
+    write_tensors(options.out, model.state_dict())
 
 
 def held(model: nn.Module, prefixes: list[str]) -> dict[nn.Parameter, Tensor]:
