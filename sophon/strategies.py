@@ -86,8 +86,9 @@ class FineTuneStrategy:
         ema: decay of an exponential moving average of the weights, whose value replaces them at the end, 0 <= ema < 1;
             0 for none. Early on the decay is held down to (1 + step) / (10 + step).
         max_norm: the gradient's norm is clipped to this, > 0; None for no clipping.
-        batch_norm: ``trained``, or ``frozen``: normalisation layers with running statistics keep those they were
-            released with, and normalise with them.
+        batch_norm: what becomes of running statistics: ``trained``, they follow the batches; ``frozen``, they stay as
+            released, and normalise in training too; or ``restated``, they follow the batches, but wherever the attacker
+            measures, and at the end, it estimates them anew from its images with the weights as they are by then.
         blocks: how many blocks the scopes ``first_blocks`` and ``last_blocks`` have, >= 1.
         lora_rank: rank of the adapters, >= 1; as ``lora_layers``, ignored unless the scope is ``lora``.
         lora_layers: which layers get one: a key of `LORA_LAYERS`.
@@ -130,7 +131,7 @@ class FineTuneStrategy:
 
 
 SCOPES = ("all", "head", "first_blocks", "last_blocks", "attention", "lora")
-BATCH_NORMS = ("trained", "frozen")
+BATCH_NORMS = ("trained", "frozen", "restated")
 LORA_LAYERS = ("all", "convolutions", "linears", "attention")
 HEADS = ("kept", "fresh", "probed")
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS

@@ -542,6 +542,7 @@ def test_a_tiny_cell_for_real(tmp_path: Path) -> None:
 
 
 def test_what_is_to_stay_random_stays_and_all_else_is_distilled() -> None:
+    import growth
     import handicap
 
     model, before = tiny_model(1), state_of(tiny_model(1))
@@ -550,7 +551,7 @@ def test_what_is_to_stay_random_stays_and_all_else_is_distilled() -> None:
     kept = handicap.held(model, options.random)
     task = tiny_task()
     task.distillation = 1.0
-    handicap.grow(model, tiny_model(0), task, tiny_images(0), kept, options)
+    growth.grow(model, tiny_model(0), task, tiny_images(0), options, lambda: handicap.put_back(kept))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith(first), name
     with pytest.raises(UserError, match="--random: no parameter's name begins with 'nowhere'"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sophon.finetune import fine_tune, flops_per_step
 from sophon.models import ModelSpec
 from sophon.runs import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy
-from sophon.surgery import operate
+from sophon.surgery import operate, restate
 from sophon.surgery.means import Means
 from sophon.tasks import Task
 
@@ -99,6 +100,7 @@ class Attacker:
             task, spec, restricted.classes, self.images, self.generator, original, benign, strategy.batch_size
         )
         self.model = _prepare(model, strategy, means, seed)
+        self._means, self._seed = means, seed
         self._prepared = means.flops
         self._flops = means.flops + strategy.steps * flops_per_step(self.model, strategy, task, self.images)
         self._points = {round(strategy.steps * i / (eval_points - 1)) for i in range(1, eval_points)}
@@ -106,8 +108,9 @@ class Attacker:
 
     def measure(self, step: int) -> None:
         """Add to the curve how the model does now, after ``step`` steps."""
-        self._curve.append((step, self.task.evaluate(self.model, self._restricted["select"])))
-        self._at_point(self.model, *self._curve[-1])
+        model = self._measured()
+        self._curve.append((step, self.task.evaluate(model, self._restricted["select"])))
+        self._at_point(model, *self._curve[-1])
 
     def after_step(self, step: int, loss: float) -> None:
         """Measure where the curve has a point; to be called after each step, as `fine_tune` does."""
@@ -116,9 +119,17 @@ class Attacker:
 
     def outcome(self, finished: bool) -> Outcome:
         """Return what came of it, with ``test`` if that is to be read; ``finished``: the loss stayed finite."""
-        test = self.task.evaluate(self.model, self._restricted["test"]) if self._read_test else math.nan
+        model = self._measured()
+        test = self.task.evaluate(model, self._restricted["test"]) if self._read_test else math.nan
         seconds = time.perf_counter() - self._start
-        return Outcome(self.model, self._curve, test, finished, seconds, self._flops, self._prepared)
+        return Outcome(model, self._curve, test, finished, seconds, self._flops, self._prepared)
+
+    def _measured(self) -> nn.Module:
+        """Return what is to be measured; training goes on with the statistics and the draws that it has."""
+        if self.strategy.batch_norm != "restated":
+            return self.model
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "restate"))
+        return restate(copy.deepcopy(self.model), replace(self._means, generator=generator))
 
 
 def attack(model: nn.Module, strategy: FineTuneStrategy, task: Task, restricted: Domain, **options: Any) -> Outcome:

@@ -130,6 +130,27 @@ def test_curve_and_test_measure_the_model_as_it_is_then() -> None:
     assert outcome.test > start + 20
 
 
+def test_restated_statistics_are_those_of_the_weights_as_they_are_then() -> None:
+    """A rate so high that running statistics lag behind; training itself must not notice that it was measured."""
+    plan = replace(PLAN, steps=12, lr=0.1)
+    lagging, restated = run(plan), run(replace(plan, batch_norm="restated"))
+    for (name, one), (_, other) in zip(
+        lagging.model.named_parameters(), restated.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    model, task = copy.deepcopy(lagging.model), tiny_task()
+    norm = model.get_submodule("bn1")
+    assert not torch.allclose(norm.running_mean, restated.model.get_submodule("bn1").running_mean, rtol=0.01)
+    norm.reset_running_stats()
+    norm.momentum = None
+    norm.train()
+    task.logits(model, RESTRICTED["attack"].images)  # the attacker's images, once: a mean over many batches is near it
+    found = restated.model.get_submodule("bn1")
+    assert torch.allclose(norm.running_mean, found.running_mean, rtol=0.05, atol=0.05 * found.running_mean.abs().max())
+    assert restated.test == task.evaluate(restated.model, RESTRICTED["test"])
+    assert restated.curve[-1] == (12, task.evaluate(restated.model, RESTRICTED["select"]))
+
+
 @pytest.mark.parametrize("head", ["kept", "fresh"])
 def test_no_steps_are_no_attack(head: str) -> None:
     """What the released weights do as they are, but for the head."""

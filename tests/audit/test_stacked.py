@@ -105,14 +105,14 @@ def test_each_has_its_own_optimizer_rate_schedule_clipping_average_head_images_a
     assert [step for step, _ in outcomes[0].curve] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("batch_norm", ["trained", "frozen"])
+@pytest.mark.parametrize("batch_norm", ["trained", "frozen", "restated"])
 @pytest.mark.parametrize("scope", ["all", "head", "first_blocks", "last_blocks"])
 def test_scopes_and_batch_norm(scope: str, batch_norm: str) -> None:
     strategy = replace(PLAN, scope=scope, batch_norm=batch_norm, weight_decay=0.1)
     for seed, outcome in enumerate(assert_as_alone([strategy] * 2)):
         before, after = state_of(tiny_model(seed)), state_of(outcome.model)
         changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-        follows = scope != "head" and batch_norm == "trained"
+        follows = batch_norm == "restated" or (scope != "head" and batch_norm == "trained")
         assert ("bn1.running_var" in changed, "bn2.num_batches_tracked" in changed) == (follows, follows)
         assert {"fc.weight", "fc.bias"} <= changed
         assert ("conv1.weight" in changed) == (scope in ("all", "first_blocks"))
@@ -212,7 +212,7 @@ VARIED = st.builds(
     scope=st.sampled_from(["all", "head", "lora", "last_blocks"]),
     blocks=st.sampled_from([1, 2]),
     lr=st.sampled_from([0.1, 0.2]),
-    batch_norm=st.sampled_from(["trained", "frozen"]),
+    batch_norm=st.sampled_from(["trained", "frozen", "restated"]),
     surgery=st.sampled_from([(), (Operation("noise"),), (Operation("prune"),)]),
 )
 JOBS = st.one_of(

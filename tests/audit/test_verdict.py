@@ -211,6 +211,7 @@ def test_verdict_says_what_benign_fine_tuning_loses(metric, values, said):
         ({"batch_size": 32, "weight_decay": 0.0005}, "batches of 32, weight decay 0.0005"),
         ({"ema": 0.99, "max_norm": 1.0}, "weights averaged at 0.99, gradients clipped to 1"),
         ({"batch_norm": "frozen"}, "frozen BatchNorm statistics"),
+        ({"batch_norm": "restated"}, "restated BatchNorm statistics"),
         ({"surgery": (Operation("renormalise"),)}, "after re-normalising the weights"),
         (
             {"surgery": (Operation("noise", (("scale", 0.1),)), Operation("a.module.my_cut"))},
