@@ -120,9 +120,10 @@ def test_standard_takes_about_an_hour() -> None:
 def test_full_is_more_of_standard(full: AttackConfig) -> None:
     assert strategies(composed("attack=standard")).items() <= strategies(full).items()
     assert full.seeds == 3
-    assert {(each.sampler, each.trials, each.seeds) for each in full.search.values()} == {
-        ("tpe", 64, 3),
-        ("random", 64, 3),
+    assert {(name, each.sampler, each.trials, each.seeds) for name, each in full.search.items()} == {
+        ("tpe_search", "tpe", 64, 3),
+        ("low_rates", "tpe", 64, 3),
+        ("random_search", "random", 64, 3),
     }
     ranks = {strategy.lora_rank for strategy in strategies(full).values() if strategy.scope == "lora"}
     assert (min(ranks), max(ranks)) == (1, 64)
@@ -155,7 +156,7 @@ def test_the_suite_for_denoisers_asks_for_no_new_head() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_a_part_of_an_attack(family: str) -> None:
     first, second = (FOLDER / "family" / f"{family}.yaml").read_text().splitlines()[:2]
-    package = r"attack\.search\.(tpe|random)_search" if family in SEARCHES else "attack"
+    package = r"attack\.search\.(tpe_search|random_search|low_rates)" if family in SEARCHES else "attack"
     assert re.fullmatch(f"# @package {package}", first)
     assert second.startswith("# "), "says what it is"
 
@@ -221,12 +222,17 @@ def test_every_space_can_be_searched_by_every_search() -> None:
         for name, key in (("search_tpe", "tpe_search"), ("search_random", "random_search")):
             config = composed("attack=smoke", f"+attack/family=[{name}]", f"attack/space@attack.search.{key}={space}")
             search.check(key, config.search[key])
-            values = listed(FOLDER / "space" / f"{space}.yaml", "choices")
+            path = FOLDER / "space" / f"{space}.yaml"
+            based = [name for name in yaml.safe_load(path.read_text()).get("defaults", []) if name != "_self_"]
+            values = {}
+            for each in (*(path.with_stem(name) for name in based), path):
+                values |= listed(each, "choices")
             assert config.search[key].choices == values
             for entries in values["surgery"]:
                 operations = FineTuneStrategy.of({"surgery": entries}).surgery
                 surgery.check(operations, f"{space}.surgery")
-    assert {*listed(FOLDER / "space" / "classifier.yaml", "optimizers")} == set(OPTIMIZERS)
+    for space in ("classifier", "classifier_low_rates"):
+        assert {*listed(FOLDER / "space" / f"{space}.yaml", "optimizers")} == set(OPTIMIZERS)
 
 
 def test_families_are_added_to_any_suite_and_entries_taken_away() -> None:
