@@ -118,7 +118,7 @@ def test_the_attacks_have_every_family_and_share_names_with_the_same_attacks() -
     shared = {name: each for family in families for name, each in (family.get("strategies") or {}).items()}
     assert len(named.keys() & shared.keys()) >= 10
     for name in named.keys() & shared.keys():
-        assert strategy_from(name, shared[name]) == named[name], name
+        assert replace(strategy_from(name, shared[name]), batch_size=32) == named[name], name
 
 
 def test_what_the_sampler_holds_out_is_held_out() -> None:

@@ -32,7 +32,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, required=True, help="the bench's folder")
     parser.add_argument("--reference", type=Path, required=True, help="the unprotected checkpoint, or its run_dir")
-    parser.add_argument("--minutes", type=float, default=8.0, help="processor time of each defender")
+    parser.add_argument("--minutes", type=float, default=3.0, help="processor time of each defender")
     parser.add_argument("--methods", nargs="+", default=["methods"], help="rows of methods.yaml, or groups of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--screen", action="store_true", help="a short audit, in a folder of its own")
