@@ -91,14 +91,14 @@ def validate(config: Config) -> None:
     if config.pretrain.surgery or config.pretrain.scope == "lora":
         raise UserError("pretrain: surgery and scope lora are for audits")
     method, guard, attack = config.method, config.guard, config.attack
-    for name in ("rounds", "fts_steps", "attackers", "chunk", "query_every", "query_batch_size", "ntr_batch_size"):
+    for name in ("rounds", "attackers", "chunk", "query_every", "query_batch_size", "ntr_batch_size"):
         _within(f"method.{name}", getattr(method, name), 1)
     _within("method.segment", method.segment, 1)
     if method.window is not None:
         _within("method.window", method.window, 0)
     _within("guard.every", guard.every, 1)
     _within("attack.seeds", attack.seeds, 1)
-    for name in ("ntr_steps", "probe_steps", "distillation", "fts_original_weight", "pool"):
+    for name in ("fts_steps", "ntr_steps", "probe_steps", "distillation", "fts_original_weight", "pool"):
         _within(f"method.{name}", getattr(method, name), 0)
     for name in ("fts_lr", "ntr_lr", "probe_lr", "temperature"):
         _within(f"method.{name}", getattr(method, name), 0, exclusive=True)
@@ -117,6 +117,7 @@ def validate(config: Config) -> None:
     if not 0 <= method.curriculum_memory < 1:
         raise UserError(f"method.curriculum_memory: {method.curriculum_memory} is not allowed; give >= 0 and < 1")
     _validate_objectives(method)
+    _validate_coordinates(method)
     if method.fts_max_norm is not None:
         _within("method.fts_max_norm", method.fts_max_norm, 0, exclusive=True)
     for name in ("tolerance", "repair_steps", "patience", "max_ntr_steps"):
@@ -195,6 +196,13 @@ def _validate_objectives(method: MethodConfig) -> None:
             raise UserError(f"method.{name}: is not allowed with engine {method.engine}; it needs first_order")
     if not (method.suppression_weight or clamp.on or method.condition):
         raise UserError("method.suppression_weight: 0 leaves nothing to ask; give > 0, or weigh clamp or condition")
+
+
+def _validate_coordinates(method: MethodConfig) -> None:
+    for index, gain in enumerate(method.gains):
+        _within(f"method.gains[{index}]", gain, 0, exclusive=True)
+    if not (method.gains or method.fts_steps):
+        raise UserError("method.fts_steps: 0 is not allowed without method.gains; it must be >= 1")
 
 
 def _validate_searches(attack: AttackConfig) -> None:

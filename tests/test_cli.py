@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 import yaml
 
 from sophon import __version__
 from sophon.protect.reinforce import Reinforcer
 from sophon.protect.state import last_good
+from sophon.protect.trainer import Trainer
 from sophon.runs import read_tensors
 from sophon.tasks import ClassificationTask
 from sophon.verbs import VERBS
@@ -168,6 +171,9 @@ WRONG_FOR_PROTECT = {
         ["domain.original", "trouser"],
     ),
     "unknown loss": (("method.suppression_loss=magic",), ["method.suppression_loss", "magic", "klu"]),
+    "no attackers": (("method.fts_steps=0",), ["method.fts_steps", "0", "method.gains"]),
+    "gains for another number of interfaces": (("method.gains=[1,2]",), ["method.gains", "1 or 5"]),
+    "gains in bfloat16": (("method.gains=[1]", "amp=all"), ["amp", "none"]),
     "unknown NTR augmentation": (("method.ntr_augmentation=magic",), ["augmentation", "magic", "standard"]),
     "unknown simulated augmentation": (("sampler.augmentations=[magic]",), ["augmentation", "magic", "standard"]),
     "sampler without optimizers": (("sampler.steps=[5,2]",), ["sampler.steps"]),
@@ -455,6 +461,40 @@ def test_a_guard_that_accepts_nothing_exits_with_3_and_writes_no_checkpoint(copi
     before = tree(copied)
     refusal(sophon(copied, "export", *PROTECT[1:], "checkpoint=new", "out=out"), 3)
     assert tree(copied) == before
+
+
+# ---- other coordinates ----------------------------------------------------------------------------------------------
+
+COORDINATES = ("method.fts_steps=0", "method.gains=[100]", "method.rounds=4")
+
+
+def test_other_coordinates_are_released_as_an_ordinary_model_also_from_a_run_that_is_not_finished(copied: Path) -> None:
+    stopped, whole = Trainer._round, 0
+
+    def interrupted(self: Trainer) -> Any:
+        nonlocal whole
+        whole += 1
+        if whole == 3:
+            raise KeyboardInterrupt
+        return stopped(self)
+
+    command = (*PROTECT, NEW, *COORDINATES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_round", interrupted)
+        assert sophon(copied, *command).code == 130
+    assert sophon(copied, "export", *PROTECT[1:], *COORDINATES, "checkpoint=new", "out=out").code == 0
+    assert sophon(copied, *command).code == 0
+    for folder, rounds in (("out", 2), ("new/checkpoint", 4)):
+        manifest = json.loads((copied / folder / "sophon.json").read_text())
+        assert manifest["method"]["gains"] == [100]
+        assert manifest["history"]["rounds"] == rounds
+        model = timm.create_model(f"local-dir:{copied / folder}", pretrained=True).eval()
+        # a stem whose ReLU stays open, and readers that are blind to what all channels have in common
+        features = model.act1(model.bn1(model.conv1(torch.zeros(1, 1, 32, 32))))
+        assert features.min() > 100
+        assert model.layer1[0].conv1.weight.sum(1).abs().max() < 1e-4
+    message = refused(copied, *AUDIT, "checkpoint=new/checkpoint", "amp=all", "run_dir=other")
+    assert message.startswith("amp: ")
 
 
 # ---- a full disk ----------------------------------------------------------------------------------------------------

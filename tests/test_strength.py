@@ -59,15 +59,19 @@ def rows() -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", rows())
 def test_every_row_composes_and_shares_the_yardstick(name: str) -> None:
     config, usual = composed("experiment=bench_c", *rows()[name]), composed("experiment=bench_c")
-    # a patient guard ends with the same constraint
-    assert (replace(config.guard, patience=0), config.domain, config.model) == (usual.guard, usual.domain, usual.model)
+    # a patient guard, or one without repairs, ends with the same constraint
+    guard = replace(config.guard, patience=0, repair_steps=usual.guard.repair_steps)
+    assert (guard, config.domain, config.model) == (usual.guard, usual.domain, usual.model)
     assert config.reference == usual.reference
-    for key in ("fts_lr", "ntr_lr", "ntr_batch_size"):
+    # whose protection is NTR alone has it at rates and batches of its own
+    alone = config.method.fts_steps == 0
+    assert alone == (name == "coordinates")
+    for key in ("fts_lr",) if alone else ("fts_lr", "ntr_lr", "ntr_batch_size"):
         assert getattr(config.method, key) == getattr(usual.method, key)
     # an anchor does a part of NTR's work; and who waits for the rates to fall lets them
     anchored = config.method.name == "pool_anchored"
-    assert config.method.ntr_steps == (5 if anchored else usual.method.ntr_steps)
-    assert (config.guard.patience > 0) == anchored
+    assert alone or config.method.ntr_steps == (5 if anchored else usual.method.ntr_steps)
+    assert (config.guard.patience > 0) == (anchored or alone)
     assert config.guard.growth == 1, "or rounds would become dearer, and budgets differ"
     assert (config.method.distillation == 0) == name.endswith("_paper")
     if not name.endswith("_paper"):

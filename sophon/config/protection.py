@@ -64,6 +64,9 @@ class MethodConfig:
         fixed_norms: weights that a normalisation follows are kept at the reference's norm, since their growth
             only hides the gradient from attackers: ``none``; ``layer``, of each such weight as a whole; or ``channel``,
             of each of its output channels.
+        gains: the released weights are in coordinates in which steps lead nowhere (`sophon.protect.coordinates`): how
+            many times what an interface's channels share outweighs what they tell, > 0, one number for all interfaces
+            or one for each; empty for ordinary coordinates. For timm's ResNets, without autocast.
         engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.suppress.ENGINES`).
         segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
@@ -71,7 +74,7 @@ class MethodConfig:
         window: second order: inner steps that a query's derivative follows back at most, >= 0, in blocks counted from
             the last step (see `sophon.protect.second_order`); null for all of them, which is exact.
         rounds: how many alternations.
-        fts_steps: FTS steps a round (l_FTS of the paper).
+        fts_steps: FTS steps a round (l_FTS of the paper); 0 simulates no attacker, and needs ``gains``.
         ntr_steps: NTR steps a round (l_NTR).
         fts_lr: Adam's rate of FTS (alpha).
         ntr_lr: Adam's rate of NTR (beta).
@@ -110,6 +113,7 @@ class MethodConfig:
     clamp: ClampConfig = field(default_factory=ClampConfig)
     condition: float = 0.0
     fixed_norms: str = "none"
+    gains: list[float] = field(default_factory=list)
     engine: str = "first_order"
     segment: int = 1
     window: int | None = None

@@ -22,6 +22,7 @@ from torch.profiler import record_function
 from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Batch, Domain
 from sophon.errors import GuardError, UserError
+from sophon.protect.coordinates import BlindReaders
 from sophon.protect.moments import moments_of, restore_moments
 from sophon.protect.norms import FixedNorms
 from sophon.protect.profiling import OFF, Profile
@@ -39,7 +40,7 @@ class Trainer:
     """Protects a model.
 
     Args:
-        model: a copy of the reference; protected in place.
+        model: a copy of the reference, `sophon.protect.coordinates.linear` if the method has gains; protected in place.
         reference: the unprotected model.
         task: the model kind.
         original: domain with ``train`` and ``val``.
@@ -82,8 +83,11 @@ class Trainer:
         self.suppressor = Suppressor(model, task, restricted, sampler, method, seed, ranks, original)
         self.reinforcer = Reinforcer(model, reference, task, original["train"], method, seed, ranks)
         few = original["train"].take(torch.arange(min(8, len(original["train"]))))
-        fixed = method.fixed_norms != "none"
-        self.norms = FixedNorms(model, task, Batch(few.images, few.labels), method.fixed_norms) if fixed else None
+        self.kept: list[FixedNorms | BlindReaders] = []
+        if method.fixed_norms != "none":
+            self.kept.append(FixedNorms(model, task, Batch(few.images, few.labels), method.fixed_norms))
+        if method.gains:
+            self.kept.append(BlindReaders(model))
         self.at, self.good = self._start(reference)
 
     def run(self) -> Position:
@@ -128,7 +132,7 @@ class Trainer:
         factor = SCHEDULES[self.method.schedule](number, self.method.rounds)
         steps = [self._suppress(number, step, factor) for step in range(self.method.fts_steps)]
         ntr_loss = self.reinforcer.run(self.at.ntr_steps, number, factor=factor)
-        self._fix_norms()
+        self._restore()
         self.at.round += 1
         finite = [step for step in steps if math.isfinite(step.query_loss)]
         means = {
@@ -141,13 +145,13 @@ class Trainer:
         anchored = self.method.fts_original_weight > 0
         anchor = self.reinforcer.gradient(number, step, "anchor") if anchored else None
         done = self.suppressor.step(number, step, factor=factor, anchor=anchor)
-        self._fix_norms()
+        self._restore()
         return done
 
-    def _fix_norms(self) -> None:
-        """Put weights whose scale does not show in the function back to the reference's norm: nothing hides there."""
-        if self.norms is not None:
-            self.norms.restore()
+    def _restore(self) -> None:
+        """Put the weights back to where the method wants them: norms of the reference, readers that are blind."""
+        for each in self.kept:
+            each.restore()
 
     def _check(self) -> dict[str, Any]:
         """Look at ``val``: keep the state if it is within tolerance, else repair it, else go back to the good one."""
@@ -156,7 +160,7 @@ class Trainer:
         repaired = not loss <= self.guard.tolerance and self.guard.repair_steps > 0
         if repaired:
             self.reinforcer.run(self.guard.repair_steps, self.at.round, "repair", anneal=True)
-            self._fix_norms()
+            self._restore()
             value, loss = self._measure()
         accepted = loss <= self.guard.tolerance
         if accepted:

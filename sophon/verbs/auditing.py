@@ -31,6 +31,7 @@ from sophon.verbs.common import (
     default,
     domains_of,
     metric_of,
+    require_float32,
     required,
     run_dir,
     task_of,
@@ -159,6 +160,7 @@ def _stages(config: Config) -> list[_Stage]:
         )
     spec = protected.spec
     task = task_of(config, spec, device)
+    require_float32((protected.manifest.get("method") or {}).get("gains", []), task)
     for key, each in keyed(config.domain.restricted).items():
         if each.labels == "none" and task.head_names(protected.model):
             raise UserError(

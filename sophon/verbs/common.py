@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +65,19 @@ def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
 def task_of(config: Config, spec: ModelSpec, device: torch.device, *, protects: bool = False) -> Task:
     """Make the run's task; ``protects`` if it is asked for a suppression loss."""
     return make_task(config, spec, amp=config.amp in ("all", device.type), protects=protects)
+
+
+def require_float32(gains: Sequence[float], task: Task) -> None:
+    """Compute in full float32 from here on where ``gains`` of a method ask for it; an attacker would.
+
+    Raises:
+        UserError: there are gains, and the task's passes are autocast.
+    """
+    if not gains:
+        return
+    if task.amp:
+        raise UserError("amp: bfloat16 drowns what method.gains makes small; give amp=none")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def asked_precision(config: Config) -> dict[str, str]:

@@ -18,11 +18,12 @@ from sophon import __version__
 from sophon.audit.verdict import format_value
 from sophon.config import ClampConfig, Config, GuardConfig, MethodConfig, keyed, plain
 from sophon.domains import Domain, load_original
-from sophon.errors import UserError
+from sophon.errors import GuardError, UserError
 from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.finetune import fine_tune
 from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
 from sophon.models import create
+from sophon.protect import coordinates
 from sophon.protect.profiling import Profile
 from sophon.protect.ranks import Ranks, join, require_work
 from sophon.protect.starts import check_simulated
@@ -38,11 +39,16 @@ from sophon.verbs.common import (
     domains_of,
     metric_of,
     reference_of,
+    require_float32,
     required,
     run_dir,
     task_of,
     tracker_of,
     with_pseudo_labels,
+)
+
+ROUNDING = (
+    1.0  # points of accuracy on val between a model and itself in other coordinates: more than rounding ever does
 )
 
 
@@ -124,6 +130,9 @@ def _stage(config: Config, device: torch.device) -> _Stage:
         "reference": reference.sha256,
         **_hashes(original, restricted),
     }
+    require_float32(config.method.gains, task)
+    if config.method.gains:
+        coordinates.gains_for(reference.model, config.method.gains)
     for index, operations in enumerate(StrategySampler(config.sampler).surgeries):
         check_simulated(operations, f"sampler.surgeries[{index}]")
     for head in config.sampler.heads:  # refused now rather than with a folder begun
@@ -172,7 +181,7 @@ def _protect(config: Config, stage: _Stage, ranks: Ranks) -> None:
             tracker = stack.enter_context(tracker_of(config, folder)) if ranks.rank == 0 else Tracker()
         device = next(model.parameters()).device
         trainer = Trainer(
-            copy.deepcopy(model),
+            _start(config, model),
             model,
             stage.task,
             stage.original,
@@ -192,12 +201,36 @@ def _protect(config: Config, stage: _Stage, ranks: Ranks) -> None:
             folder / "checkpoint",
             config,
             stage.reference,
-            trainer.model,
+            _released(config, trainer.model, model, stage.task, stage.original),
             stage.task,
             stage.original,
             stage.restricted,
             position,
         )
+
+
+def _start(config: Config, reference: nn.Module) -> nn.Module:
+    """Return the copy of the reference that the loops work on."""
+    return coordinates.linear(reference) if config.method.gains else copy.deepcopy(reference)
+
+
+def _released(config: Config, model: nn.Module, reference: nn.Module, task: Task, original: Domain) -> nn.Module:
+    """Return the model to release of what the loops have made.
+
+    Raises:
+        GuardError: it loses what the loops' own model had kept, for the gains are more than float32 can carry.
+    """
+    if not config.method.gains:
+        return model
+    images, gains = original["train"], config.method.gains
+    made = coordinates.release(model, reference, task, images, gains, config.seed)
+    kept, found = (task.evaluate(each, original["val"]) for each in (model, made))
+    if not abs(found - kept) <= ROUNDING:
+        raise GuardError(
+            f"method.gains: {list(gains)} drowns the original work in rounding: {task.metric.name} on val "
+            f"{found:.4g} instead of {kept:.4g}; lower them"
+        )
+    return made
 
 
 def export(config: Config) -> None:
@@ -236,8 +269,9 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
             raise UserError(
                 f"domain.{role}: not the images that '{run}' started from; give the run's own configuration"
             )
-    model = copy.deepcopy(reference.model)
+    model = _start(config, reference.model)
     model.load_state_dict(weights)
+    model = _released(config, model, reference.model, task, original)
     _write_protected(out, config, reference, model, task, original, restricted, position)
 
 

@@ -1,0 +1,135 @@
+"""Ill-conditioned coordinates: the function and the norms stay, readers are blind, and fine-tuning leads nowhere."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sophon.domains import ImageSet
+from sophon.errors import UserError
+from sophon.models import ModelSpec, build
+from sophon.protect import coordinates
+from sophon.surgery import Means
+from sophon.tasks import ClassificationTask
+from tests.tiny import tiny_model
+
+SMALL = {"layers": [1, 2, 1, 0], "channels": [8, 8, 12, 12], "stem_type": "deep", "stem_width": 8}
+
+
+def small_resnet(architecture: str = "resnet18", **changes: Any) -> tuple[nn.Module, ClassificationTask]:
+    colour = (0.5,) * 3
+    spec = ModelSpec("timm", architecture, ("a", "b", "c"), 3, 32, colour, colour, SMALL | changes)
+    torch.manual_seed(0)
+    model, task = build(spec).double(), ClassificationTask(spec, dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        if ".bn" in name:  # a block's last one begins with zeros
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    settle(model, task)
+    return model, task
+
+
+def settle(model: nn.Module, task: ClassificationTask) -> None:
+    """Give normalisation layers statistics that are not those of a fresh layer."""
+    with torch.no_grad():
+        for _ in range(40):
+            task.logits(model.train(), noise_images(16))
+    model.eval()
+
+
+def noise_images(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+
+
+def image_set(count: int = 64) -> ImageSet:
+    return ImageSet(noise_images(count), torch.arange(count) % 3, ("a", "b", "c"))
+
+
+def trained(model: nn.Module, task: ClassificationTask) -> nn.Module:
+    """Return a linear model with blind readers, whose statistics are its own."""
+    found = coordinates.linear(model)
+    coordinates.BlindReaders(found).restore()
+    settle(found, task)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stem", "count"), [("resnet18", "deep", 5), ("resnet18", "", 5), ("resnet50", "deep", 5)]
+)
+def test_the_function_and_the_norms_stay(architecture: str, stem: str, count: int) -> None:
+    model, task = small_resnet(architecture, stem_type=stem)
+    linear, images = trained(model, task), image_set()
+    assert len(coordinates.interfaces(model)) == count  # the stem and four blocks
+    assert linear.state_dict().keys() == model.state_dict().keys()
+    wanted = task.logits(linear, images.images)
+    assert not torch.allclose(wanted, task.logits(model, images.images), atol=0.1)
+    for gains in ([1e6], [1e8, 1e6, 1e6, 1e7, 1e6]):
+        made = coordinates.release(linear, model, task, images, gains, seed=0)
+        assert torch.allclose(task.logits(made, images.images), wanted, rtol=1e-3, atol=1e-3)
+        for each in coordinates.interfaces(model):
+            for name in (each.convolution, *(reader for reader in each.readers if reader != "fc")):
+                assert torch.allclose(*(part.get_parameter(f"{name}.weight").norm() for part in (made, model))), name
+        # hardly anything but what is shared is left in the features, and readers are blind to it
+        features = made.forward_features(task.prepare(images.images)).flatten(2)  # type: ignore[operator]
+        spread = (features - features.mean(1, keepdim=True)).std() / features.mean(1).std()
+        assert spread < 1e-4
+        assert made.get_parameter("fc.weight").sum(1).abs().max() < 1e-12
+        assert all(type(part).__module__.startswith(("torch.", "timm.")) for part in made.modules())
+
+
+def test_the_seed_decides_what_is_shared() -> None:
+    model, task = small_resnet()
+    linear, images = trained(model, task), image_set()
+    made = [coordinates.release(linear, model, task, images, [1e3], seed).state_dict() for seed in (0, 0, 1)]
+    name = "layer1.0.conv2.weight"
+    assert torch.equal(made[0][name], made[1][name])
+    assert not torch.allclose(made[0][name], made[2][name])
+
+
+def test_one_step_of_any_optimizer_breaks_the_function_and_a_higher_gain_more() -> None:
+    model, task = small_resnet()
+    linear, images = trained(model, task), image_set()
+
+    def moved(gain: float, optimizer: type[torch.optim.Optimizer], lr: float) -> float:
+        made = coordinates.release(linear, model, task, images, [gain], seed=0)
+        before = task.logits(made, images.images).detach()
+        stepped = copy.deepcopy(made).train()
+        F.cross_entropy(task.logits(stepped, images.images), images.labels).backward()
+        optimizer(stepped.parameters(), lr=lr).step()  # type: ignore[call-arg]
+        return float((task.logits(stepped.eval(), images.images).detach() - before).norm() / before.norm())
+
+    for optimizer, lr in ((torch.optim.Adam, 1e-4), (torch.optim.SGD, 1e-4)):
+        low, high = moved(1.0, optimizer, lr), moved(1e3, optimizer, lr)
+        assert high > 10 * low
+
+
+def test_who_knows_takes_it_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments" / "strength"))
+    import undo
+
+    sys.modules.pop("undo")
+    model, task = small_resnet(stem_type="")
+    linear, images = trained(model, task), image_set()
+    wanted = task.logits(linear, images.images)
+    made = coordinates.release(linear, model, task, images, [1e3], seed=0)
+    means = Means(task, task.spec, ("a", "b", "c"), images, torch.Generator().manual_seed(0))
+    undone = undo.undo(made, means)
+    assert torch.allclose(task.logits(undone, images.images), wanted, rtol=1e-3, atol=1e-3)
+    # channels are no longer alike
+    features = undone.forward_features(task.prepare(images.images)).flatten(2)
+    assert (features - features.mean(1, keepdim=True)).std() > 0.1 * features.mean(1).std()
+
+
+def test_other_models_and_other_numbers_of_gains_are_refused() -> None:
+    with pytest.raises(UserError, match=r"method.gains: only timm's ResNets"):
+        coordinates.interfaces(tiny_model(0))
+    with pytest.raises(UserError, match=r"method.gains: only timm's ResNets"):
+        coordinates.interfaces(small_resnet("resnet18", block_args={"attn_layer": "se"})[0])
+    with pytest.raises(UserError, match=r"method.gains: \[1.0, 2.0\] has 2 numbers; give 1 or 5"):
+        coordinates.gains_for(small_resnet()[0], [1.0, 2.0])
