@@ -172,7 +172,7 @@ WRONG_FOR_PROTECT = {
     ),
     "unknown loss": (("method.suppression_loss=magic",), ["method.suppression_loss", "magic", "klu"]),
     "no attackers": (("method.fts_steps=0",), ["method.fts_steps", "0", "method.gains"]),
-    "gains for another number of interfaces": (("method.gains=[1,2]",), ["method.gains", "1 or 5"]),
+    "gains for another number of interfaces": (("method.gains=[1,2]",), ["method.gains", "1 or 6"]),
     "gains in bfloat16": (("method.gains=[1]", "amp=all"), ["amp", "none"]),
     "unknown NTR augmentation": (("method.ntr_augmentation=magic",), ["augmentation", "magic", "standard"]),
     "unknown simulated augmentation": (("sampler.augmentations=[magic]",), ["augmentation", "magic", "standard"]),

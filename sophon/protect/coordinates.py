@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,11 @@ _BATCH = 500
 
 
 class Interface(NamedTuple):
-    """Where features are handed over: names of the last convolution before it, of its normalisation, and of readers."""
+    """Where features are handed over: names of the last convolution before it, its normalisation, ReLU and readers."""
 
     convolution: str
     norm: str
+    act: str
     readers: tuple[str, ...]
 
 
@@ -63,14 +64,20 @@ def interfaces(model: nn.Module) -> list[Interface]:
             "method.gains: only timm's ResNets of plain blocks have interfaces that are known; leave it empty"
         )
     assert isinstance(model, ResNet)
-    stem = f"conv1.{len(model.conv1) - 1}" if isinstance(model.conv1, nn.Sequential) else "conv1"
+    deep = isinstance(model.conv1, nn.Sequential)
     last = {name: 2 if isinstance(block, BasicBlock) else 3 for name, block in blocks.items()}
-    ends = [(stem, "bn1"), *((f"{name}.conv{n}", f"{name}.bn{n}") for name, n in last.items())]
+    ends = [
+        # a deep stem's first convolution: else its features could be had by throwing away what comes behind them
+        *([("conv1.0", "conv1.1", "conv1.2")] if deep else []),
+        (f"conv1.{len(model.conv1) - 1}" if isinstance(model.conv1, nn.Sequential) else "conv1", "bn1", "act1"),
+        *((f"{name}.conv{n}", f"{name}.bn{n}", f"{name}.act{n}") for name, n in last.items()),
+    ]
     readers = [
         (f"{name}.conv1", *(f"{name}.downsample.{index}" for index in _convolutions(block.downsample)))
         for name, block in blocks.items()
     ]
-    return [Interface(*end, each) for end, each in zip(ends, [*readers, ("fc",)], strict=True)]
+    before = [("conv1.3",)] if deep else []
+    return [Interface(*end, each) for end, each in zip(ends, [*before, *readers, ("fc",)], strict=True)]
 
 
 def linear(model: nn.Module) -> nn.Module:
@@ -79,13 +86,10 @@ def linear(model: nn.Module) -> nn.Module:
     Args:
         model: see `interfaces`; it stays as it is.
     """
-    interfaces(model)
-    changed: Any = copy.deepcopy(model)
-    changed.act1 = nn.Identity()
-    for block in _blocks(changed).values():
-        setattr(block, "act2" if isinstance(block, BasicBlock) else "act3", nn.Identity())
-    linearised: nn.Module = changed
-    return linearised
+    changed = copy.deepcopy(model)
+    for each in interfaces(model):
+        changed.set_submodule(each.act, nn.Identity())
+    return changed
 
 
 class BlindReaders:
@@ -140,7 +144,7 @@ def release(
     measured = Measured(task, images)
     shared = [_Shared.of(trained, each, measured, seed, place) for place, each in enumerate(found)]
     if isinstance(reference.maxpool, nn.MaxPool2d):
-        shared[0] = shared[0].constant()
+        shared = [each.constant() if where.norm == "bn1" else each for each, where in zip(shared, found, strict=True)]
     model = copy.deepcopy(reference)
     model.load_state_dict(trained.state_dict())
     with evaluating(model):
