@@ -81,6 +81,7 @@ _OPERATIONS = {
     "restate": "re-estimating BatchNorm statistics",
     "reset_affine": "resetting affine parameters",
     "renormalise": "re-normalising the weights",
+    "centre": "centring channels",
     "heal": "healing",
     "distil": "distilling",
 }

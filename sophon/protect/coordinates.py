@@ -15,8 +15,8 @@ in common is made free, and then filled:
 
 The features are then a small difference between large, nearly equal channels. The gradient of whoever fine-tunes points
 along what is shared; a step large enough to learn from breaks readers' blindness; new layers see what is shared alone.
-An attacker who knows takes it out again (experiments/strength/undo.py): this is a lock, not a loss of knowledge, and it
-is locked for every domain alike.
+An attacker who knows takes it out again (`sophon.surgery.centre`): this is a lock, not a loss of knowledge, and it is
+locked for every domain alike.
 
 A gain needs the precision to carry it: 1000 asks for float32 throughout; TF32, float16 and bfloat16 drown it.
 """
@@ -141,7 +141,7 @@ def release(
         UserError: see `gains_for`.
     """
     gains, found = gains_for(reference, gains), interfaces(reference)
-    measured = Measured(task, images)
+    measured = _Measured(task, images)
     shared = [_Shared.of(trained, each, measured, seed, place) for place, each in enumerate(found)]
     if isinstance(reference.maxpool, nn.MaxPool2d):
         shared = [each.constant() if where.norm == "bn1" else each for each, where in zip(shared, found, strict=True)]
@@ -167,7 +167,7 @@ class _Shared(NamedTuple):
     deviation: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, where: Interface, measured: Measured, seed: int, place: int) -> _Shared:
+    def of(cls, model: nn.Module, where: Interface, measured: _Measured, seed: int, place: int) -> _Shared:
         convolution = _convolution(model, where.convolution)
         drawn = _filter(convolution, seed, place)
         with evaluating(model):
@@ -179,7 +179,7 @@ class _Shared(NamedTuple):
         return _Shared(torch.zeros_like(self.filter), torch.zeros_like(self.mean), self.deviation)
 
 
-def _mix(model: nn.Module, where: Interface, gain: float, shared: _Shared, wanted: Tensor, measured: Measured) -> None:
+def _mix(model: nn.Module, where: Interface, gain: float, shared: _Shared, wanted: Tensor, measured: _Measured) -> None:
     """Add ``gain`` times what is shared to what convolution and normalisation did, and say it in their terms."""
     convolution, norm = _convolution(model, where.convolution), _batch_norm(model, where.norm)
     mean, variance = _statistics(norm)
@@ -207,7 +207,7 @@ def _filter(convolution: nn.Conv2d, seed: int, place: int) -> Tensor:
     return drawn.div(drawn[0].numel() ** 0.5).to(convolution.weight)
 
 
-class Measured:
+class _Measured:
     """Images by which layers of a model are measured, a batch at a time."""
 
     def __init__(self, task: Task, images: ImageSet) -> None:

@@ -26,6 +26,7 @@ from sophon.errors import UserError
 from sophon.models.partition import owned
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.surgery.arguments import Limits, check_arguments, function_at
+from sophon.surgery.centre import centre
 from sophon.surgery.means import Means
 from sophon.surgery.renormalise import NORMS, renormalise
 from sophon.tasks.task import evaluating
@@ -227,6 +228,7 @@ OPERATIONS: dict[str, Callable[..., nn.Module]] = {
     "restate": restate,
     "reset_affine": reset_affine,
     "renormalise": renormalise,
+    "centre": centre,
     "heal": heal,
     "distil": distil,
 }

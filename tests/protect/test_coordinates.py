@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from sophon.errors import UserError
 from sophon.models import ModelSpec, build
 from sophon.protect import coordinates
 from sophon.surgery import Means
+from sophon.surgery.centre import centre
 from sophon.tasks import ClassificationTask
 from tests.tiny import tiny_model
 
@@ -109,21 +108,21 @@ def test_one_step_of_any_optimizer_breaks_the_function_and_a_higher_gain_more() 
         assert high > 10 * low
 
 
-def test_who_knows_takes_it_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments" / "strength"))
-    import undo
-
-    sys.modules.pop("undo")
-    model, task = small_resnet(stem_type="")
+def test_centring_takes_it_out_again_and_leaves_ordinary_models_alone() -> None:
+    model, task = small_resnet()
     linear, images = trained(model, task), image_set()
     wanted = task.logits(linear, images.images)
     made = coordinates.release(linear, model, task, images, [1e3], seed=0)
     means = Means(task, task.spec, ("a", "b", "c"), images, torch.Generator().manual_seed(0))
-    undone = undo.undo(made, means, level=20.0)
-    assert torch.allclose(task.logits(undone, images.images), wanted, rtol=1e-3, atol=1e-3)
-    # channels are no longer alike
-    features = undone.forward_features(task.prepare(images.images)).flatten(2)
+    centred = centre(made, means)
+    assert means.flops > 0
+    features = centred.forward_features(task.prepare(images.images)).flatten(2)  # type: ignore[operator]
     assert (features - features.mean(1, keepdim=True)).std() > 0.1 * features.mean(1).std()
+    for each in coordinates.interfaces(centred):
+        centred.set_submodule(each.act, nn.Identity())  # what held them open is gone
+    assert torch.allclose(task.logits(centred, images.images), wanted, rtol=1e-3, atol=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in centre(model, means).state_dict().items())
 
 
 def test_other_models_and_other_numbers_of_gains_are_refused() -> None:

@@ -1,0 +1,87 @@
+"""Centring of channels: surgery against protection that hides in what all channels of a layer have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from sophon import domains
+from sophon.domains import Batch
+from sophon.surgery.arguments import Limits
+from sophon.surgery.means import Means
+from sophon.surgery.renormalise import scale_free
+from sophon.tasks.task import evaluating
+
+_BATCHES = 20  # of the attacker's images, by which the outputs of a changed layer are measured
+
+
+def centre(
+    model: nn.Module,
+    means: Means,
+    *,
+    outweighs: Annotated[float, Limits("a finite number > 0", lambda value: value > 0)] = 3.0,
+) -> nn.Module:
+    """Take out what a layer's channels have in common, where that is ``outweighs`` times as large as what differs.
+
+    What a convolution or linear layer and the BatchNorm behind it do together is a filter and a constant for each
+    channel. A mean over the channels that dwarfs their differences is of no use to an ordinary network, whose layers
+    are left as they are; it drowns gradients, and whoever reads the channels and is to ignore it breaks at the first
+    step. This undoes ``method=coordinates``. The function stays where the readers are blind to the mean, and nothing
+    after it (a ReLU that it held open) bends; what bends is for fine-tuning to mend.
+    """
+    few = means.relabelled(means.images.take(torch.arange(min(8, len(means.images)))), model)
+    batch = Batch(few.images, few.labels)
+    for found in scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel"):
+        norm = found.norm
+        if isinstance(norm, _BatchNorm) and norm.affine and norm.running_mean is not None and found.axis == 0:
+            _centre(model, found.layer, norm, means, outweighs)
+    return model
+
+
+@torch.no_grad()
+def _centre(model: nn.Module, layer: nn.Module, norm: _BatchNorm, means: Means, outweighs: float) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    weight, channels = layer.get_parameter("weight"), len(norm.weight)
+    slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    whole = weight.double() * slope.view(-1, *[1] * (weight.dim() - 1))
+    bias = getattr(layer, "bias", None)
+    level = norm.bias.double() + slope * ((0 if bias is None else bias.double()) - norm.running_mean.double())
+    apart = whole - whole.mean(0)
+    if whole.mean(0).norm() * channels**0.5 > outweighs * apart.norm():
+        weight.copy_(apart)
+        if bias is not None:
+            bias.zero_()
+        mean, variance = _moments(model, layer, means)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_((variance + norm.eps).sqrt())
+        norm.bias.copy_(level - level.mean() + mean)
+    elif level.mean().abs() > outweighs * (level.std() + norm.weight.abs().mean()):
+        norm.bias.sub_(level.mean())
+
+
+def _moments(model: nn.Module, layer: nn.Module, means: Means) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of a layer's outputs by channel, float64, over the attacker's images."""
+    sums: list[Tensor] = []
+
+    def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        values = output.double().transpose(0, 1).flatten(1)
+        sums.append(torch.stack([torch.ones_like(values).sum(1), values.sum(1), values.square().sum(1)]))
+
+    stream = domains.batches(means.relabelled(means.images, model), means.batch_size, means.generator)
+    hook = layer.register_forward_hook(see)
+    try:
+        with evaluating(model), FlopCounterMode(display=False) as counter:
+            for _ in range(_BATCHES):
+                means.task.attacker_loss(model, next(stream))
+    finally:
+        hook.remove()
+    means.flops += counter.get_total_flops()
+    count, total, squares = torch.stack(sums).sum(0)
+    mean = total / count
+    return mean, squares / count - mean.square()
