@@ -487,6 +487,10 @@ def test_other_coordinates_are_released_as_an_ordinary_model_also_from_a_run_tha
     for folder, rounds in (("out", 2), ("new/checkpoint", 4)):
         manifest = json.loads((copied / folder / "sophon.json").read_text())
         assert manifest["method"]["gains"] == [100]
+        assert manifest["sampler_support"] is None, "nobody was simulated"
+        card = (copied / folder / "README.md").read_text()
+        assert "**Compute in float32.**" in card
+        assert "population above" not in card
         assert manifest["history"]["rounds"] == rounds
         model = timm.create_model(f"local-dir:{copied / folder}", pretrained=True).eval()
         # a stem whose ReLU stays open, and readers that are blind to what all channels have in common

@@ -313,7 +313,8 @@ def _write_protected(
     manifest = {
         **_manifest(config, "protect", reference.sha256, original, restricted),
         "method": asdict(config.method),
-        "sampler_support": StrategySampler(config.sampler).support(),
+        # without FTS steps nobody was simulated, so that nothing was seen
+        "sampler_support": StrategySampler(config.sampler).support() if config.method.fts_steps else None,
         "intactness": {**metric_of(task), "before": before, "after": after, **guard},
         "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
     }
