@@ -497,6 +497,31 @@ def test_results_keep_every_raw_value_and_the_figure_is_drawn(finished: Path) ->
     assert drawn == {"pool": [(1.0, 0.4), (2.0, 0.3), (3.0, 0.2)], "mlac": [(0.5, 0.0)]}
 
 
+def test_seeds_of_an_earlier_bench_are_added_and_replace_nothing(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from collect import main
+
+    earlier, out = finished / "earlier", finished / "out"
+    cell(earlier, "pool", 0, audit(79.0, 0.0))
+    cell(earlier, "pool", 3, audit(78.0, 1.0))
+    cell(earlier, "sharpness", 0, audit(80.0, 1.0))
+    assert main([str(earlier), "--out", str(earlier)]) == 0
+    also = ["--also", str(earlier / "results.json"), "--out", str(out)]
+    assert main([str(finished / "runs"), *also]) == 0
+    methods = load(out / "results.json")["methods"]
+    searched = {
+        seed: each["attacks"]["tpe_search"]["test"]["protected"] for seed, each in methods["pool"]["seeds"].items()
+    }
+    assert searched == {"0": [72.0], "1": [74.0], "2": [76.0], "3": [78.0]}
+    assert list(methods["sharpness"]["seeds"]) == ["0"]
+    changed = json.loads((earlier / "results.json").read_text())
+    changed["methods"]["pool"]["overrides"] = ["method=pool", "method.pool=3"]
+    (earlier / "results.json").write_text(json.dumps(changed))
+    assert main([str(finished / "runs"), *also]) == 2
+    assert "has pool with" in capsys.readouterr().err
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from collect import main
 
@@ -560,3 +585,44 @@ def test_what_is_to_stay_random_stays_and_all_else_is_distilled() -> None:
         assert torch.equal(parameter, before[name]) == name.startswith(first), name
     with pytest.raises(UserError, match="--random: no parameter's name begins with 'nowhere'"):
         handicap.held(model, ["nowhere"])
+
+
+# ---- what a gain asks of the arithmetic ------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e6, 1e6, width=32))
+def test_rounding_to_seven_bits_is_bfloat16s(value: float) -> None:
+    from gains import rounded
+
+    exact = torch.tensor([value])
+    found, wanted = rounded(exact, 7), exact.to(torch.bfloat16).float()
+    # a tie may go either way
+    assert torch.equal(found, wanted) or (found - exact).abs() == (wanted - exact).abs()
+    assert torch.equal(rounded(exact, 23), exact)
+
+
+def test_precision_rounds_what_is_multiplied_and_leaves_no_trace() -> None:
+    from gains import precision
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 16, 2))
+    images = torch.randn(5, 3, 6, 6)
+    before, state = model(images), state_of(model)
+    with precision(model, 7):
+        rough = model(images)
+    assert 1e-5 < (rough - before).abs().max() < 0.1
+    assert torch.equal(model(images), before)
+    assert all(torch.equal(value, state[name]) for name, value in state_of(model).items())
+
+
+def test_gains_for_all_interfaces_and_for_one_at_a_time() -> None:
+    from gains import choices, parsed
+
+    options = parsed(["--run", "r", "--reference", "r", "--out", "o", "--gains", "10", "--only", "100"])
+    assert choices(options, 3) == {
+        "10": [10, 10, 10],
+        "100-0": [100, 1, 1],
+        "100-1": [1, 100, 1],
+        "100-2": [1, 1, 100],
+    }
+    with pytest.raises(SystemExit):
+        parsed(["--run", "r", "--reference", "r", "--out", "o", "--gains", "0"])

@@ -1,6 +1,6 @@
 """Gather a bench into results.json, table.md and worst_case.svg.
 
-    python experiments/strength/collect.py RUNS [--screen] [--out DIR]
+    python experiments/strength/collect.py RUNS [--screen] [--also RESULTS] [--out DIR]
 
 Reads what bench.py wrote. Attacks of up to ``--steps`` steps are the worst case and its families; longer ones are the
 long horizon. A result of a seed is of one protection; intervals are over these.
@@ -72,6 +72,20 @@ def gather(runs: Path, suite: str, steps: int) -> dict[str, Row]:
         row["seeds"][cell["seed"]] = seed
     if not found:
         raise UserError(f"{runs}: holds no cell; give the folder of a bench")
+    return found
+
+
+def with_earlier(found: dict[str, Row], earlier: Path) -> dict[str, Row]:
+    """Add the seeds of an earlier results.json that a bench lacks: of the same yardstick, which is for who asks to see.
+
+    Raises:
+        UserError: a method has other overrides there.
+    """
+    for name, row in read_json(earlier)["methods"].items():
+        mine = found.setdefault(name, {**row, "seeds": {}})
+        if mine["overrides"] != row["overrides"]:
+            raise UserError(f"--also: {earlier} has {name} with {row['overrides']}, the bench with {mine['overrides']}")
+        mine["seeds"] = {int(seed): each for seed, each in row["seeds"].items()} | mine["seeds"]
     return found
 
 
@@ -170,6 +184,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path)
     parser.add_argument("--screen", action="store_true", help="gather the short audits")
+    parser.add_argument("--also", type=Path, help="an earlier results.json, for seeds that RUNS lacks")
     parser.add_argument("--steps", type=int, default=200, help="of an attack that is not long")
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--out", type=Path, default=HERE)
@@ -177,6 +192,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         order = read_rows(options.rows)
         found = gather(options.runs, "screen" if options.screen else "audit", options.steps)
+        found = with_earlier(found, options.also) if options.also else found
     except UserError as error:
         print(f"collect: {error}", file=sys.stderr)
         return 2

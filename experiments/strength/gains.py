@@ -1,0 +1,116 @@
+"""What a gain is worth, and what it asks of the arithmetic: releases of one protected run that differ in their gains.
+
+    python experiments/strength/gains.py --run runs/strength/coordinates/seed0/protect \
+        --reference runs/bench_c/seed0/pretrain --gains 1 10 100 1000 --only 1000 --out runs/gains
+
+Each of `--gains` is a release with that gain at all interfaces, `<gain>.safetensors`; `--only` are releases with that
+gain at one interface and 1 at all others, `<gain>-<place>.safetensors`. Audit a file as any foreign checkpoint. Printed
+are accuracies on the original domain, also with what convolutions and linear layers multiply rounded to the 10 bits of
+TF32 and float16, and to the 7 of bfloat16. Rounding is to nearest, sums stay in float32, and float16's range is not
+looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from growth import original_domain
+from torch import Tensor, nn
+
+from sophon.errors import UserError
+from sophon.export import read_checkpoint
+from sophon.protect import coordinates
+from sophon.protect.state import last_good
+from sophon.runs import read_json, write_tensors
+from sophon.tasks import ClassificationTask
+
+MANTISSA = 23  # bits of float32
+PRECISIONS = {"float32": MANTISSA, "TF32, float16": 10, "bfloat16": 7}
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    """Round float32 to a mantissa of ``bits`` bits, to nearest, halves away from zero."""
+    below = MANTISSA - bits
+    if not below:
+        return values
+    whole = values.contiguous().view(torch.int32) + (1 << (below - 1))
+    return (whole & -(1 << below)).view(torch.float32)
+
+
+@contextmanager
+def precision(model: nn.Module, bits: int) -> Iterator[None]:
+    """Round what convolutions and linear layers multiply, within the block."""
+    layers = [part for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    kept = [layer.weight.detach().clone() for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], bits),)) for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(rounded(layer.weight, bits))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.weight.copy_(weight)
+
+
+def choices(options: argparse.Namespace, count: int) -> dict[str, list[float]]:
+    """Return gains for each of ``count`` interfaces by the name of their file."""
+    everywhere = {f"{gain:g}": [gain] * count for gain in options.gains}
+    alone = {
+        f"{gain:g}-{place}": [gain if index == place else 1.0 for index in range(count)]
+        for gain in options.only
+        for place in range(count)
+    }
+    return everywhere | alone
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    reference = read_checkpoint(options.reference, "--reference")
+    weights, _ = last_good(options.run)
+    identity = read_json(options.run / "run.json")["identity"]
+    if not identity["method"].get("gains"):
+        raise UserError(f"--run: '{options.run}' has no gains; give a run of method=coordinates")
+    original = original_domain(options.original, reference.spec)
+    task = ClassificationTask(reference.spec)
+    trained = coordinates.linear(reference.model)
+    trained.load_state_dict(weights)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(f"| gains | {' | '.join(PRECISIONS)} |\n|---{'|---' * len(PRECISIONS)}|")
+    for name, gains in choices(options, len(coordinates.interfaces(reference.model))).items():
+        made = coordinates.release(trained, reference.model, task, original["train"], gains, identity["seed"])
+        found = []
+        for bits in PRECISIONS.values():
+            with precision(made, bits):
+                found.append(f"{task.evaluate(made, original['test']):.1f}")
+        print(f"| {name} | {' | '.join(found)} |", flush=True)
+        write_tensors(options.out / f"{name}.safetensors", made.state_dict())
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run_dir of a protection with gains")
+    parser.add_argument("--reference", type=Path, required=True, help="what it started from")
+    parser.add_argument("--gains", type=float, nargs="*", default=[], help="for all interfaces alike")
+    parser.add_argument("--only", type=float, nargs="*", default=[], help="for one interface after the other")
+    parser.add_argument("--original", default="cifar10_folder", help="a file of conf/domain")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the state dicts to write")
+    options = parser.parse_args(arguments)
+    if not all(0 < gain < float("inf") for gain in (*options.gains, *options.only)):
+        parser.error("a gain is not allowed; each must be > 0 and finite")
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        main(parsed(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"gains: {error}")
