@@ -16,11 +16,11 @@ $(VENV)/.installed: pyproject.toml
 
 # Pretrain, protect, export, audit and report on bundled images; SEED=1 repeats it with another seed.
 demo: $(VENV)/.installed
-	$(BIN)/sophon pretrain experiment=quickstart seed=$(SEED)
-	$(BIN)/sophon protect experiment=quickstart seed=$(SEED)
-	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect out=runs/quickstart/seed$(SEED)/export
-	$(BIN)/sophon audit experiment=quickstart seed=$(SEED)
-	$(BIN)/sophon report run_dir=runs/quickstart/seed$(SEED)/audit
+	$(BIN)/sophon pretrain experiment=quickstart_coordinates seed=$(SEED)
+	$(BIN)/sophon protect experiment=quickstart_coordinates seed=$(SEED)
+	$(BIN)/sophon export checkpoint=runs/quickstart_coordinates/seed$(SEED)/protect out=runs/quickstart_coordinates/seed$(SEED)/export
+	$(BIN)/sophon audit experiment=quickstart_coordinates seed=$(SEED)
+	$(BIN)/sophon report run_dir=runs/quickstart_coordinates/seed$(SEED)/audit
 
 # The same for a denoising diffusion model, which also draws images.
 demo-diffusion: $(VENV)/.installed
