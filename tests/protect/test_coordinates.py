@@ -58,6 +58,7 @@ def trained(model: nn.Module, task: ClassificationTask) -> nn.Module:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "stem", "count"), [("resnet18", "deep", 6), ("resnet18", "", 5), ("resnet50", "deep", 6)]
 )
@@ -82,6 +83,7 @@ def test_the_function_and_the_norms_stay(architecture: str, stem: str, count: in
         assert all(type(part).__module__.startswith(("torch.", "timm.")) for part in made.modules())
 
 
+@pytest.mark.slow
 def test_the_seed_decides_what_is_shared() -> None:
     model, task = small_resnet()
     linear, images = trained(model, task), image_set()
@@ -91,6 +93,7 @@ def test_the_seed_decides_what_is_shared() -> None:
     assert not torch.allclose(made[0][name], made[2][name])
 
 
+@pytest.mark.slow
 def test_one_step_of_any_optimizer_breaks_the_function_and_a_higher_gain_more() -> None:
     model, task = small_resnet()
     linear, images = trained(model, task), image_set()
@@ -108,6 +111,7 @@ def test_one_step_of_any_optimizer_breaks_the_function_and_a_higher_gain_more() 
         assert high > 10 * low
 
 
+@pytest.mark.slow
 def test_centring_takes_it_out_again_and_leaves_ordinary_models_alone() -> None:
     model, task = small_resnet()
     linear, images = trained(model, task), image_set()
