@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sophon.errors import UserError
 from sophon.strategies import Operation
 from sophon.surgery import OPERATIONS, Means, check, operate
+from sophon.surgery.centre import centre_channels
 from sophon.surgery.operations import affine, pruned, reinitialised
 from sophon.surgery.renormalise import rescale_to_fresh
 
@@ -86,6 +87,10 @@ def _scales(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
     return dict(rescale_to_fresh(attacker, means, **_arguments(operation)))
 
 
+def _centres(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
+    return centre_channels(attacker, means, **_arguments(operation))
+
+
 def _shrinks(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
     operate(attacker, [operation], means)
     return dict.fromkeys(_names(attacker), _arguments(operation)["keep"])
@@ -122,6 +127,7 @@ _SIMULATED: dict[str, Callable[[nn.Module, Means, Operation], Factors]] = {
     "restate": _adds,
     "reset_affine": _replaces(lambda model, means, each: affine(model)),
     "renormalise": _scales,
+    "centre": _centres,
     "heal": _adds,
     "distil": _replaces(lambda model, means, each: _names(model)),
 }

@@ -13,7 +13,7 @@ from sophon import domains
 from sophon.domains import Batch
 from sophon.surgery.arguments import Limits
 from sophon.surgery.means import Means
-from sophon.surgery.renormalise import scale_free
+from sophon.surgery.renormalise import ScaleFree, scale_free
 from sophon.tasks.task import evaluating
 
 _BATCHES = 20  # of the attacker's images, by which the outputs of a changed layer are measured
@@ -33,36 +33,52 @@ def centre(
     step. This undoes ``method=coordinates``. The function stays where the readers are blind to the mean, and nothing
     after it (a ReLU that it held open) bends; what bends is for fine-tuning to mend.
     """
-    few = means.relabelled(means.images.take(torch.arange(min(8, len(means.images)))), model)
-    batch = Batch(few.images, few.labels)
-    for found in scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel"):
-        norm = found.norm
-        if isinstance(norm, _BatchNorm) and norm.affine and norm.running_mean is not None and found.axis == 0:
-            _centre(model, found.layer, norm, means, outweighs)
+    centre_channels(model, means, outweighs=outweighs)
     return model
 
 
+def centre_channels(model: nn.Module, means: Means, *, outweighs: float = 3.0) -> dict[str, Tensor | float]:
+    """Do what `centre` does; return what parameters were multiplied with at first, 0 for those replaced."""
+    few = means.relabelled(means.images.take(torch.arange(min(8, len(means.images)))), model)
+    batch = Batch(few.images, few.labels)
+    factors: dict[str, Tensor | float] = {}
+    for found in scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel"):
+        norm = found.norm
+        if isinstance(norm, _BatchNorm) and norm.affine and norm.running_mean is not None and found.axis == 0:
+            factors |= _centre(model, found, norm, means, outweighs)
+    return factors
+
+
 @torch.no_grad()
-def _centre(model: nn.Module, layer: nn.Module, norm: _BatchNorm, means: Means, outweighs: float) -> None:
+def _centre(
+    model: nn.Module, found: ScaleFree, norm: _BatchNorm, means: Means, outweighs: float
+) -> dict[str, Tensor | float]:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    weight, channels = layer.get_parameter("weight"), len(norm.weight)
+    weight, bias = found.layer.get_parameter("weight"), getattr(found.layer, "bias", None)
     slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    whole = weight.double() * slope.view(-1, *[1] * (weight.dim() - 1))
-    bias = getattr(layer, "bias", None)
+    by_channel = slope.view(-1, *[1] * (weight.dim() - 1))
+    whole = weight.double() * by_channel
     level = norm.bias.double() + slope * ((0 if bias is None else bias.double()) - norm.running_mean.double())
     apart = whole - whole.mean(0)
-    if whole.mean(0).norm() * channels**0.5 > outweighs * apart.norm():
-        weight.copy_(apart)
-        if bias is not None:
-            bias.zero_()
-        mean, variance = _moments(model, layer, means)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_((variance + norm.eps).sqrt())
-        norm.bias.copy_(level - level.mean() + mean)
-    elif level.mean().abs() > outweighs * (level.std() + norm.weight.abs().mean()):
-        norm.bias.sub_(level.mean())
+    if whole.mean(0).norm() * len(slope) ** 0.5 <= outweighs * apart.norm():
+        if level.mean().abs() > outweighs * (level.std() + norm.weight.abs().mean()):
+            norm.bias.sub_(level.mean())
+        return {}
+    weight.copy_(apart)
+    factors: dict[str, Tensor | float] = {
+        f"{found.name}.weight": by_channel.to(weight.dtype),
+        f"{found.norm_name}.weight": 0.0,
+    }
+    if bias is not None:
+        bias.zero_()
+        factors[f"{found.name}.bias"] = 0.0
+    mean, variance = _moments(model, found.layer, means)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    norm.weight.copy_((variance + norm.eps).sqrt())
+    norm.bias.copy_(level - level.mean() + mean)
+    return factors
 
 
 def _moments(model: nn.Module, layer: nn.Module, means: Means) -> tuple[Tensor, Tensor]:

@@ -429,6 +429,7 @@ CHEAP: list[Operation] = [
     Operation("restate", (("batches", 2),)),
     Operation("reset_affine"),
     Operation("renormalise"),
+    Operation("centre"),
     Operation("heal", (("batch_size", 4), ("steps", 2))),
     Operation("heal", (("batch_size", 4), ("domain", "benign"), ("steps", 2))),
     Operation("distil", (("steps", 2),)),
