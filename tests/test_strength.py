@@ -24,10 +24,11 @@ from sophon.cli import conf_dir
 from sophon.config import Config
 from sophon.errors import UserError
 from sophon.strategies import StrategySampler, fields_outside
+from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from sophon.validation import from_omegaconf, strategy_from
 from tests.cli_helpers import PRETRAIN, load, sophon
-from tests.tiny import state_of, tiny_images, tiny_model, tiny_task
+from tests.tiny import state_of, tiny_domain, tiny_images, tiny_model, tiny_spec, tiny_task
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 METRIC = {"name": "accuracy", "unit": "%", "higher_is_better": True}
@@ -626,3 +627,16 @@ def test_gains_for_all_interfaces_and_for_one_at_a_time() -> None:
     }
     with pytest.raises(SystemExit):
         parsed(["--run", "r", "--reference", "r", "--out", "o", "--gains", "0"])
+
+
+def test_an_attacker_may_normalise_what_its_head_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import normalised_head
+
+    monkeypatch.setattr(normalised_head, "STEPS", 30)
+    model, before = tiny_model(0), state_of(tiny_model(0))
+    model.get_parameter("fc.weight").data.mul_(1e4)  # of no concern to who replaces it
+    domain, task = tiny_domain("restricted", ("attack", "test")), ClassificationTask(tiny_spec())
+    first, last, *found = normalised_head.attacked(model.float(), task, domain, "adam", 0.01, 0)
+    assert last < first < 3
+    assert all(0 <= accuracy <= 100 for accuracy in found)
+    assert model.state_dict().keys() == before.keys(), "a copy was attacked"
