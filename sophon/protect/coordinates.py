@@ -2,8 +2,8 @@
 
 Every optimizer measures a step in the coordinates of the weights: SGD in all of them alike, Adam in each by itself. So
 a released model whose function needs some *combination* of weights to be exact, to one part in ``gain``, cannot be
-moved usefully by either. To build one, what the channels at an interface (behind the stem and behind each block) have
-in common is made free, and then filled:
+moved usefully by either at the rates that people use. To build one, what the channels at an interface (behind the stem
+and behind each block) have in common is made free, and then filled:
 
 1.  `linear` takes the ReLU at each interface out, and `BlindReaders` keeps what reads an interface blind to what its
     channels have in common: those weights sum to zero over their inputs. Training on the original domain (NTR, with the
@@ -15,8 +15,8 @@ in common is made free, and then filled:
 
 The features are then a small difference between large, nearly equal channels. The gradient of whoever fine-tunes points
 along what is shared; a step large enough to learn from breaks readers' blindness; new layers see what is shared alone.
-An attacker who knows takes it out again (`sophon.surgery.centre`): this is a lock, not a loss of knowledge, and it is
-locked for every domain alike.
+An attacker who knows takes it out again (`sophon.surgery.centre`), and one who takes steps a ``gain``-th of the usual
+gets far: this is a lock, not a loss of knowledge, and it is locked for every domain alike.
 
 A gain needs the precision to carry it: 1000 asks for float32 throughout; TF32, float16 and bfloat16 drown it.
 """
