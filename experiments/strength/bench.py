@@ -1,7 +1,7 @@
 """Protect with every method under one budget, and audit what comes of it.
 
-    python experiments/strength/bench.py --runs runs/strength --reference runs/cifar10_objects/seed0/pretrain \
-        --minutes 8 --looks 5 --methods methods --seeds 0 1 2 --jobs 2
+    python experiments/strength/bench.py --runs runs/strength --reference runs/bench_c/seed0/pretrain \
+        --minutes 3 --looks 4 --methods methods --seeds 0 1 2 --jobs 2
 
 Breadth first: all methods with the first seed, then with the next. The same command goes on where it stopped, also with
 more methods or seeds. A method of which no checkpoint satisfies the guard is a result; any other failure is said at the

@@ -1,4 +1,4 @@
-"""What `handicap` and `illconditioned` share: the original domain, and training by labels and a reference's answers."""
+"""What the scripts of this folder share: the original domain, and training by labels and a reference's answers."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from sophon.domains import ImageSet
 from sophon.errors import UserError
 from sophon.runs import derive_seed
+from sophon.surgery.moments import channel_moments
 from sophon.tasks import Task
 from sophon.tasks.task import evaluating
 
@@ -218,21 +219,12 @@ class _Measured:
         self, model: nn.Module, layer: nn.Module, of: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return mean and variance by channel, float64, of what ``of`` makes of a layer's input and output."""
-        sums: list[Tensor] = []
 
-        def see(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            values = of(given[0], output).double().transpose(0, 1).flatten(1)
-            sums.append(torch.stack([torch.ones_like(values).sum(1), values.sum(1), values.square().sum(1)]))
-
-        hook = layer.register_forward_hook(see)
-        try:
+        def run() -> None:
             for part in self._parts:
                 self._task.features(model, part)
-        finally:
-            hook.remove()
-        count, total, squares = torch.stack(sums).sum(0)
-        mean = total / count
-        return mean, squares / count - mean.square()
+
+        return channel_moments(layer, run, of)
 
 
 def _rescale(layer: nn.Conv2d, norm: nn.BatchNorm2d, wanted: Tensor) -> None:

@@ -13,6 +13,7 @@ from sophon import domains
 from sophon.domains import Batch
 from sophon.surgery.arguments import Limits
 from sophon.surgery.means import Means
+from sophon.surgery.moments import channel_moments
 from sophon.surgery.renormalise import ScaleFree, scale_free
 from sophon.tasks.task import evaluating
 
@@ -82,22 +83,14 @@ def _centre(
 
 
 def _moments(model: nn.Module, layer: nn.Module, means: Means) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of a layer's outputs by channel, float64, over the attacker's images."""
-    sums: list[Tensor] = []
-
-    def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        values = output.double().transpose(0, 1).flatten(1)
-        sums.append(torch.stack([torch.ones_like(values).sum(1), values.sum(1), values.square().sum(1)]))
-
+    """Return mean and variance of a layer's outputs by channel over the attacker's images, and count the cost."""
     stream = domains.batches(means.relabelled(means.images, model), means.batch_size, means.generator)
-    hook = layer.register_forward_hook(see)
-    try:
-        with evaluating(model), FlopCounterMode(display=False) as counter:
-            for _ in range(_BATCHES):
-                means.task.attacker_loss(model, next(stream))
-    finally:
-        hook.remove()
+
+    def run() -> None:
+        for _ in range(_BATCHES):
+            means.task.attacker_loss(model, next(stream))
+
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        found = channel_moments(layer, run)
     means.flops += counter.get_total_flops()
-    count, total, squares = torch.stack(sums).sum(0)
-    mean = total / count
-    return mean, squares / count - mean.square()
+    return found

@@ -47,9 +47,8 @@ from sophon.verbs.common import (
     with_pseudo_labels,
 )
 
-ROUNDING = (
-    1.0  # points of accuracy on val between a model and itself in other coordinates: more than rounding ever does
-)
+# points of accuracy on val that a model may differ by from itself in other coordinates
+ROUNDING = 1.0
 
 
 def pretrain(config: Config) -> None:
