@@ -203,6 +203,9 @@ def _validate_coordinates(method: MethodConfig) -> None:
         _within(f"method.gains[{index}]", gain, 0, exclusive=True)
     if not (method.gains or method.fts_steps):
         raise UserError("method.fts_steps: 0 is not allowed without method.gains; it must be >= 1")
+    _within("method.spread", method.spread, 1)
+    if method.spread > 1 and not method.gains:
+        raise UserError(f"method.spread: {method.spread:g} is not allowed without method.gains; it must be 1")
 
 
 def _validate_searches(attack: AttackConfig) -> None:

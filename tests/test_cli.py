@@ -173,6 +173,8 @@ WRONG_FOR_PROTECT = {
     "unknown loss": (("method.suppression_loss=magic",), ["method.suppression_loss", "magic", "klu"]),
     "no attackers": (("method.fts_steps=0",), ["method.fts_steps", "0", "method.gains"]),
     "gains for another number of interfaces": (("method.gains=[1,2]",), ["method.gains", "1 or 6"]),
+    "a spread without gains": (("method.spread=2",), ["method.spread", "2", "method.gains"]),
+    "a spread below one": (("method.gains=[1]", "method.spread=0.5"), ["method.spread", "0.5", ">= 1"]),
     "gains in bfloat16": (("method.gains=[1]", "amp=all"), ["amp", "none"]),
     "unknown NTR augmentation": (("method.ntr_augmentation=magic",), ["augmentation", "magic", "standard"]),
     "unknown simulated augmentation": (("sampler.augmentations=[magic]",), ["augmentation", "magic", "standard"]),
@@ -465,7 +467,7 @@ def test_a_guard_that_accepts_nothing_exits_with_3_and_writes_no_checkpoint(copi
 
 # ---- other coordinates ----------------------------------------------------------------------------------------------
 
-COORDINATES = ("method.fts_steps=0", "method.gains=[100]", "method.rounds=4")
+COORDINATES = ("method.fts_steps=0", "method.gains=[100]", "method.spread=64", "method.rounds=4")
 
 
 def test_other_coordinates_are_released_as_an_ordinary_model_also_from_a_run_that_is_not_finished(copied: Path) -> None:

@@ -82,6 +82,7 @@ _OPERATIONS = {
     "reset_affine": "resetting affine parameters",
     "renormalise": "re-normalising the weights",
     "centre": "centring channels",
+    "equalise": "equalising channels",
     "heal": "healing",
     "distil": "distilling",
 }

@@ -67,6 +67,7 @@ class MethodConfig:
         gains: the released weights are in coordinates in which steps lead nowhere (`sophon.protect.coordinates`): how
             many times what an interface's channels share outweighs what they tell, > 0, one number for all interfaces
             or one for each; empty for ordinary coordinates. For timm's ResNets, without autocast.
+        spread: with ``gains``, the largest scale of an interface's channels over the smallest, >= 1, in powers of two.
         engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.suppress.ENGINES`).
         segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
@@ -114,6 +115,7 @@ class MethodConfig:
     condition: float = 0.0
     fixed_norms: str = "none"
     gains: list[float] = field(default_factory=list)
+    spread: float = 1.0
     engine: str = "first_order"
     segment: int = 1
     window: int | None = None

@@ -13,29 +13,37 @@ and behind each block) have in common is made free, and then filled:
     function stays to rounding, in an ordinary model, with the norms that the reference's weights have. Max pooling
     commutes with constants alone: what comes before it gets only the constant, which readers meet at the images' edges.
 
+3.  The channels of each interface are multiplied by powers of two, up to ``spread``, and divided by them where they
+    are read (`sophon.models.channels`), so that a step that suits one channel is far too large for some and far too
+    small for the others: what is left to small steps alone.
+
 The features are then a small difference between large, nearly equal channels. The gradient of whoever fine-tunes points
 along what is shared; a step large enough to learn from breaks readers' blindness; new layers see what is shared alone.
-An attacker who knows takes it out again (`sophon.surgery.centre`), and one who takes steps a ``gain``-th of the usual
-gets far: this is a lock, not a loss of knowledge, and it is locked for every domain alike.
+An attacker who knows takes both out again (`sophon.surgery.equalise` and `centre`): this is a lock, not a loss of
+knowledge, and it is locked for every domain alike. Without a spread one who takes steps a ``gain``-th of the usual gets
+far as well.
 
-A gain needs the precision to carry it: 1000 asks for float32 throughout; TF32, float16 and bfloat16 drown it.
+A gain needs the precision to carry it: 1000 asks for float32, 30 is the most that TF32 and float16 carry, and bfloat16
+drowns that. A spread costs no precision.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from sophon.domains import ImageSet
 from sophon.errors import UserError
+from sophon.models.channels import Interface, channels, interfaces, norm_behind, scale
 from sophon.runs import derive_seed
 from sophon.surgery.moments import channel_moments
+from sophon.surgery.renormalise import ScaleFree, norms, rescale
 from sophon.tasks import Task
 from sophon.tasks.task import evaluating
 
@@ -44,51 +52,28 @@ STATISTICS = 2000  # images that what is shared, and normalisation behind a chan
 _BATCH = 500
 
 
-class Interface(NamedTuple):
-    """Where features are handed over: names of the last convolution before it, its normalisation, ReLU and readers."""
-
-    convolution: str
-    norm: str
-    act: str
-    readers: tuple[str, ...]
-
-
-def interfaces(model: nn.Module) -> list[Interface]:
-    """List the stem's interface and each block's, from input to output.
+def known(model: nn.Module) -> list[Interface]:
+    """Return the model's interfaces.
 
     Raises:
         UserError: the model is none of timm's ResNets of plain basic blocks or bottlenecks.
     """
-    blocks = _blocks(model) if isinstance(model, ResNet) else {}
-    if not blocks or not all(_is_plain(block) for block in blocks.values()):
+    found = interfaces(model)
+    if not found:
         raise UserError(
             "method.gains: only timm's ResNets of plain blocks have interfaces that are known; leave it empty"
         )
-    assert isinstance(model, ResNet)
-    deep = isinstance(model.conv1, nn.Sequential)
-    last = {name: 2 if isinstance(block, BasicBlock) else 3 for name, block in blocks.items()}
-    ends = [
-        # a deep stem's first convolution: else its features could be had by throwing away what comes behind them
-        *([("conv1.0", "conv1.1", "conv1.2")] if deep else []),
-        (f"conv1.{len(model.conv1) - 1}" if isinstance(model.conv1, nn.Sequential) else "conv1", "bn1", "act1"),
-        *((f"{name}.conv{n}", f"{name}.bn{n}", f"{name}.act{n}") for name, n in last.items()),
-    ]
-    readers = [
-        (f"{name}.conv1", *(f"{name}.downsample.{index}" for index in _convolutions(block.downsample)))
-        for name, block in blocks.items()
-    ]
-    before = [("conv1.3",)] if deep else []
-    return [Interface(*end, each) for end, each in zip(ends, [*before, *readers, ("fc",)], strict=True)]
+    return found
 
 
 def linear(model: nn.Module) -> nn.Module:
     """Return a copy without ReLU at the interfaces; its state dict has the same names.
 
     Args:
-        model: see `interfaces`; it stays as it is.
+        model: see `known`; it stays as it is.
     """
     changed = copy.deepcopy(model)
-    for each in interfaces(model):
+    for each in known(model):
         changed.set_submodule(each.act, nn.Identity())
     return changed
 
@@ -97,11 +82,11 @@ class BlindReaders:
     """What reads an interface is kept blind to what all channels have in common.
 
     Args:
-        model: see `interfaces`; changed by `restore` alone.
+        model: see `known`; changed by `restore` alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = [model.get_parameter(f"{name}.weight") for each in interfaces(model) for name in each.readers]
+        self._weights = [model.get_parameter(f"{name}.weight") for each in known(model) for name in each.readers]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -114,9 +99,9 @@ def gains_for(model: nn.Module, gains: Sequence[float]) -> list[float]:
     """Return a gain for each interface of the model; a single one serves all.
 
     Raises:
-        UserError: there are as many neither as one nor as interfaces; or see `interfaces`.
+        UserError: there are as many neither as one nor as interfaces; or see `known`.
     """
-    count = len(interfaces(model))
+    count = len(known(model))
     if len(gains) not in (1, count):
         raise UserError(
             f"method.gains: {list(gains)} has {len(gains)} numbers; give 1 or {count}, one for each interface"
@@ -126,7 +111,13 @@ def gains_for(model: nn.Module, gains: Sequence[float]) -> list[float]:
 
 @torch.no_grad()
 def release(
-    trained: nn.Module, reference: nn.Module, task: Task, images: ImageSet, gains: Sequence[float], seed: int
+    trained: nn.Module,
+    reference: nn.Module,
+    task: Task,
+    images: ImageSet,
+    gains: Sequence[float],
+    spread: float,
+    seed: int,
 ) -> nn.Module:
     """Return the function of a trained linear model as an ordinary one, in its new coordinates.
 
@@ -136,12 +127,13 @@ def release(
         task: prepares images.
         images: of the original domain, on the model's device; what is shared is measured on the first of them.
         gains: one, or one for each interface; > 0.
-        seed: of what is shared.
+        spread: the largest scale of an interface's channels over the smallest, to a factor of two; >= 1.
+        seed: of what is shared, and of which channel has which scale.
 
     Raises:
         UserError: see `gains_for`.
     """
-    gains, found = gains_for(reference, gains), interfaces(reference)
+    gains, found = gains_for(reference, gains), known(reference)
     measured = _Measured(task, images)
     shared = [_Shared.of(trained, each, measured, seed, place) for place, each in enumerate(found)]
     if isinstance(reference.maxpool, nn.MaxPool2d):
@@ -149,14 +141,19 @@ def release(
     model = copy.deepcopy(reference)
     model.load_state_dict(trained.state_dict())
     with evaluating(model):
+        for gain, common, each in zip(gains, shared, found, strict=True):
+            _mix(model, each, gain, common, _norm(reference, each.convolution), measured)
+        for place, channel in enumerate(channels(model)):
+            like = model.get_parameter(f"{channel.norms[0]}.weight")
+            scale(model, channel, _scales(like, spread, seed, place))
         for each in found:
             for reader in each.readers:
                 if reader != "fc":
-                    norm = reader.replace("conv1", "bn1") if reader.endswith("conv1") else _next(reader)
-                    wanted = _norm(reference, reader)
-                    _rescale(_convolution(model, reader), _batch_norm(model, norm), wanted)
-        for gain, common, each in zip(gains, shared, found, strict=True):
-            _mix(model, each, gain, common, _norm(reference, each.convolution), measured)
+                    behind = norm_behind(reader)
+                    rescale(
+                        ScaleFree(reader, model.get_submodule(reader), behind, model.get_submodule(behind), None),
+                        norms(reference.get_submodule(reader), None),
+                    )
     return model
 
 
@@ -208,6 +205,13 @@ def _filter(convolution: nn.Conv2d, seed: int, place: int) -> Tensor:
     return drawn.div(drawn[0].numel() ** 0.5).to(convolution.weight)
 
 
+def _scales(like: Tensor, spread: float, seed: int, place: int) -> Tensor:
+    """Draw each channel's scale: powers of two from 1 to ``spread``, so that nothing is rounded; as ``like``."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "spread", place))
+    ranks = torch.randperm(len(like), generator=generator) / max(1, len(like) - 1)
+    return torch.exp2((ranks * math.log2(spread)).round()).to(like)
+
+
 class _Measured:
     """Images by which layers of a model are measured, a batch at a time."""
 
@@ -225,38 +229,6 @@ class _Measured:
                 self._task.features(model, part)
 
         return channel_moments(layer, run, of)
-
-
-def _rescale(layer: nn.Conv2d, norm: nn.BatchNorm2d, wanted: Tensor) -> None:
-    """Give a convolution a norm; its normalisation takes the scale out again, epsilon included."""
-    scale = wanted / layer.weight.norm()
-    layer.weight.mul_(scale)
-    mean, variance = _statistics(norm)
-    mean.mul_(scale)
-    variance.copy_((variance + norm.eps) * scale.square() - norm.eps)
-
-
-def _blocks(model: ResNet) -> dict[str, nn.Module]:
-    stages = [name for name, _ in model.named_children() if name.startswith("layer")]
-    return {f"{stage}.{name}": part for stage in stages for name, part in model.get_submodule(stage).named_children()}
-
-
-def _is_plain(block: nn.Module) -> bool:
-    """Say whether a block is convolutions, BatchNorm and ReLU, and nothing that reads its output besides."""
-    known = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.AvgPool2d, nn.Sequential)
-    parts = [part for part in block.modules() if part is not block]
-    return type(block) in (BasicBlock, Bottleneck) and all(isinstance(part, known) for part in parts)
-
-
-def _convolutions(shortcut: object) -> list[str]:
-    parts = shortcut.named_children() if isinstance(shortcut, nn.Module) else []
-    return [name for name, part in parts if isinstance(part, nn.Conv2d)]
-
-
-def _next(name: str) -> str:
-    """Name what follows in a sequence."""
-    parent, _, index = name.rpartition(".")
-    return f"{parent}.{int(index) + 1}"
 
 
 def _convolution(model: nn.Module, name: str) -> nn.Conv2d:

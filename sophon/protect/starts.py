@@ -18,6 +18,7 @@ from sophon.errors import UserError
 from sophon.strategies import Operation
 from sophon.surgery import OPERATIONS, Means, check, operate
 from sophon.surgery.centre import centre_channels
+from sophon.surgery.equalise import equalise_channels
 from sophon.surgery.operations import affine, pruned, reinitialised
 from sophon.surgery.renormalise import rescale_to_fresh
 
@@ -91,6 +92,10 @@ def _centres(attacker: nn.Module, means: Means, operation: Operation) -> Factors
     return centre_channels(attacker, means, **_arguments(operation))
 
 
+def _equalises(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
+    return dict(equalise_channels(attacker))
+
+
 def _shrinks(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
     operate(attacker, [operation], means)
     return dict.fromkeys(_names(attacker), _arguments(operation)["keep"])
@@ -128,6 +133,7 @@ _SIMULATED: dict[str, Callable[[nn.Module, Means, Operation], Factors]] = {
     "reset_affine": _replaces(lambda model, means, each: affine(model)),
     "renormalise": _scales,
     "centre": _centres,
+    "equalise": _equalises,
     "heal": _adds,
     "distil": _replaces(lambda model, means, each: _names(model)),
 }

@@ -27,6 +27,7 @@ from sophon.models.partition import owned
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.surgery.arguments import Limits, check_arguments, function_at
 from sophon.surgery.centre import centre
+from sophon.surgery.equalise import equalise
 from sophon.surgery.means import Means
 from sophon.surgery.renormalise import NORMS, renormalise
 from sophon.tasks.task import evaluating
@@ -229,6 +230,7 @@ OPERATIONS: dict[str, Callable[..., nn.Module]] = {
     "reset_affine": reset_affine,
     "renormalise": renormalise,
     "centre": centre,
+    "equalise": equalise,
     "heal": heal,
     "distil": distil,
 }

@@ -222,7 +222,7 @@ def _released(config: Config, model: nn.Module, reference: nn.Module, task: Task
     if not config.method.gains:
         return model
     images, gains = original["train"], config.method.gains
-    made = coordinates.release(model, reference, task, images, gains, config.seed)
+    made = coordinates.release(model, reference, task, images, gains, config.method.spread, config.seed)
     kept, found = (task.evaluate(each, original["val"]) for each in (model, made))
     if not abs(found - kept) <= ROUNDING:
         raise GuardError(

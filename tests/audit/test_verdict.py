@@ -214,6 +214,7 @@ def test_verdict_says_what_benign_fine_tuning_loses(metric, values, said):
         ({"batch_norm": "restated"}, "restated BatchNorm statistics"),
         ({"surgery": (Operation("renormalise"),)}, "after re-normalising the weights"),
         ({"surgery": (Operation("centre"),)}, "after centring channels"),
+        ({"surgery": (Operation("equalise"),)}, "after equalising channels"),
         (
             {"surgery": (Operation("noise", (("scale", 0.1),)), Operation("a.module.my_cut"))},
             "after adding noise with scale 0.1 and my cut",

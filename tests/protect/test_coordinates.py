@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from sophon.domains import ImageSet
 from sophon.errors import UserError
 from sophon.models import ModelSpec, build
+from sophon.models.channels import channels, interfaces
 from sophon.protect import coordinates
 from sophon.surgery import Means
 from sophon.surgery.centre import centre
+from sophon.surgery.equalise import equalise
 from sophon.tasks import ClassificationTask
 from tests.tiny import tiny_model
 
@@ -65,14 +67,14 @@ def trained(model: nn.Module, task: ClassificationTask) -> nn.Module:
 def test_the_function_and_the_norms_stay(architecture: str, stem: str, count: int) -> None:
     model, task = small_resnet(architecture, stem_type=stem)
     linear, images = trained(model, task), image_set()
-    assert len(coordinates.interfaces(model)) == count  # a deep stem's beginning, the stem and four blocks
+    assert len(interfaces(model)) == count  # a deep stem's beginning, the stem and four blocks
     assert linear.state_dict().keys() == model.state_dict().keys()
     wanted = task.logits(linear, images.images)
     assert not torch.allclose(wanted, task.logits(model, images.images), atol=0.1)
     for gains in ([1e6], [1e7, 1e6, 1e6, 1e7, 1e6, 1e5][-count:]):
-        made = coordinates.release(linear, model, task, images, gains, seed=0)
+        made = coordinates.release(linear, model, task, images, gains, 1.0, seed=0)
         assert torch.allclose(task.logits(made, images.images), wanted, rtol=1e-3, atol=1e-3)
-        for each in coordinates.interfaces(model):
+        for each in interfaces(model):
             for name in (each.convolution, *(reader for reader in each.readers if reader != "fc")):
                 assert torch.allclose(*(part.get_parameter(f"{name}.weight").norm() for part in (made, model))), name
         # hardly anything but what is shared is left in the features, and readers are blind to it
@@ -84,13 +86,32 @@ def test_the_function_and_the_norms_stay(architecture: str, stem: str, count: in
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "stem"), [("resnet18", "deep"), ("resnet18", ""), ("resnet50", "deep")])
+def test_channels_spread_and_neither_the_function_nor_the_norms_show_it(architecture: str, stem: str) -> None:
+    model, task = small_resnet(architecture, stem_type=stem)
+    linear, images = trained(model, task), image_set()
+    even, uneven = (coordinates.release(linear, model, task, images, [1e3], each, seed=0) for each in (1.0, 1e6))
+    assert torch.allclose(task.logits(uneven, images.images), task.logits(even, images.images), rtol=1e-4, atol=1e-4)
+    for each in channels(model):
+        for name in each.norms:
+            ratio = (uneven.get_parameter(f"{name}.bias") / even.get_parameter(f"{name}.bias")).log2()
+            assert torch.allclose(ratio, ratio.round(), atol=1e-9)  # a power of two is exact in floating point
+            assert ratio.min() == 0
+            assert ratio.max() == 20  # 2 ** 20 is 1e6, nearly
+        for name in each.readers[:-1]:
+            assert torch.allclose(*(part.get_parameter(f"{name}.weight").norm() for part in (uneven, model))), name
+    assert uneven.get_parameter("fc.weight").norm() < even.get_parameter("fc.weight").norm()
+
+
+@pytest.mark.slow
 def test_the_seed_decides_what_is_shared() -> None:
     model, task = small_resnet()
     linear, images = trained(model, task), image_set()
-    made = [coordinates.release(linear, model, task, images, [1e3], seed).state_dict() for seed in (0, 0, 1)]
+    made = [coordinates.release(linear, model, task, images, [1e3], 1e4, seed).state_dict() for seed in (0, 0, 1)]
     name = "layer1.0.conv2.weight"
     assert torch.equal(made[0][name], made[1][name])
     assert not torch.allclose(made[0][name], made[2][name])
+    assert not torch.allclose(made[0]["fc.weight"], made[2]["fc.weight"], atol=1e-3)
 
 
 @pytest.mark.slow
@@ -99,7 +120,7 @@ def test_one_step_of_any_optimizer_breaks_the_function_and_a_higher_gain_more() 
     linear, images = trained(model, task), image_set()
 
     def moved(gain: float, optimizer: type[torch.optim.Optimizer], lr: float) -> float:
-        made = coordinates.release(linear, model, task, images, [gain], seed=0)
+        made = coordinates.release(linear, model, task, images, [gain], 1.0, seed=0)
         before = task.logits(made, images.images).detach()
         stepped = copy.deepcopy(made).train()
         F.cross_entropy(task.logits(stepped, images.images), images.labels).backward()
@@ -112,17 +133,17 @@ def test_one_step_of_any_optimizer_breaks_the_function_and_a_higher_gain_more() 
 
 
 @pytest.mark.slow
-def test_centring_takes_it_out_again_and_leaves_ordinary_models_alone() -> None:
+def test_equalising_and_centring_take_it_out_again_and_leave_ordinary_models_alone() -> None:
     model, task = small_resnet()
     linear, images = trained(model, task), image_set()
     wanted = task.logits(linear, images.images)
-    made = coordinates.release(linear, model, task, images, [1e3], seed=0)
+    made = coordinates.release(linear, model, task, images, [1e3], 1e4, seed=0)
     means = Means(task, task.spec, ("a", "b", "c"), images, torch.Generator().manual_seed(0))
-    centred = centre(made, means)
+    centred = centre(equalise(made, means), means)
     assert means.flops > 0
     features = centred.forward_features(task.prepare(images.images)).flatten(2)  # type: ignore[operator]
     assert (features - features.mean(1, keepdim=True)).std() > 0.1 * features.mean(1).std()
-    for each in coordinates.interfaces(centred):
+    for each in interfaces(centred):
         centred.set_submodule(each.act, nn.Identity())  # what held them open is gone
     assert torch.allclose(task.logits(centred, images.images), wanted, rtol=1e-3, atol=1e-3)
     before = copy.deepcopy(model.state_dict())
@@ -131,8 +152,8 @@ def test_centring_takes_it_out_again_and_leaves_ordinary_models_alone() -> None:
 
 def test_other_models_and_other_numbers_of_gains_are_refused() -> None:
     with pytest.raises(UserError, match=r"method.gains: only timm's ResNets"):
-        coordinates.interfaces(tiny_model(0))
+        coordinates.known(tiny_model(0))
     with pytest.raises(UserError, match=r"method.gains: only timm's ResNets"):
-        coordinates.interfaces(small_resnet("resnet18", block_args={"attn_layer": "se"})[0])
+        coordinates.known(small_resnet("resnet18", block_args={"attn_layer": "se"})[0])
     with pytest.raises(UserError, match=r"method.gains: \[1.0, 2.0\] has 2 numbers; give 1 or 6"):
         coordinates.gains_for(small_resnet()[0], [1.0, 2.0])

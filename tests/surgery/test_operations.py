@@ -430,6 +430,7 @@ CHEAP: list[Operation] = [
     Operation("reset_affine"),
     Operation("renormalise"),
     Operation("centre"),
+    Operation("equalise"),
     Operation("heal", (("batch_size", 4), ("steps", 2))),
     Operation("heal", (("batch_size", 4), ("domain", "benign"), ("steps", 2))),
     Operation("distil", (("steps", 2),)),

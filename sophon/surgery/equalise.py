@@ -1,0 +1,59 @@
+"""Equalising of channels: surgery against protection that hides in how unevenly channels are scaled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sophon.models.channels import Channels, channels, norm_behind, scale
+from sophon.surgery.means import Means
+from sophon.surgery.renormalise import ScaleFree, norms, rescale
+
+
+def equalise(model: nn.Module, means: Means) -> nn.Module:
+    """Give the channels that blocks of a ResNet hand on the same scale; the function in evaluation mode stays.
+
+    A channel that is twice as large where it is written may be read with half the weight: the function does not show
+    it, but the steps of all optimizers do, and where channels differ by orders of magnitude no rate suits all. This
+    undoes ``spread`` of ``method=coordinates``. A channel's scale is taken to be the root mean square of the
+    weights that BatchNorm writes it with; it becomes what the geometric mean over the channels was. What reads them
+    keeps its norm where a normalisation follows. The idea is that of cross-layer equalisation (Nagel et al., 2019).
+
+    Models other than timm's ResNets of plain blocks are left as they are.
+    """
+    equalise_channels(model)
+    return model
+
+
+@torch.no_grad()
+def equalise_channels(model: nn.Module) -> dict[str, Tensor]:
+    """Do what `equalise` does; return what was multiplied, as `scale_channels` does."""
+    total: dict[str, Tensor] = {}
+    for each in channels(model):
+        written = torch.stack([model.get_parameter(f"{name}.weight").double() for name in each.norms])
+        sizes = written.square().mean(0).sqrt()
+        if bool((sizes > 0).all() and sizes.isfinite().all()):
+            for name, factor in scale_channels(model, each, sizes.log().mean().exp() / sizes).items():
+                total[name] = total[name] * factor if name in total else factor
+    return total
+
+
+def scale_channels(model: nn.Module, each: Channels, by: Tensor) -> dict[str, Tensor]:
+    """Scale channels as `sophon.models.channels.scale` does, and keep the norms of what reads them.
+
+    Returns:
+        By parameter name, what was multiplied with: of a shape that broadcasts to the parameter's.
+    """
+    layers = {name: model.get_submodule(name) for name in each.readers}
+    wanted = {name: norms(layer, None) for name, layer in layers.items()}
+    scale(model, each, by)
+    factors = {f"{name}.{part}": by for name in each.norms for part in ("weight", "bias")}
+    for name, layer in layers.items():
+        divided = (1 / by).view(1, -1, *[1] * (layer.get_parameter("weight").dim() - 2))
+        factors[f"{name}.weight"] = divided
+        if isinstance(layer, nn.Conv2d):
+            behind = norm_behind(name)
+            found = rescale(ScaleFree(name, layer, behind, model.get_submodule(behind), None), wanted[name])
+            factors[f"{name}.weight"] = divided * found[f"{name}.weight"]
+            factors[f"{behind}.weight"] = found[f"{behind}.weight"]
+    return {name: factor.to(model.get_parameter(name).dtype) for name, factor in factors.items()}
