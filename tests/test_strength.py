@@ -618,15 +618,18 @@ def test_precision_rounds_what_is_multiplied_and_leaves_no_trace() -> None:
 def test_gains_for_all_interfaces_and_for_one_at_a_time() -> None:
     from gains import choices, parsed
 
-    options = parsed(["--run", "r", "--reference", "r", "--out", "o", "--gains", "10", "--only", "100"])
+    needed = ["--run", "r", "--reference", "r", "--out", "o"]
+    options = parsed([*needed, "--gains", "10", "--spreads", "1", "1e4", "--only", "100"])
     assert choices(options, 3) == {
-        "10": [10, 10, 10],
-        "100-0": [100, 1, 1],
-        "100-1": [1, 100, 1],
-        "100-2": [1, 1, 100],
+        "10": ([10, 10, 10], 1),
+        "10-spread10000": ([10, 10, 10], 1e4),
+        "100-0": ([100, 1, 1], 1),
+        "100-1": ([1, 100, 1], 1),
+        "100-2": ([1, 1, 100], 1),
     }
-    with pytest.raises(SystemExit):
-        parsed(["--run", "r", "--reference", "r", "--out", "o", "--gains", "0"])
+    for wrong in (["--gains", "0"], ["--spreads", "0.5"], ["--untrained", "inf"]):
+        with pytest.raises(SystemExit):
+            parsed([*needed, *wrong])
 
 
 def test_an_attacker_may_normalise_what_its_head_reads(monkeypatch: pytest.MonkeyPatch) -> None:

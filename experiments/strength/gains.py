@@ -1,10 +1,12 @@
-"""What a gain is worth, and what it asks of the arithmetic: releases of one protected run that differ in their gains.
+"""What gains and a spread are worth, and what they ask of the arithmetic: releases that differ in nothing else.
 
     python experiments/strength/gains.py --run runs/strength/coordinates/seed0/protect \
-        --reference runs/bench_c/seed0/pretrain --gains 1 10 100 1000 --only 1000 --out runs/gains
+        --reference runs/bench_c/seed0/pretrain --gains 1 30 1000 --spreads 1 1e4 --untrained 1e4 --out runs/gains
 
-Each of `--gains` is a release with that gain at all interfaces, `<gain>.safetensors`; `--only` are releases with that
-gain at one interface and 1 at all others, `<gain>-<place>.safetensors`. Audit a file as any foreign checkpoint. Printed
+Each of `--gains` is a release of one protected run with that gain at all interfaces, `<gain>.safetensors`, and with
+each of `--spreads` above 1, `<gain>-spread<spread>.safetensors`; `--only` are releases with that gain at one interface
+and 1 at all others, `<gain>-<place>.safetensors`. `--untrained` are spreads of the reference itself, no training at
+all, `untrained-spread<spread>.safetensors`. Audit a file as any foreign checkpoint. Printed
 are accuracies on the original domain, also with what convolutions and linear layers multiply rounded to the 10 bits of
 TF32 and float16, and to the 7 of bfloat16. Rounding is to nearest, sums stay in float32, and float16's range is not
 looked at.
@@ -13,6 +15,7 @@ looked at.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,11 +64,15 @@ def precision(model: nn.Module, bits: int) -> Iterator[None]:
                 layer.weight.copy_(weight)
 
 
-def choices(options: argparse.Namespace, count: int) -> dict[str, list[float]]:
-    """Return gains for each of ``count`` interfaces by the name of their file."""
-    everywhere = {f"{gain:g}": [gain] * count for gain in options.gains}
+def choices(options: argparse.Namespace, count: int) -> dict[str, tuple[list[float], float]]:
+    """Return gains for each of ``count`` interfaces, and a spread, by the name of their file."""
+    everywhere = {
+        f"{gain:g}" + (f"-spread{spread:g}" if spread > 1 else ""): ([gain] * count, spread)
+        for spread in options.spreads
+        for gain in options.gains
+    }
     alone = {
-        f"{gain:g}-{place}": [gain if index == place else 1.0 for index in range(count)]
+        f"{gain:g}-{place}": ([gain if index == place else 1.0 for index in range(count)], 1.0)
         for gain in options.only
         for place in range(count)
     }
@@ -85,8 +92,16 @@ def main(options: argparse.Namespace) -> None:
     trained.load_state_dict(weights)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"| gains | {' | '.join(PRECISIONS)} |\n|---{'|---' * len(PRECISIONS)}|")
-    for name, gains in choices(options, len(coordinates.interfaces(reference.model))).items():
-        made = coordinates.release(trained, reference.model, task, original["train"], gains, identity["seed"])
+    chosen = choices(options, len(coordinates.known(reference.model)))
+    untrained = {f"untrained-spread{spread:g}": spread for spread in options.untrained}
+    for name in (*chosen, *untrained):
+        if name in chosen:
+            gains, spread = chosen[name]
+            images = original["train"]
+            made = coordinates.release(trained, reference.model, task, images, gains, spread, identity["seed"])
+        else:
+            made = copy.deepcopy(reference.model)
+            coordinates.spread_channels(made, untrained[name], identity["seed"])
         found = []
         for bits in PRECISIONS.values():
             with precision(made, bits):
@@ -100,12 +115,16 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="run_dir of a protection with gains")
     parser.add_argument("--reference", type=Path, required=True, help="what it started from")
     parser.add_argument("--gains", type=float, nargs="*", default=[], help="for all interfaces alike")
+    parser.add_argument("--spreads", type=float, nargs="*", default=[1.0], help="of channels, with each of these gains")
+    parser.add_argument("--untrained", type=float, nargs="*", default=[], help="spreads of the reference itself")
     parser.add_argument("--only", type=float, nargs="*", default=[], help="for one interface after the other")
     parser.add_argument("--original", default="cifar10_folder", help="a file of conf/domain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the state dicts to write")
     options = parser.parse_args(arguments)
     if not all(0 < gain < float("inf") for gain in (*options.gains, *options.only)):
         parser.error("a gain is not allowed; each must be > 0 and finite")
+    if not all(1 <= spread < float("inf") for spread in (*options.spreads, *options.untrained)):
+        parser.error("a spread is not allowed; each must be >= 1 and finite")
     return options
 
 

@@ -40,8 +40,9 @@ from torch import Tensor, nn
 
 from sophon.domains import ImageSet
 from sophon.errors import UserError
-from sophon.models.channels import Interface, channels, interfaces, norm_behind, scale
+from sophon.models.channels import Interface, channels, interfaces, norm_behind
 from sophon.runs import derive_seed
+from sophon.surgery.equalise import scale_channels
 from sophon.surgery.moments import channel_moments
 from sophon.surgery.renormalise import ScaleFree, norms, rescale
 from sophon.tasks import Task
@@ -141,20 +142,34 @@ def release(
     model = copy.deepcopy(reference)
     model.load_state_dict(trained.state_dict())
     with evaluating(model):
-        for gain, common, each in zip(gains, shared, found, strict=True):
-            _mix(model, each, gain, common, _norm(reference, each.convolution), measured)
-        for place, channel in enumerate(channels(model)):
-            like = model.get_parameter(f"{channel.norms[0]}.weight")
-            scale(model, channel, _scales(like, spread, seed, place))
         for each in found:
             for reader in each.readers:
                 if reader != "fc":
                     behind = norm_behind(reader)
-                    rescale(
-                        ScaleFree(reader, model.get_submodule(reader), behind, model.get_submodule(behind), None),
-                        norms(reference.get_submodule(reader), None),
-                    )
+                    read = ScaleFree(reader, model.get_submodule(reader), behind, model.get_submodule(behind), None)
+                    rescale(read, norms(reference.get_submodule(reader), None))
+        for gain, common, each in zip(gains, shared, found, strict=True):
+            _mix(model, each, gain, common, _norm(reference, each.convolution), measured)
+    spread_channels(model, spread, seed)
     return model
+
+
+@torch.no_grad()
+def spread_channels(model: nn.Module, spread: float, seed: int) -> None:
+    """Give the channels of each interface scales of their own, in place: powers of two from 1 to ``spread``.
+
+    The function stays, and so do the norms of what reads them, the head's aside.
+
+    Args:
+        model: see `known`; it need not be one that was trained for this.
+        spread: >= 1.
+        seed: of which channel has which scale.
+    """
+    for place, each in enumerate(channels(model)):
+        like = model.get_parameter(f"{each.norms[0]}.weight")
+        generator = torch.Generator().manual_seed(derive_seed(seed, "spread", place))
+        ranks = torch.randperm(len(like), generator=generator) / max(1, len(like) - 1)
+        scale_channels(model, each, torch.exp2((ranks * math.log2(spread)).round()).to(like))
 
 
 class _Shared(NamedTuple):
@@ -203,13 +218,6 @@ def _filter(convolution: nn.Conv2d, seed: int, place: int) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "coordinates", place))
     drawn: Tensor = torch.randn(1, *convolution.weight.shape[1:], generator=generator)
     return drawn.div(drawn[0].numel() ** 0.5).to(convolution.weight)
-
-
-def _scales(like: Tensor, spread: float, seed: int, place: int) -> Tensor:
-    """Draw each channel's scale: powers of two from 1 to ``spread``, so that nothing is rounded; as ``like``."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "spread", place))
-    ranks = torch.randperm(len(like), generator=generator) / max(1, len(like) - 1)
-    return torch.exp2((ranks * math.log2(spread)).round()).to(like)
 
 
 class _Measured:

@@ -16,8 +16,9 @@ def equalise(model: nn.Module, means: Means) -> nn.Module:
     A channel that is twice as large where it is written may be read with half the weight: the function does not show
     it, but the steps of all optimizers do, and where channels differ by orders of magnitude no rate suits all. This
     undoes ``spread`` of ``method=coordinates``. A channel's scale is taken to be the root mean square of the
-    weights that BatchNorm writes it with; it becomes what the geometric mean over the channels was. What reads them
-    keeps its norm where a normalisation follows. The idea is that of cross-layer equalisation (Nagel et al., 2019).
+    weights that BatchNorm writes it with; it becomes that of the median channel to a factor of the root of two, by
+    powers of two, which round nothing. What reads channels keeps its norm where a normalisation follows. The
+    idea is that of cross-layer equalisation (Nagel et al., 2019).
 
     Models other than timm's ResNets of plain blocks are left as they are.
     """
@@ -33,7 +34,7 @@ def equalise_channels(model: nn.Module) -> dict[str, Tensor]:
         written = torch.stack([model.get_parameter(f"{name}.weight").double() for name in each.norms])
         sizes = written.square().mean(0).sqrt()
         if bool((sizes > 0).all() and sizes.isfinite().all()):
-            for name, factor in scale_channels(model, each, sizes.log().mean().exp() / sizes).items():
+            for name, factor in scale_channels(model, each, (sizes.median() / sizes).log2().round().exp2()).items():
                 total[name] = total[name] * factor if name in total else factor
     return total
 
