@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -643,3 +644,42 @@ def test_an_attacker_may_normalise_what_its_head_reads(monkeypatch: pytest.Monke
     assert last < first < 3
     assert all(0 <= accuracy <= 100 for accuracy in found)
     assert model.state_dict().keys() == before.keys(), "a copy was attacked"
+
+
+def test_kfac_takes_the_same_steps_in_other_coordinates() -> None:
+    import preconditioned
+
+    torch.manual_seed(0)
+    images, wanted = torch.randn(64, 6, dtype=torch.float64), torch.randn(64, 4, dtype=torch.float64)
+    mixed, turned = (torch.randn(6, 6, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64))
+    plain = torch.nn.Linear(6, 4, dtype=torch.float64)
+    other = torch.nn.Linear(6, 4, dtype=torch.float64)
+    with torch.no_grad():  # the same function of images, read as images @ mixed, and said as turned @ answer
+        other.weight.copy_(turned @ plain.weight @ mixed.inverse().T)
+        other.bias.copy_(turned @ plain.bias)
+    stepped = []
+    for layer, seen, says in ((plain, images, None), (other, images @ mixed, turned.inverse())):
+        stepper, answers = preconditioned.KFAC(layer, 0.1, 1e-12, 1e-3), []
+        for _ in range(5):
+            answer = layer(seen) if says is None else layer(seen) @ says.T
+            layer.zero_grad()
+            (answer - wanted).square().mean().backward()
+            stepper.step(1.0)
+            answers.append(answer.detach())
+        stepped.append(answers)
+    assert not torch.allclose(stepped[0][0], stepped[0][-1], atol=1e-3)
+    for ours, theirs in zip(*stepped, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_preconditioning_attacker_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import preconditioned
+
+    monkeypatch.setattr(preconditioned, "BATCH", 8)
+    monkeypatch.setattr(preconditioned, "STEPS", 60)
+    model, domain = tiny_model(0).float(), tiny_domain("restricted", ("attack", "select", "test"))
+    task, before = ClassificationTask(tiny_spec()), copy.deepcopy(state_of(model))
+    found = preconditioned.attacked(model, task, domain, (0.1, 0.01, 1e-3), 0)
+    assert min(found) >= 0
+    assert max(found) > task.evaluate(model, domain["select"])
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items()), "a copy was attacked"
