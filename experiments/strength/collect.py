@@ -85,7 +85,8 @@ def with_earlier(found: dict[str, Row], earlier: Path) -> dict[str, Row]:
         mine = found.setdefault(name, {**row, "seeds": {}})
         if mine["overrides"] != row["overrides"]:
             raise UserError(f"--also: {earlier} has {name} with {row['overrides']}, the bench with {mine['overrides']}")
-        mine["seeds"] = {int(seed): each for seed, each in row["seeds"].items()} | mine["seeds"]
+        both = {int(seed): each for seed, each in row["seeds"].items()} | mine["seeds"]
+        mine["seeds"] = dict(sorted(both.items()))
     return found
 
 
