@@ -11,14 +11,14 @@ from sophon.surgery.renormalise import ScaleFree, norms, rescale
 
 
 def equalise(model: nn.Module, means: Means) -> nn.Module:
-    """Give the channels that blocks of a ResNet hand on the same scale; the function in evaluation mode stays.
+    """Give the channels that blocks of a ResNet hand on a scale of one; the function in evaluation mode stays.
 
     A channel that is twice as large where it is written may be read with half the weight: the function does not show
     it, but the steps of all optimizers do, and where channels differ by orders of magnitude no rate suits all. This
-    undoes ``spread`` of ``method=coordinates``. A channel's scale is taken to be the root of the summed squares of the
-    weights and biases that BatchNorm writes it with; it becomes that of the median channel to a factor of the root
-    of two, by powers of two, which round nothing. What reads channels keeps its norm where a normalisation follows. The
-    idea is that of cross-layer equalisation (Nagel et al., 2019).
+    undoes ``spread`` of ``method=coordinates``, whose gain `centre` and `renormalise` undo. A channel's scale is
+    the root of the summed squares of the weights and biases that BatchNorm writes it with; it becomes one to a factor
+    of the root of two, by powers of two, which round nothing. What reads channels keeps its norm where a
+    normalisation follows. The idea is that of cross-layer equalisation (Nagel et al., 2019).
 
     Models other than timm's ResNets of plain blocks are left as they are.
     """
@@ -34,7 +34,7 @@ def equalise_channels(model: nn.Module) -> dict[str, Tensor]:
         written = [model.get_parameter(f"{name}.{part}") for name in each.norms for part in ("weight", "bias")]
         sizes = torch.stack(written).double().square().sum(0).sqrt()
         if bool((sizes > 0).all() and sizes.isfinite().all()):
-            for name, factor in scale_channels(model, each, (sizes.median() / sizes).log2().round().exp2()).items():
+            for name, factor in scale_channels(model, each, (1 / sizes).log2().round().exp2()).items():
                 total[name] = total[name] * factor if name in total else factor
     return total
 
