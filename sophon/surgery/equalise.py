@@ -31,7 +31,9 @@ def equalise_channels(model: nn.Module) -> dict[str, Tensor]:
     """Do what `equalise` does; return what was multiplied, as `scale_channels` does."""
     total: dict[str, Tensor] = {}
     for each in channels(model):
-        written = [model.get_parameter(f"{name}.{part}") for name in each.norms for part in ("weight", "bias")]
+        written: list[Tensor] = [
+            model.get_parameter(f"{name}.{part}") for name in each.norms for part in ("weight", "bias")
+        ]
         sizes = torch.stack(written).double().square().sum(0).sqrt()
         if bool((sizes > 0).all() and sizes.isfinite().all()):
             for name, factor in scale_channels(model, each, (1 / sizes).log2().round().exp2()).items():
