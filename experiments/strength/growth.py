@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sophon.config import DomainConfig
-from sophon.domains import Batch, Domain, ImageSet, load_original
+from sophon.domains import Batch, Domain, ImageSet, load_original, load_restricted
 from sophon.errors import UserError
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
@@ -33,17 +33,33 @@ def add_options(parser: argparse.ArgumentParser, *, steps: int, lr: float) -> No
     parser.add_argument("--no-amp", dest="amp", action="store_false", help="float32 instead of bfloat16")
 
 
+def add_attack_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the scripts are told that attack weights."""
+    parser.add_argument("--reference", type=Path, required=True, help="the unprotected checkpoint, or its run_dir")
+    parser.add_argument("--restricted", default="objects_a", help="a file of conf/domain")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def original_domain(name: str, spec: ModelSpec) -> Domain:
     """Load the original domain of a file of conf/domain, for a model's images.
 
     Raises:
         UserError: there is no such file, or its images are not there.
     """
+    return load_original(_domain(name, "--original"), image_size=spec.image_size, channels=spec.channels)
+
+
+def restricted_domain(name: str, spec: ModelSpec) -> Domain:
+    """Load a restricted domain; as `original_domain`."""
+    config = _domain(name, "--restricted")
+    return load_restricted(config, image_size=spec.image_size, channels=spec.channels, where="--restricted")
+
+
+def _domain(name: str, option: str) -> Any:
     path = DOMAINS / f"{name}.yaml"
     if not path.exists():
-        raise UserError(f"--original: '{name}' is no file of {DOMAINS}")
-    config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DomainConfig), OmegaConf.load(path)))
-    return load_original(config, image_size=spec.image_size, channels=spec.channels)
+        raise UserError(f"{option}: '{name}' is no file of {DOMAINS}")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DomainConfig), OmegaConf.load(path)))
 
 
 def grow(

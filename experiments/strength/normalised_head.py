@@ -18,16 +18,14 @@ from statistics import mean
 from typing import Any
 
 import torch
-from growth import DOMAINS
-from omegaconf import OmegaConf
+from growth import add_attack_options, restricted_domain
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sophon.config import DomainConfig
-from sophon.domains import Batch, Domain, batches, load_restricted
+from sophon.domains import Batch, Domain, batches
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
-from sophon.models import ModelSpec, build, load_weights
+from sophon.models import build, load_weights
 from sophon.runs import seed_all
 from sophon.strategies import FineTuneStrategy, build_optimizer
 from sophon.tasks import ClassificationTask
@@ -74,13 +72,6 @@ def restate(model: nn.Module, task: ClassificationTask, stream: Iterator[Batch])
         task.logits(model, next(stream).images)
 
 
-def restricted_domain(name: str, spec: ModelSpec) -> Domain:
-    """Load the restricted domain of a file of conf/domain, for a model's images."""
-    values = OmegaConf.merge(OmegaConf.structured(DomainConfig), OmegaConf.load(DOMAINS / f"{name}.yaml"))
-    config: Any = OmegaConf.to_object(values)
-    return load_restricted(config, image_size=spec.image_size, channels=spec.channels, where="--restricted")
-
-
 def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     reference = read_checkpoint(options.reference, "--reference")
@@ -99,10 +90,8 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, required=True, help="the unprotected checkpoint, or its run_dir")
+    add_attack_options(parser)
     parser.add_argument("--weights", type=Path, nargs="+", default=[], help="state dicts of the same architecture")
-    parser.add_argument("--restricted", default="objects_a", help="a file of conf/domain")
-    parser.add_argument("--seed", type=int, default=0)
     try:
         main(parser.parse_args())
     except UserError as error:

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from normalised_head import restate, restricted_domain
+from growth import add_attack_options, restricted_domain
+from normalised_head import restate
 from torch import Tensor, nn
 
 from sophon.domains import Batch, Domain, batches
@@ -162,10 +163,8 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, required=True, help="the unprotected checkpoint, or its run_dir")
+    add_attack_options(parser)
     parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="protected ones, or their run_dirs")
-    parser.add_argument("--restricted", default="objects_a", help="a file of conf/domain")
-    parser.add_argument("--seed", type=int, default=0)
     try:
         main(parser.parse_args())
     except UserError as error:

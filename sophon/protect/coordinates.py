@@ -12,16 +12,15 @@ and behind each block) have in common is made free, and then filled:
     unit of variance, and a constant that holds the ReLU open; now it may be back. No reader sees any of it, so that the
     function stays to rounding, in an ordinary model, with the norms that the reference's weights have. Max pooling
     commutes with constants alone: what comes before it gets only the constant, which readers meet at the images' edges.
-
 3.  The channels of each interface are multiplied by powers of two, up to ``spread``, and divided by them where they
     are read (`sophon.models.channels`), so that a step that suits one channel is far too large for some and far too
     small for the others: what is left to small steps alone.
 
 The features are then a small difference between large, nearly equal channels. The gradient of whoever fine-tunes points
 along what is shared; a step large enough to learn from breaks readers' blindness; new layers see what is shared alone.
-An attacker who knows takes both out again (`sophon.surgery.equalise` and `centre`): this is a lock, not a loss of
-knowledge, and it is locked for every domain alike. Without a spread one who takes steps a ``gain``-th of the usual gets
-far as well.
+An attacker who knows takes both out again (`sophon.surgery`: `equalise`, `centre`, `renormalise`), and K-FAC, whose
+steps do not depend on coordinates, gets far: this is a lock, not a loss of knowledge, and it is locked for every domain
+alike. Without a spread one who takes steps a ``gain``-th of the usual gets far as well.
 
 A gain needs the precision to carry it: 1000 asks for float32, 30 is the most that TF32 and float16 carry, and bfloat16
 drowns that. A spread costs no precision.
@@ -40,11 +39,11 @@ from torch import Tensor, nn
 
 from sophon.domains import ImageSet
 from sophon.errors import UserError
-from sophon.models.channels import Interface, channels, interfaces, norm_behind
+from sophon.models.channels import Interface, channels, interfaces
 from sophon.runs import derive_seed
-from sophon.surgery.equalise import scale_channels
+from sophon.surgery.equalise import reader, scale_channels
 from sophon.surgery.moments import channel_moments
-from sophon.surgery.renormalise import ScaleFree, norms, rescale
+from sophon.surgery.renormalise import norms, rescale
 from sophon.tasks import Task
 from sophon.tasks.task import evaluating
 
@@ -142,12 +141,8 @@ def release(
     model = copy.deepcopy(reference)
     model.load_state_dict(trained.state_dict())
     with evaluating(model):
-        for each in found:
-            for reader in each.readers:
-                if reader != "fc":
-                    behind = norm_behind(reader)
-                    read = ScaleFree(reader, model.get_submodule(reader), behind, model.get_submodule(behind), None)
-                    rescale(read, norms(reference.get_submodule(reader), None))
+        for name in (name for each in found for name in each.readers if name != "fc"):
+            rescale(reader(model, name), norms(reference.get_submodule(name), None))
         for gain, common, each in zip(gains, shared, found, strict=True):
             _mix(model, each, gain, common, _norm(reference, each.convolution), measured)
     spread_channels(model, spread, seed)

@@ -15,10 +15,10 @@ def equalise(model: nn.Module, means: Means) -> nn.Module:
 
     A channel that is twice as large where it is written may be read with half the weight: the function does not show
     it, but the steps of all optimizers do, and where channels differ by orders of magnitude no rate suits all. This
-    undoes ``spread`` of ``method=coordinates``, whose gain `centre` and `renormalise` undo. A channel's scale is
-    the root of the summed squares of the weights and biases that BatchNorm writes it with; it becomes one to a factor
-    of the root of two, by powers of two, which round nothing. What reads channels keeps its norm where a
-    normalisation follows. The idea is that of cross-layer equalisation (Nagel et al., 2019).
+    undoes ``spread`` of ``method=coordinates``; `centre`, this once more and `renormalise` undo the rest of it. A
+    channel's scale is the root of the summed squares of the weights and biases that BatchNorm writes it with; it
+    becomes one to a factor of the root of two, by powers of two, which round nothing. What reads channels keeps its
+    norm where a normalisation follows. The idea is that of cross-layer equalisation (Nagel et al., 2019).
 
     Models other than timm's ResNets of plain blocks are left as they are.
     """
@@ -52,11 +52,14 @@ def scale_channels(model: nn.Module, each: Channels, by: Tensor) -> dict[str, Te
     scale(model, each, by)
     factors = {f"{name}.{part}": by for name in each.norms for part in ("weight", "bias")}
     for name, layer in layers.items():
-        divided = (1 / by).view(1, -1, *[1] * (layer.get_parameter("weight").dim() - 2))
-        factors[f"{name}.weight"] = divided
+        factors[f"{name}.weight"] = (1 / by).view(1, -1, *[1] * (layer.get_parameter("weight").dim() - 2))
         if isinstance(layer, nn.Conv2d):
-            behind = norm_behind(name)
-            found = rescale(ScaleFree(name, layer, behind, model.get_submodule(behind), None), wanted[name])
-            factors[f"{name}.weight"] = divided * found[f"{name}.weight"]
-            factors[f"{behind}.weight"] = found[f"{behind}.weight"]
+            for part, factor in rescale(reader(model, name), wanted[name]).items():
+                factors[part] = factors[part] * factor if part in factors else factor
     return {name: factor.to(model.get_parameter(name).dtype) for name, factor in factors.items()}
+
+
+def reader(model: nn.Module, name: str) -> ScaleFree:
+    """Return a convolution that reads an interface, with the normalisation behind it, as `rescale` takes it."""
+    behind = norm_behind(name)
+    return ScaleFree(name, model.get_submodule(name), behind, model.get_submodule(behind), None)
