@@ -49,8 +49,8 @@ def composed(*overrides: str, verb: str = "protect") -> Config:
         return from_omegaconf(hydra.compose("config", overrides=[*overrides, f"verb={verb}"]))
 
 
-def rows() -> dict[str, list[str]]:
-    groups = yaml.safe_load((EXPERIMENTS / "strength" / "methods.yaml").read_text())
+def rows(name: str = "methods.yaml") -> dict[str, list[str]]:
+    groups = yaml.safe_load((EXPERIMENTS / "strength" / name).read_text())
     return {name: overrides for group in groups.values() for name, overrides in group.items()}
 
 
@@ -81,6 +81,44 @@ def test_every_row_composes_and_shares_the_yardstick(name: str) -> None:
         assert mine["optimizer"].items() <= theirs["optimizer"].items()
         assert set(mine["head"]) <= set(theirs["head"])
         assert [each for each in mine["surgery"] if each not in theirs["surgery"]] == [] or name == "pool_reinitialised"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rows("denoisers.yaml"))
+def test_every_row_of_denoisers_shares_the_yardstick(name: str) -> None:
+    config, usual = composed("experiment=bench_d", *rows("denoisers.yaml")[name]), composed("experiment=bench_d")
+    assert (replace(config.guard, patience=0), config.domain, config.model, config.task) == (
+        usual.guard,
+        usual.domain,
+        usual.model,
+        usual.task,
+    )
+    assert config.method.suppression_loss == "dos"
+    assert (config.guard.patience > 0) == (config.method.pool > 0), "whose rates fall is patient"
+    assert config.guard.growth == 1
+    assert (config.method.fixed_norms != "none") == name.endswith("_fixed")
+    support = StrategySampler(config.sampler).support()
+    momentum = name in ("sophon_dos", "dos_pool_momentum")
+    assert set(support["optimizer"]) == ({"momentum"} if momentum else {"momentum", "adam", "adamw"})
+
+
+def test_attacks_on_denoisers_have_every_family_and_their_names_mean_what_they_mean_elsewhere() -> None:
+    bench, usual = (
+        composed("experiment=bench_d", f"attack={name}", verb="audit").attack
+        for name in ("bench_d", "standard_diffusion")
+    )
+    named, known = strategies(bench), strategies(usual)
+    own = {"adam_3e-3", "adam_1e-3_5x"}
+    assert named.keys() - known.keys() == own
+    assert {name: each for name, each in named.items() if name not in own} == {
+        name: each for name, each in known.items() if name in named
+    }
+    assert {each.scope for each in named.values()} == {"all", "last_blocks", "lora"}
+    assert sorted(each.steps for each in named.values())[-2:] == [100, 500]
+    assert [(each.trials, each.steps) for each in bench.search.values()] == [(16, 100)]
+    support = StrategySampler(composed("experiment=bench_d").sampler).support()
+    seen = {name for name, each in named.items() if not fields_outside(support, each)}
+    assert seen == {"momentum_1e-2", "adam_1e-3", "adam_3e-3"}
 
 
 def test_rows_have_names_of_their_own_and_groups_can_be_chosen(tmp_path: Path) -> None:
@@ -370,7 +408,13 @@ def test_a_bench_keeps_to_what_it_began_with(
     rows.write_text(rows.read_text().replace("method=good", "method=better"))
     assert stage("--methods", "good") == 2
     assert "was made with ['method=good'], now ['method=better']" in capsys.readouterr().err
-    (tmp_path / "reference" / "checkpoint" / "model.safetensors").unlink()
+    weights = tmp_path / "reference" / "checkpoint" / "model.safetensors"
+    pipeline = tmp_path / "reference" / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors"
+    pipeline.parent.mkdir()
+    weights.rename(pipeline)
+    assert stage("--methods", "good") == 2, "the same weights, wherever they are, but other rows"
+    assert "was made with" in capsys.readouterr().err
+    pipeline.unlink()
     assert stage("--methods", "good") == 2
     assert "holds no model.safetensors" in capsys.readouterr().err
     assert calls(tmp_path) == []
@@ -461,12 +505,12 @@ def test_the_table_has_means_with_intervals_and_says_what_is_missing(finished: P
     pool = dict(zip(head, found["pool"], strict=True))
     # gaps closed by the search, the best of 200 steps: 0.4, 0.3, 0.2; Student's t at 2 degrees of freedom is 4.30
     assert pool["**worst case**"] == pool["search"] == pool["held out"] == "0.30 ± 0.25"
-    assert pool["intactness loss (points)"] == "2.0 ± 2.5"
+    assert pool["intactness loss"] == "2.0 ± 2.5"
     assert (pool["plain"], pool["surgery"], pool["lora"]) == ("0.50 ± 0.00", "0.70 ± 0.00", "0.80 ± 0.00")
     assert pool["partial"] == "-"
     assert pool["long"] == "0.05 ± 0.00"
     assert (pool["masked share"], pool["norm ratio"]) == ("0.50 ± 0.00", "1.25 ± 0.00")
-    assert (pool["benign harm (points)"], pool["core-minutes"]) == ("2.0 ± 0.0", "11.0 ± 0.0")
+    assert (pool["benign harm"], pool["core-minutes"]) == ("2.0 ± 0.0", "11.0 ± 0.0")
     assert pool["seeds"] == "3"
     mlac = dict(zip(head, found["mlac"], strict=True))
     assert mlac["**worst case**"] == "0.00 (n = 1)"
@@ -497,6 +541,25 @@ def test_results_keep_every_raw_value_and_the_figure_is_drawn(finished: Path) ->
 
     drawn = points(gather(finished / "runs", "audit", 200), ["pool", "tar", "mlac"])
     assert drawn == {"pool": [(1.0, 0.4), (2.0, 0.3), (3.0, 0.2)], "mlac": [(0.5, 0.0)]}
+
+
+def test_losses_of_an_error_are_in_percent_of_it(tmp_path: Path) -> None:
+    from collect import main
+
+    found = audit(70.0, 0.002)
+    found["metric"] = {"name": "eps_mse", "unit": "", "higher_is_better": False}
+    found["intactness"] = {**found["metric"], "before": 0.04, "after": 0.042, "loss": 0.002}
+    found["benign"]["worst_harm"] |= {"value": 0.001, "sgrc": 2.5}
+    for entry in found["attacks"]:  # of errors the larger is the worse for an attacker
+        roles = entry["roles"]
+        roles["unprotected"], roles["scratch"] = roles["scratch"], roles["unprotected"]
+    cell(tmp_path / "runs", "dos", 0, found)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    row = dict(zip(lines(text)["method"], lines(text)["dos"], strict=True))
+    assert (row["intactness loss"], row["benign harm"]) == ("5.0", "2.5")
+    assert "in percent of the error" in text
+    assert "loss on the original domain (percent)" in (tmp_path / "out" / "worst_case.svg").read_text()
 
 
 def test_seeds_of_an_earlier_bench_are_added_and_replace_nothing(

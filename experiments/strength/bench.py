@@ -14,6 +14,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from cells import Bench, Budget, Cell, Controls
@@ -22,6 +23,7 @@ from schedule import Processes, Step, run_steps
 
 import sophon  # noqa: F401 - declares torchvision's operators where its compiled part cannot load
 from sophon.errors import UserError
+from sophon.models import classifiers, pipeline
 from sophon.runs import RunDirectory, sha256_file
 from sophon.tracking import Tracker
 
@@ -77,10 +79,10 @@ def bench_of(options: argparse.Namespace, program: Sequence[str], processes: Pro
 
 
 def _weights(reference: Path) -> Path:
-    for folder in (reference, reference / "checkpoint"):
-        if (folder / "model.safetensors").exists():
-            return folder / "model.safetensors"
-    raise UserError(f"--reference: '{reference}' holds no model.safetensors; give the run_dir of a sophon pretrain")
+    for folder, name in product((reference, reference / "checkpoint"), (classifiers.WEIGHTS, pipeline.WEIGHTS)):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"--reference: '{reference}' holds no {classifiers.WEIGHTS}; give the run_dir of a sophon pretrain")
 
 
 def steps_of(bench: Bench, rows: dict[str, list[str]], seeds: Sequence[int]) -> list[Step]:

@@ -100,12 +100,21 @@ def gap(seed: Row, group: str) -> float | None:
 
 
 def loss(seed: Row) -> float | None:
-    """Return the intactness that a seed's protection cost."""
-    return (seed.get("intactness") or {}).get("loss")
+    """Return the intactness that a seed's protection cost: points of accuracy, or percent of the reference's error."""
+    kept = seed.get("intactness") or {}
+    lost: float | None = kept.get("loss")
+    return lost if lost is None or _in_points(seed) else 100 * lost / kept["before"]
+
+
+def _in_points(seed: Row) -> bool:
+    return (seed.get("intactness") or {}).get("unit") == "%"
 
 
 def _harm(seed: Row) -> float | None:
-    return (seed.get("benign_worst_harm") or {}).get("value")
+    harm = seed.get("benign_worst_harm") or {}
+    # of an error, relative to what the reference gets
+    found: float | None = harm.get("value" if _in_points(seed) else "sgrc")
+    return found
 
 
 def _group(name: str) -> Callable[[Row], float | None]:
@@ -114,12 +123,12 @@ def _group(name: str) -> Callable[[Row], float | None]:
 
 # by heading: what a seed has, and with how many digits it is written
 COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
-    "intactness loss (points)": (loss, 1),
+    "intactness loss": (loss, 1),
     "**worst case**": (_group("worst_case"), 2),
     **{name: (_group(f"family/{name}"), 2) for name in FAMILIES},
     "held out": (_group("exposure/held_out"), 2),
     "long": (_group("long"), 2),
-    "benign harm (points)": (_harm, 1),
+    "benign harm": (_harm, 1),
     "masked share": (lambda seed: seed.get("masked_share"), 2),
     "norm ratio": (lambda seed: seed.get("norm_ratio"), 2),
     "core-minutes": (lambda seed: seed["core_minutes"], 1),
@@ -161,14 +170,20 @@ def table(found: Mapping[str, Row], order: Mapping[str, Iterable[str]]) -> str:
     return "\n\n".join([*parts, *_controls(found)]) + "\n"
 
 
+def _unit(found: Mapping[str, Row]) -> str:
+    audited = [seed for row in found.values() for seed in row["seeds"].values() if "groups" in seed]
+    return "points" if all(map(_in_points, audited)) else "percent"
+
+
 def _controls(found: Mapping[str, Row]) -> list[str]:
-    """Say what the best attack reaches against the models that no method changes; all audits share these attempts."""
+    """Say what units are, and the best against the models that no method changes; all audits share these attempts."""
     for row in found.values():
         for seed in row["seeds"].values():
             roles = seed.get("groups", {}).get("worst_case", {}).get("roles", {})
             if roles.keys() >= set(CONTROLS):
-                best = [f"{role} {roles[role]['mean']:.1f} ({roles[role]['attack']})" for role in CONTROLS]
-                return [f"Worst case without protection, test: {', '.join(best)}."]
+                points, unit = (1, "points") if _in_points(seed) else (4, "percent of the error without protection")
+                best = [f"{role} {roles[role]['mean']:.{points}f} ({roles[role]['attack']})" for role in CONTROLS]
+                return [f"Worst case without protection, test: {', '.join(best)}. Loss and harm in {unit}."]
     return []
 
 
@@ -203,7 +218,8 @@ def main(arguments: Sequence[str]) -> int:
     drawn = points(found, [*order["methods"], *(name for name in found if name not in order["methods"])])
     shown = {name: pairs for name, pairs in drawn.items() if name not in order["ablations"]}
     if shown:
-        draw(dict(sorted(shown.items(), key=lambda item: -mean(y for _, y in item[1]))), options.out / "worst_case.svg")
+        best_first = dict(sorted(shown.items(), key=lambda item: -mean(y for _, y in item[1])))
+        draw(best_first, options.out / "worst_case.svg", _unit(found))
     print(table(found, order))
     return 0
 
