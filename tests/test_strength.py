@@ -735,14 +735,35 @@ def test_kfac_takes_the_same_steps_in_other_coordinates() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_preconditioning_attacker_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_steps_the_models_own_weights_as_torch_does() -> None:
+    import preconditioned
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    before, images = copy.deepcopy(network), torch.randn(5, 2, 4, 4)
+    stepper = preconditioned.Muon(network, 0.1, 0.01)
+    network(images).square().sum().backward()
+    stepper.step(0.5)
+    matrix = torch.nn.Parameter(before[0].weight.detach().clone().reshape(3, 18))
+    matrix.grad = network[0].weight.grad.reshape(3, 18)
+    torch.optim.Muon([matrix], lr=0.05, weight_decay=0.0).step()
+    torch.testing.assert_close(network[0].weight.detach().reshape(3, 18), matrix.detach())
+    assert not torch.equal(network[0].weight, before[0].weight)
+    # Adam's first step is its rate
+    torch.testing.assert_close((network[2].bias - before[2].bias).abs(), torch.full((2,), 0.005), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("optimizer", "setting"), [("kfac", (0.1, 0.01, 1e-3)), ("muon", (0.01, 1e-3))])
+def test_a_preconditioning_attacker_learns(
+    optimizer: str, setting: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import preconditioned
 
     monkeypatch.setattr(preconditioned, "BATCH", 8)
     monkeypatch.setattr(preconditioned, "STEPS", 60)
     model, domain = tiny_model(0).float(), tiny_domain("restricted", ("attack", "select", "test"))
     task, before = ClassificationTask(tiny_spec()), copy.deepcopy(state_of(model))
-    found = preconditioned.attacked(model, task, domain, (0.1, 0.01, 1e-3), 0)
+    found = preconditioned.attacked(model, task, domain, optimizer, setting, 0)
     assert min(found) >= 0
     assert max(found) > task.evaluate(model, domain["select"])
     assert all(torch.equal(value, before[name]) for name, value in state_of(model).items()), "a copy was attacked"

@@ -1,19 +1,21 @@
 """An attacker who preconditions: does an optimizer that no change of coordinates can mislead get through?
 
-    python experiments/strength/preconditioned.py --reference runs/bench_c/seed0/pretrain \
+    python experiments/strength/preconditioned.py --reference runs/bench_c/seed0/pretrain --optimizer kfac \
         --checkpoints runs/strength/coordinates/seed0/protect runs/strength/coordinates/seed1/protect
 
-K-FAC (Martens and Grosse, 2015): a layer's gradient is multiplied by the inverse second moments of its inputs and of
+`kfac` (Martens and Grosse, 2015): a layer's gradient is multiplied by the inverse second moments of its inputs and of
 its output's gradients, so that steps are the same in whatever coordinates a layer's inputs and outputs are. All
-damping is relative to the moments' diagonals. It knows nothing of the protection. The released head is kept, rates
-fall to zero, batches are of 64, and BatchNorm's statistics are estimated anew at the end. Printed are accuracies on
-the attacker's `select` split, for choosing a setting, and on `test`.
+damping is relative to the moments' diagonals. `muon` (torch's own): a layer's momentum is made orthogonal, so that it
+goes as far in every direction of the matrix; that does depend on coordinates. Neither knows of the protection. The
+released head is kept, rates fall to zero, batches are of 64, and BatchNorm's statistics are estimated anew at the end.
+Printed are accuracies on the attacker's `select` split, for choosing a setting, and on `test`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +34,12 @@ from sophon.runs import seed_all
 from sophon.tasks import ClassificationTask
 
 STEPS, BATCH = 200, 64
-# rate, relative damping, and bound of the squared norm that the Fisher matrix gives a step
-SETTINGS = [(0.1, 0.01, 1e-4), (0.1, 0.01, 1e-5), (0.03, 0.1, 1e-4), (0.03, 0.1, 1e-5)]
+SETTINGS = {
+    # rate, relative damping, and bound of the squared norm that the Fisher matrix gives a step
+    "kfac": [(0.1, 0.01, 1e-4), (0.1, 0.01, 1e-5), (0.03, 0.1, 1e-4), (0.03, 0.1, 1e-5)],
+    # rate, and that of Adam for what is no matrix
+    "muon": [(lr, other) for lr in (1e-5, 1e-4, 1e-3, 1e-2, 3e-2) for other in (0.0, 1e-3)],
+}
 MEMORY, MOMENTUM, EVERY = 0.95, 0.9, 10  # of the moments, of the steps, and steps between inversions
 
 
@@ -99,6 +105,39 @@ class KFAC:
                 yield name, [parameter], gradient, gradient / (BATCH * self._moments[name] + 1e-300)
 
 
+class Muon:
+    """Steps of a model's parameters: torch's Muon for the weights of its layers, Adam for all else.
+
+    Args:
+        model: of convolutions, whose filters are rows of a matrix, linear layers and normalisation.
+        lr: Muon's rate.
+        other: Adam's.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, other: float) -> None:
+        weights = [part.weight for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+        # the same memory, as a matrix
+        self._matrices = [(weight, nn.Parameter(weight.detach().flatten(1))) for weight in weights]
+        mine = {id(weight) for weight in weights}
+        rest = [each for each in model.parameters() if id(each) not in mine]
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.Muon([matrix for _, matrix in self._matrices], weight_decay=0.0), lr),
+            (torch.optim.Adam(rest), other),
+        ]
+
+    def step(self, share: float) -> None:
+        """Take a step with ``share`` of the rates."""
+        for weight, matrix in self._matrices:
+            assert weight.grad is not None
+            matrix.grad = weight.grad.flatten(1)
+        for optimizer, lr in self._optimizers:
+            optimizer.param_groups[0]["lr"] = share * lr
+            optimizer.step()
+
+
+OPTIMIZERS: dict[str, type[KFAC] | type[Muon]] = {"kfac": KFAC, "muon": Muon}
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     """Return it as float64, [outputs, all else]."""
     assert parameter.grad is not None
@@ -128,14 +167,19 @@ def _inverse(moments: Tensor, damping: float) -> Tensor:
 
 
 def attacked(
-    model: nn.Module, task: ClassificationTask, domain: Domain, setting: tuple[float, float, float], seed: int
+    model: nn.Module,
+    task: ClassificationTask,
+    domain: Domain,
+    optimizer: str,
+    setting: tuple[float, ...],
+    seed: int,
 ) -> tuple[float, float]:
-    """Fine-tune a copy; return accuracy on select and on test."""
+    """Fine-tune a copy with one of `OPTIMIZERS`, made with ``setting``; return accuracy on select and on test."""
     seed_all(seed)
     model = copy.deepcopy(model)
     task.start_head(model, "kept", domain.classes)
     stream: Iterator[Batch] = batches(domain["attack"], BATCH, torch.Generator().manual_seed(seed))
-    stepper = KFAC(model, *setting)
+    stepper = OPTIMIZERS[optimizer](model, *setting)
     model.train()
     for step in range(STEPS):
         loss = task.attacker_loss(model, next(stream))
@@ -154,16 +198,18 @@ def main(options: argparse.Namespace) -> None:
     domain, task = restricted_domain(options.restricted, reference.spec), ClassificationTask(reference.spec)
     models = {"unprotected": reference.model}
     models |= {str(path): read_checkpoint(path, "--checkpoints").model for path in options.checkpoints}
-    print("| weights | rate | damping | trust | select | test |\n|---|---|---|---|---|---|")
+    names = " | ".join(list(inspect.signature(OPTIMIZERS[options.optimizer]).parameters)[1:])
+    print(f"| weights | {names} | select | test |\n|{'---|' * (names.count('|') + 4)}")
     for name, model in models.items():
-        for setting in SETTINGS:
-            select, test = attacked(model, task, domain, setting, options.seed)
+        for setting in SETTINGS[options.optimizer]:
+            select, test = attacked(model, task, domain, options.optimizer, setting, options.seed)
             print(f"| {name} | {' | '.join(f'{each:g}' for each in setting)} | {select:.1f} | {test:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_attack_options(parser)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="kfac")
     parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="protected ones, or their run_dirs")
     try:
         main(parser.parse_args())
