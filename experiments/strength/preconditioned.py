@@ -38,7 +38,7 @@ SETTINGS = {
     # rate, relative damping, and bound of the squared norm that the Fisher matrix gives a step
     "kfac": [(0.1, 0.01, 1e-4), (0.1, 0.01, 1e-5), (0.03, 0.1, 1e-4), (0.03, 0.1, 1e-5)],
     # rate, and that of Adam for what is no matrix
-    "muon": [(lr, other) for lr in (1e-5, 1e-4, 1e-3, 1e-2, 3e-2) for other in (0.0, 1e-3)],
+    "muon": [(lr, 1e-3) for lr in (1e-4, 1e-3, 1e-2, 0.03, 0.1)],
 }
 MEMORY, MOMENTUM, EVERY = 0.95, 0.9, 10  # of the moments, of the steps, and steps between inversions
 
