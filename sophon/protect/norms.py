@@ -31,6 +31,11 @@ class FixedNorms:
             self._layers = scale_free(model, lambda: task.attacker_loss(model, batch), per=per)
         self._norms = [norms(each.layer, each.axis) for each in self._layers]
 
+    @property
+    def names(self) -> list[str]:
+        """The layers that keep their norms."""
+        return [each.name for each in self._layers]
+
     def restore(self) -> None:
         """Scale each layer back to its norm, in place.
 

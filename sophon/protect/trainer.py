@@ -85,7 +85,10 @@ class Trainer:
         few = original["train"].take(torch.arange(min(8, len(original["train"]))))
         self.kept: list[FixedNorms | BlindReaders] = []
         if method.fixed_norms != "none":
-            self.kept.append(FixedNorms(model, task, Batch(few.images, few.labels), method.fixed_norms))
+            fixed = FixedNorms(model, task, Batch(few.images, few.labels), method.fixed_norms)
+            self.kept.append(fixed)
+            if not fixed.names:
+                tracker.say("method.fixed_norms: no layer of this model feeds a normalisation alone; none is held")
         if method.gains:
             self.kept.append(BlindReaders(model))
         self.at, self.good = self._start(reference)

@@ -81,6 +81,7 @@ def test_a_resnet_in_float32(per: Per) -> None:
 def test_norms_hold_through_training_and_the_optimizer_keeps_its_parameters() -> None:
     model, task = tiny_model(), tiny_task()
     fixed, wanted = FixedNorms(model, task, BATCH), [filters(model, name).norm() for name in CONVOLUTIONS]
+    assert set(CONVOLUTIONS) <= set(fixed.names)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     model.train()
     for batch in tiny_batches(1, 5):
@@ -138,6 +139,7 @@ def test_a_model_without_such_layers_is_left_alone(make: Any, per: Per) -> None:
     """In the U-Net every convolution feeds a sum or a skip connection besides its normalisation."""
     model, task = make()
     fixed = FixedNorms(model, task, BATCH, per)
+    assert fixed.names == []
     disturb(model)
     before = state_of(model)
     fixed.restore()

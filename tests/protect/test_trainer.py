@@ -74,6 +74,10 @@ class Listener(Tracker):
         super().__init__()
         self.told = told
         self.rows: list[dict[str, float]] = []
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
     def log(self, values: Any, step: int) -> None:
         self.rows.append(dict(values))
@@ -726,6 +730,14 @@ def test_norms_stay_the_references(tmp_path: Path) -> None:
     free.run()
     weight = free.model.get_parameter("conv1.weight").flatten(1).norm(dim=1)
     assert not torch.allclose(weight, tiny_model().get_parameter("conv1.weight").flatten(1).norm(dim=1))
+
+
+def test_norms_that_hold_nothing_are_said(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    for model, said in ((plain, True), (tiny_model(), False)):
+        run = trainer(tmp_path, Scripted(), model=model, method=replace(METHOD, fixed_norms="layer"))
+        assert isinstance(run.tracker, Listener)
+        assert any("method.fixed_norms: no layer" in line for line in run.tracker.said) == said
 
 
 def test_last_good_of_a_run_with_a_pool(tmp_path: Path) -> None:
