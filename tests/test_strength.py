@@ -735,11 +735,13 @@ def test_kfac_takes_the_same_steps_in_other_coordinates() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_muon_steps_the_models_own_weights_as_torch_does() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_the_models_own_weights_as_torch_does(layout: torch.memory_format) -> None:
     import preconditioned
 
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    network = network.to(memory_format=layout)
     before, images = copy.deepcopy(network), torch.randn(5, 2, 4, 4)
     stepper = preconditioned.Muon(network, 0.1, 0.01)
     network(images).square().sum().backward()

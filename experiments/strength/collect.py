@@ -181,8 +181,8 @@ def _controls(found: Mapping[str, Row]) -> list[str]:
         for seed in row["seeds"].values():
             roles = seed.get("groups", {}).get("worst_case", {}).get("roles", {})
             if roles.keys() >= set(CONTROLS):
-                points, unit = (1, "points") if _in_points(seed) else (4, "percent of the error without protection")
-                best = [f"{role} {roles[role]['mean']:.{points}f} ({roles[role]['attack']})" for role in CONTROLS]
+                digits, unit = (1, "points") if _in_points(seed) else (4, "percent of the error without protection")
+                best = [f"{role} {roles[role]['mean']:.{digits}f} ({roles[role]['attack']})" for role in CONTROLS]
                 return [f"Worst case without protection, test: {', '.join(best)}. Loss and harm in {unit}."]
     return []
 

@@ -38,7 +38,7 @@ SETTINGS = {
     # rate, relative damping, and bound of the squared norm that the Fisher matrix gives a step
     "kfac": [(0.1, 0.01, 1e-4), (0.1, 0.01, 1e-5), (0.03, 0.1, 1e-4), (0.03, 0.1, 1e-5)],
     # rate, and that of Adam for what is no matrix
-    "muon": [(lr, 1e-3) for lr in (1e-4, 1e-3, 1e-2, 0.03, 0.1)],
+    "muon": [(lr, other) for lr in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1) for other in (0.0, 1e-3)],
 }
 MEMORY, MOMENTUM, EVERY = 0.95, 0.9, 10  # of the moments, of the steps, and steps between inversions
 
@@ -116,8 +116,8 @@ class Muon:
 
     def __init__(self, model: nn.Module, lr: float, other: float) -> None:
         weights = [part.weight for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
-        # the same memory, as a matrix
-        self._matrices = [(weight, nn.Parameter(weight.detach().flatten(1))) for weight in weights]
+        # copies, for filters may lie in memory as channels_last, where a matrix of them is no view
+        self._matrices = [(weight, nn.Parameter(weight.detach().flatten(1).clone())) for weight in weights]
         mine = {id(weight) for weight in weights}
         rest = [each for each in model.parameters() if id(each) not in mine]
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [
@@ -133,6 +133,9 @@ class Muon:
         for optimizer, lr in self._optimizers:
             optimizer.param_groups[0]["lr"] = share * lr
             optimizer.step()
+        with torch.no_grad():
+            for weight, matrix in self._matrices:
+                weight.copy_(matrix.view(weight.shape))
 
 
 OPTIMIZERS: dict[str, type[KFAC] | type[Muon]] = {"kfac": KFAC, "muon": Muon}

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from sophon.domains import Batch
-from sophon.models import ModelSpec
+from sophon.models import ModelSpec, build
 from sophon.protect.norms import FixedNorms
 from sophon.surgery.renormalise import Per
-from sophon.tasks import ClassificationTask
+from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.surgery.surgical import changed, outputs, resnet
-from tests.tiny import CLASSES, SIZE, assert_same_state, state_of, tiny_batches, tiny_denoising, tiny_model, tiny_task
+from tests.tiny import (
+    CLASSES,
+    SIZE,
+    assert_same_state,
+    state_of,
+    tiny_batches,
+    tiny_denoising,
+    tiny_model,
+    tiny_task,
+    tiny_unet_spec,
+)
 from tests.tiny import tiny_unet as make_unet
 
 BATCH = tiny_batches(0, 1)[0]
@@ -144,6 +156,22 @@ def test_a_model_without_such_layers_is_left_alone(make: Any, per: Per) -> None:
     before = state_of(model)
     fixed.restore()
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("per", ["layer", "channel"])
+def test_a_unet_whose_embedding_comes_after_the_normalisation_has_norms_to_fix(per: Per) -> None:
+    spec = tiny_unet_spec()
+    spec = replace(spec, model_args={**spec.model_args, "resnet_time_scale_shift": "scale_shift"})
+    torch.manual_seed(0)
+    model, task = build(spec).double(), DenoisingTask(spec, suppression_loss="dos", dtype=torch.float64)
+    fixed = FixedNorms(model, task, BATCH, per)
+    blocks = [name for name, part in model.named_modules() if isinstance(part, ResnetBlock2D)]
+    assert {f"{name}.conv1" for name in blocks} <= set(fixed.names)
+    wanted = {name: filters(model, name).norm() for name in fixed.names}
+    disturb(model)
+    fixed.restore()
+    for name, norm in wanted.items():
+        assert filters(model, name).norm().item() == pytest.approx(norm.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("make", [lambda: (tiny_model(), tiny_task()), lambda: (make_unet(), tiny_denoising())])
