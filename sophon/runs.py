@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sophon.errors import UserError
+from sophon.paths import explained
 
 _METADATA_KEY = "sophon"
 _RUN_FORMAT = 1
@@ -32,7 +33,7 @@ def sha256_file(path: str | Path) -> str:
     Raises:
         UserError: the file cannot be read.
     """
-    with _explained(path, "read"), Path(path).open("rb") as file:
+    with explained(path, "read"), Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -65,17 +66,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@contextlib.contextmanager
-def _explained(path: str | Path, action: str) -> Iterator[None]:
-    """Turn an `OSError` into a one-line `UserError`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"cannot {action} {path}: no such file or folder") from error
-    except OSError as error:
-        raise UserError(f"cannot {action} {path}: {error.strerror or error}") from error
-
-
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file so that it holds all of ``data`` or, on any failure, what it held before.
 
@@ -83,7 +73,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         UserError: the file system refuses (full, read-only, not permitted, ...).
     """
     path = Path(path)
-    with _explained(path, "write"):
+    with explained(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -117,7 +107,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         UserError: it is missing, unreadable or not JSON.
     """
-    with _explained(path, "read"):
+    with explained(path, "read"):
         data = Path(path).read_bytes()
     try:
         return json.loads(data)
@@ -152,7 +142,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: the file is missing, unreadable, truncated or corrupt.
     """
     try:
-        with _explained(path, "read"), safe_open(str(path), framework="pt") as file:
+        with explained(path, "read"), safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         return tensors, json.loads(metadata.get(_METADATA_KEY, "{}"))
@@ -173,11 +163,11 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise UserError(f"cannot write {target}: a file that is not a folder is in the way")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    with _explained(target, "write"):
+    with explained(target, "write"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     try:
-        with _explained(target, "write"):
+        with explained(target, "write"):
             yield temporary
             _swap(temporary, target)
     finally:
@@ -223,7 +213,7 @@ class RunDirectory:
         """
         path = Path(path)
         identity = json.loads(json.dumps(identity, allow_nan=False))
-        with _explained(path, "write"):
+        with explained(path, "write"):
             path.mkdir(parents=True, exist_ok=True)
             # A first start that died while it wrote run.json leaves only a hidden temporary file.
             empty = all(entry.name.startswith(".run.json.") for entry in path.iterdir())
