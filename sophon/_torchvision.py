@@ -3,16 +3,23 @@
 torchvision's ordinary wheel is a CUDA build. Next to a CPU-only torch its ``_C`` library cannot load, and
 ``import torchvision`` (so also timm and torchmetrics) raises "operator torchvision::nms does not exist". Models,
 transforms and data sets need no operator of that library, so declaring the two that torchvision refers to while it is
-imported is enough. Where the library loads, nothing is done.
+imported is enough. Where the library loads, nothing is done. It happens when torchvision is first imported, by
+whomever, so that ``import sophon`` itself waits for neither.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -21,10 +28,28 @@ _SCHEMAS = (
 _declared: list[torch.library.Library] = []  # a Library unregisters its schemas when it is collected
 
 
-def ensure_torchvision_imports() -> None:
+class _OnFirstImport:
+    """A finder that finds nothing, but declares what torchvision needs when somebody looks for it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            _declare_operators()
+        return None
+
+
+def mend_on_import() -> None:
+    """Let the first ``import torchvision`` of this process succeed."""
+    if "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, _OnFirstImport())
+
+
+def _declare_operators() -> None:
     """Declare torchvision's operators when its compiled library is there but cannot be loaded."""
+    import torch
+
     spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None or _declared:
+    if spec is None or spec.origin is None:
         return
     for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
         with contextlib.suppress(OSError):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +24,7 @@ from sophon import __version__
 from sophon.config import ComposedConfig
 from sophon.errors import GuardError, UserError
 from sophon.validation import from_omegaconf
-from sophon.verbs import ACTIONS, VERBS
+from sophon.verbs import VERBS, action
 
 USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted domain, and audit how well that holds
 
@@ -64,9 +63,12 @@ ConfigStore.instance().store(name="schema", node=ComposedConfig)
 def _run(config: DictConfig) -> None:
     try:
         typed = from_omegaconf(config)
+        run = action(typed.verb)
         if typed.threads:
+            import torch
+
             torch.set_num_threads(typed.threads)
-        ACTIONS[typed.verb](typed)
+        run(typed)
     except (UserError, GuardError, KeyboardInterrupt) as error:
         # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
         if HydraConfig.get().mode is RunMode.MULTIRUN:

@@ -11,14 +11,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sophon.errors import UserError, choose
 
-Parameters = Iterable[Tensor]
+if TYPE_CHECKING:  # the vocabulary serves help and refusals, which must not wait for torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -136,28 +135,26 @@ LORA_LAYERS = ("all", "convolutions", "linears", "attention")
 HEADS = ("kept", "fresh", "probed")
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
 
-# Every optimizer an attacker may use, with the settings that its name implies. Both engines of the simulation and the
-# audit build it from here; all defaults not named are torch's own.
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {}),
-    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
-    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    "adam": (torch.optim.Adam, {}),
-    "adamw": (torch.optim.AdamW, {}),
-    "adagrad": (torch.optim.Adagrad, {}),
-    "adadelta": (torch.optim.Adadelta, {}),
-    "rmsprop": (torch.optim.RMSprop, {}),
+# Every optimizer an attacker may use: its class in torch.optim, with the settings that its name implies. Both engines
+# of the simulation and the audit build it from here; all defaults not named are torch's own.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {}),
+    "momentum": ("SGD", {"momentum": 0.9}),
+    "nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
+    "adam": ("Adam", {}),
+    "adamw": ("AdamW", {}),
+    "adagrad": ("Adagrad", {}),
+    "adadelta": ("Adadelta", {}),
+    "rmsprop": ("RMSprop", {}),
 }
 
 
 # Whose fused kernels were measured to be faster than torch's default, by device: on the CPU that of SGD is not.
-_FUSED: dict[str, tuple[type[torch.optim.Optimizer], ...]] = {
-    "cpu": (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad),
-}
+_FUSED: dict[str, tuple[str, ...]] = {"cpu": ("Adam", "AdamW", "Adagrad")}
 
 
 def build_optimizer(
-    strategy: FineTuneStrategy, parameters: Parameters, *, fused: bool = False
+    strategy: FineTuneStrategy, parameters: Iterable[Tensor], *, fused: bool = False
 ) -> torch.optim.Optimizer:
     """Make the strategy's torch optimizer over ``parameters`` at its peak learning rate.
 
@@ -168,10 +165,13 @@ def build_optimizer(
             by less than 1e-5 of a step, and the last bit of a weight. The kernel takes gradients and moments to lie in
             memory as the parameters do, and does not check: leave gradients to ``backward()``, which sees to it.
     """
-    optimizer, settings = OPTIMIZERS[strategy.optimizer]
+    import torch
+
+    name, settings = OPTIMIZERS[strategy.optimizer]
     owned = list(parameters)
-    if fused and all(optimizer in _FUSED.get(parameter.device.type, ()) for parameter in owned):
+    if fused and all(name in _FUSED.get(parameter.device.type, ()) for parameter in owned):
         settings = {**settings, "fused": True}
+    optimizer: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     return optimizer(owned, lr=strategy.lr, weight_decay=strategy.weight_decay, **settings)  # type: ignore[call-arg]
 
 
@@ -314,6 +314,7 @@ class StrategySampler:
 
     def sample(self, generator: torch.Generator) -> FineTuneStrategy:
         """Draw one strategy; ``generator`` (on the CPU) is the only source of randomness."""
+        import torch
 
         def pick(values: list[Any]) -> Any:
             return values[int(torch.randint(len(values), (), generator=generator))]
@@ -331,6 +332,8 @@ class StrategySampler:
 
     def steps(self, generator: torch.Generator) -> int:
         """Draw a number of steps."""
+        import torch
+
         fewest, most = self.config.steps
         return int(torch.randint(fewest, most + 1, (), generator=generator))
 

@@ -142,7 +142,7 @@ def stepper(bench: Bench, kind: str, **settings: bool) -> Pair:
         torch.manual_seed(0)
         for parameter in model.parameters():
             parameter.grad = 0.01 * torch.randn_like(parameter)
-        works.append(optimizer(model.parameters(), lr=1e-4, **own, **chosen).step)  # type: ignore[call-arg]
+        works.append(getattr(torch.optim, optimizer)(model.parameters(), lr=1e-4, **own, **chosen).step)
     return Pair(*works, lambda: (moved(bench.model, models[0]), moved(bench.model, models[1])))
 
 

@@ -108,7 +108,9 @@ def uninterrupted(
     """Fine-tune a copy with plain torch.optim; return its state and its optimizer's moments after every step."""
     kind, options = OPTIMIZERS[plan.optimizer]
     attacker, task = copy.deepcopy(model).train(), tiny_task()
-    optimizer: Any = kind(attacker.parameters(), lr=1.0, weight_decay=plan.weight_decay, **options)  # type: ignore[call-arg]
+    optimizer: Any = getattr(torch.optim, kind)(
+        attacker.parameters(), lr=1.0, weight_decay=plan.weight_decay, **options
+    )
     states, moments = [], []
     for step, batch in enumerate(adapt):
         optimizer.param_groups[0]["lr"] = plan.lr * FACTORS[plan.schedule][step]
