@@ -20,7 +20,7 @@ from sophon.runs import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy
 from sophon.surgery import operate, restate
 from sophon.surgery.means import Means
-from sophon.tasks import Task
+from sophon.tasks import Measured, Task
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Outcome:
     Attributes:
         model: what the attacker has in the end; not the model handed in if surgery put another in its place.
         curve: (steps done, metric on the attacker's ``select`` split), the start included.
-        test: the metric on ``test``, read once, after the last step; NaN where it was not to be read.
+        test: the metric on ``test`` with its sampling error, read once, after the last step; NaN of no images where it
+            was not to be read.
         finished: whether the loss stayed finite to the end.
         seconds: wall time of the whole attempt; of attempts trained together, an equal share of theirs.
         flops: of all its training (forward and backward).
@@ -40,7 +41,7 @@ class Outcome:
 
     model: nn.Module
     curve: list[tuple[int, float]]
-    test: float
+    test: Measured
     finished: bool
     seconds: float
     flops: float
@@ -120,7 +121,9 @@ class Attacker:
     def outcome(self, finished: bool) -> Outcome:
         """Return what came of it, with ``test`` if that is to be read; ``finished``: the loss stayed finite."""
         model = self._measured()
-        test = self.task.evaluate(model, self._restricted["test"]) if self._read_test else math.nan
+        test = (
+            self.task.measure(model, self._restricted["test"]) if self._read_test else Measured(math.nan, math.nan, 0)
+        )
         seconds = time.perf_counter() - self._start
         return Outcome(model, self._curve, test, finished, seconds, self._flops, self._prepared)
 

@@ -5,9 +5,19 @@ from sophon.errors import choose
 from sophon.models import ModelSpec
 from sophon.tasks.classification import ClassificationTask
 from sophon.tasks.denoising import DenoisingTask
-from sophon.tasks.task import Metric, Task, evaluating
+from sophon.tasks.task import Measured, Metric, Task, evaluating
 
-__all__ = ["TASKS", "ClassificationTask", "DenoisingTask", "Metric", "Task", "evaluating", "kind_of", "make_task"]
+__all__ = [
+    "TASKS",
+    "ClassificationTask",
+    "DenoisingTask",
+    "Measured",
+    "Metric",
+    "Task",
+    "evaluating",
+    "kind_of",
+    "make_task",
+]
 
 TASKS: dict[str, type[ClassificationTask] | type[DenoisingTask]] = {
     "classification": ClassificationTask,

@@ -18,7 +18,7 @@ from sophon.models import ModelSpec
 from sophon.models.classifiers import LIBRARIES, blocks, head_prefix, with_fresh_head
 from sophon.models.partition import Block, attention
 from sophon.strategies import SCOPES
-from sophon.tasks.task import Metric, evaluating, within_scope
+from sophon.tasks.task import Measured, Metric, evaluating, within_scope
 
 
 class ClassificationTask:
@@ -136,6 +136,12 @@ class ClassificationTask:
             for batch in evaluation_batches(images, self.evaluation_batch_size):
                 correct += int((self.logits(model, batch.images).argmax(1) == batch.labels).sum())
         return 100 * correct / len(images)
+
+    def measure(self, model: nn.Module, images: ImageSet) -> Measured:
+        """Return the accuracy in percent with Agresti and Coull's binomial error, which is not 0 at 0 or 100 %."""
+        value, count = self.evaluate(model, images), len(images)
+        part = (value / 100 * count + 2) / (count + 4)
+        return Measured(value, 100 * math.sqrt(part * (1 - part) / (count + 4)), count)
 
     def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """Return the mean cross-entropy."""

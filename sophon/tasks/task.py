@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,21 @@ class Metric:
     name: str
     unit: str
     higher_is_better: bool
+
+
+class Measured(NamedTuple):
+    """A primary metric with its sampling error.
+
+    Attributes:
+        value: the metric.
+        standard_error: of ``value``, in its unit: how much it would move with other images of the same kind; > 0
+            wherever it can be told, NaN where ``value`` is not finite.
+        images: how many were measured.
+    """
+
+    value: float
+    standard_error: float
+    images: int
 
 
 class Task(Protocol):
@@ -59,6 +74,9 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the primary metric; leaves the model, its modes and the global generator as they were."""
+
+    def measure(self, model: nn.Module, images: ImageSet) -> Measured:
+        """Return the primary metric with its sampling error, under the same promises as `evaluate`."""
 
     def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """Return further measurements by name, of the same images, under the same promises as `evaluate`."""

@@ -95,7 +95,7 @@ def test_reads_the_attackers_splits_only_and_test_once_at_the_end(head: str) -> 
     assert all(images is RESTRICTED["select"] for images in task.measured[:-1])
     owned = pixels(RESTRICTED["attack"].images)
     assert all(set(pixels(batch.images)) <= set(owned) for batch in task.trained)
-    assert 0 <= outcome.test <= 100
+    assert 0 <= outcome.test.value <= 100
     assert outcome.seconds > 0
 
 
@@ -126,8 +126,8 @@ def test_curve_and_test_measure_the_model_as_it_is_then() -> None:
     outcome = run(replace(PLAN, steps=60), model=model)
     assert outcome.curve[0] == (0, start)
     assert outcome.curve[-1] == (60, task.evaluate(model, RESTRICTED["select"]))
-    assert outcome.test == task.evaluate(model, RESTRICTED["test"])
-    assert outcome.test > start + 20
+    assert outcome.test == task.measure(model, RESTRICTED["test"])
+    assert outcome.test.value > start + 20
 
 
 def test_restated_statistics_are_those_of_the_weights_as_they_are_then() -> None:
@@ -147,7 +147,7 @@ def test_restated_statistics_are_those_of_the_weights_as_they_are_then() -> None
     task.logits(model, RESTRICTED["attack"].images)  # the attacker's images, once: a mean over many batches is near it
     found = restated.model.get_submodule("bn1")
     assert torch.allclose(norm.running_mean, found.running_mean, rtol=0.05, atol=0.05 * found.running_mean.abs().max())
-    assert restated.test == task.evaluate(restated.model, RESTRICTED["test"])
+    assert restated.test == task.measure(restated.model, RESTRICTED["test"])
     assert restated.curve[-1] == (12, task.evaluate(restated.model, RESTRICTED["select"]))
 
 
@@ -159,7 +159,7 @@ def test_no_steps_are_no_attack(head: str) -> None:
     assert outcome.model is model
     assert outcome.finished
     assert outcome.flops == outcome.prepared_flops == 0
-    assert outcome.test == tiny_task().evaluate(model, RESTRICTED["test"])
+    assert outcome.test == tiny_task().measure(model, RESTRICTED["test"])
     differing = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert differing == (set() if head == "kept" else {"fc.weight", "fc.bias"})
 
@@ -170,7 +170,7 @@ def test_a_search_does_not_read_test(steps: int) -> None:
     domain = Reading("restricted", CLASSES, RESTRICTED.splits, RESTRICTED.hashes)
     task, plan = Watching(), replace(PLAN, steps=steps)
     outcome = attack(tiny_model(), plan, task, domain, spec=tiny_spec(), seed=0, eval_points=3, read_test=False)
-    assert math.isnan(outcome.test)
+    assert math.isnan(outcome.test.value)
     assert set(reads) == {"attack", "select"}
     assert all(images is RESTRICTED["select"] for images in task.measured)
     assert outcome.curve == run(plan).curve
@@ -326,7 +326,7 @@ def test_divergence_is_reported_and_measured() -> None:
     assert outcome.curve[0][0] == 0
     assert outcome.curve[-1][0] < 20
     assert all(math.isfinite(value) for _, value in outcome.curve)
-    assert math.isfinite(outcome.test)
+    assert math.isfinite(outcome.test.value)
 
 
 def test_domain_is_never_changed() -> None:
