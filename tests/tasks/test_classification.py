@@ -64,7 +64,9 @@ def test_accuracy_by_hand_counts_the_short_last_batch() -> None:
     assert model.seen == [3, 3, 1]
     assert model.training
     labels[6] = 0
-    assert task.evaluate(model, images) == pytest.approx(100 * 6 / 7)
+    assert task.measure(model, images) == pytest.approx((100 * 6 / 7, 100 * (8 / 11 * 3 / 11 / 11) ** 0.5, 7))
+    labels[:] = said
+    assert task.measure(model, images).standard_error > 10  # seven of seven say little
     assert (task.metric.name, task.metric.unit, task.metric.higher_is_better) == ("accuracy", "%", True)
 
 

@@ -398,6 +398,17 @@ def test_who_says_nothing_errs_by_the_noises_own_power() -> None:
     assert (task.metric.name, task.metric.unit, task.metric.higher_is_better) == ("eps-MSE", "", False)
 
 
+def test_sampling_error_leaves_out_what_the_timesteps_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, timesteps = task_of(spec()), torch.arange(1000).flip(0)
+    scatter = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(task, "_errors", lambda model, images: (timesteps, 1000 / (1 + timesteps) + scatter))
+    found = task.measure(Recorder(), images_of(4))
+    assert found.images == 1000
+    assert found.standard_error < 0.6 * float((1000 / (1 + timesteps.double())).std()) / 1000**0.5
+    monkeypatch.setattr(task, "_errors", lambda model, images: (timesteps, scatter))
+    assert task.measure(Recorder(), images_of(4)).standard_error == pytest.approx(1000**-0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_evaluate_by_hand(kind: str) -> None:
     of, images = spec(kind), images_of(6)
