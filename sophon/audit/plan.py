@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from sophon import surgery
-from sophon.audit import search
 from sophon.audit.adapters import add_adapters
 from sophon.audit.verdict import ORACLE, ROLES
 from sophon.config import AttackConfig, SearchConfig
@@ -245,6 +244,8 @@ class Plan:
 
     def _narrowed(self, name: str, config: SearchConfig) -> SearchConfig:
         """Take out of a search's choices those values that do not fit the models."""
+        from sophon.audit import search  # optuna takes a second to import
+
         search.check(name, config)
         if name in self.named:
             raise UserError(f"attack.search.{name}: the name of another attack; rename one of them")

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sophon.audit import search
 from sophon.audit.attacks import Attacker, Outcome, attack
 from sophon.audit.gallery import image_grid
 from sophon.audit.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
@@ -168,6 +167,8 @@ class Runner:
 
     def _search(self, key: str, job: Search, on_trial: Callable[[str], None]) -> Record:
         """Search for the strategy that does best on ``select``, then run it on several seeds and read ``test``."""
+        from sophon.audit import search  # optuna takes a second to import
+
         task, config = self.scene.task, job.config
         seed = derive_seed(self.seed, "search", job.name)
 

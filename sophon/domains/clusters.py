@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.vq import ClusterError, kmeans2, vq
 from torch import Tensor
 
 from sophon.domains.batches import evaluation_batches
@@ -43,6 +42,8 @@ def with_clusters(
     Raises:
         UserError: ``adapt`` does not fall into so many clusters.
     """
+    from scipy.cluster.vq import vq  # takes a second to import, for labels that are seldom missing
+
     points = {name: _features(images, features) for name, images in domain.splits.items()}
     centres = _centres(points["adapt"], clusters, seed)
     if centres is None:
@@ -69,6 +70,8 @@ def _features(images: ImageSet, features: Callable[[Tensor], Tensor]) -> NDArray
 
 def _centres(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32] | None:
     """Return the centres [clusters, D] of the tightest start that leaves no cluster empty; None if each does."""
+    from scipy.cluster.vq import ClusterError, kmeans2, vq
+
     best, least = None, math.inf
     for start in range(_STARTS if clusters <= len(points) else 0):
         generator = np.random.default_rng(derive_seed(seed, "clusters", start))

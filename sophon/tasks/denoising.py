@@ -9,7 +9,6 @@ from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from sophon import losses
@@ -80,6 +79,8 @@ class DenoisingTask:
         self.sample_steps = sample_steps
         self.amp = amp
         self.dtype = dtype
+        from diffusers import DDPMScheduler  # not above: classifiers need not wait for it
+
         self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
         self._signal = self.scheduler.alphas_cumprod.to(torch.float64)
         self._suppressed = max(1, round(suppression_timesteps * len(self._signal)))
@@ -262,6 +263,8 @@ class DenoisingTask:
         return pixels.nan_to_num(0).round().to(torch.uint8).cpu()
 
     def _denoised(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        from diffusers import DDIMScheduler
+
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(min(self.sample_steps, len(self._signal)), device=images.device)
         for timestep in scheduler.timesteps:
