@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from sophon import __version__
-from sophon.protect.reinforce import Reinforcer
+from sophon.protect.ntr import NTR
 from sophon.protect.state import last_good
 from sophon.protect.trainer import Trainer
 from sophon.runs import read_tensors
@@ -598,9 +598,9 @@ def test_wandb_online_without_a_key_is_wrong_input(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_protection_saves_and_goes_on_to_the_bit(made: Path, copied: Path, number: int) -> None:
     command = (*PROTECT, NEW, "guard.every=3")  # no state is due before the end
-    whole, calls = Reinforcer.run, 0
+    whole, calls = NTR.run, 0
 
-    def interrupting(self: Reinforcer, *arguments: Any, **options: Any) -> float:
+    def interrupting(self: NTR, *arguments: Any, **options: Any) -> float:
         nonlocal calls
         calls += 1
         if calls == 2:
@@ -608,7 +608,7 @@ def test_an_interrupted_protection_saves_and_goes_on_to_the_bit(made: Path, copi
         return whole(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reinforcer, "run", interrupting)
+        patch.setattr(NTR, "run", interrupting)
         assert "interrupted" in refusal(sophon(copied, *command), 130)
     assert calls == 2, "the round in progress is the last"
     assert read_tensors(copied / "new" / "state.safetensors")[1]["round"] == 2

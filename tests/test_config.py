@@ -27,8 +27,8 @@ from sophon.domains.sources import BUNDLED, SOURCES, TORCHVISION
 from sophon.errors import UserError
 from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
 from sophon.models import ModelSpec, build, classifiers, diffusion
-from sophon.protect.simulate import GAMMAS
-from sophon.protect.suppress import ENGINES
+from sophon.protect.fts import ENGINES
+from sophon.protect.inner_loop import GAMMAS
 from sophon.runs import resolve_device
 from sophon.strategies import SCHEDULES, FineTuneStrategy, StrategySampler
 from sophon.tasks import TASKS, make_task

@@ -21,7 +21,7 @@ from methods import LEARNING_RATES, METHODS, Outcome, Work
 from records import machine
 from torch import Tensor, nn
 
-from sophon.protect.simulate import query_weights
+from sophon.protect.inner_loop import query_weights
 from sophon.strategies import FineTuneStrategy
 
 OTHER = "other queries"  # the exact gradient of other query batches: how far apart any two draws are

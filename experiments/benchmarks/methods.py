@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.domains import Batch
 from sophon.protect.first_order import first_order
+from sophon.protect.inner_loop import query_weights
 from sophon.protect.second_order import second_order
-from sophon.protect.simulate import query_weights
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sophon.protect.first_order import first_order
-from sophon.protect.simulate import frozen_statistics, query_weights, recording_layers
+from sophon.protect.inner_loop import frozen_statistics, query_weights, recording_layers
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer
 
 Work = Callable[[], Any]

@@ -27,8 +27,8 @@ from records import machine, machines, markdown, put_cell
 from sophon.config import MethodConfig
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
-from sophon.protect.reinforce import Reinforcer
-from sophon.protect.suppress import Suppressor
+from sophon.protect.fts import FTS
+from sophon.protect.ntr import NTR
 from sophon.runs import resolve_device, write_text
 from sophon.strategies import SamplerConfig, StrategySampler
 from sophon.tracking import Tracker
@@ -83,16 +83,16 @@ def alternation(options: argparse.Namespace, device: torch.device) -> tuple[Call
     few = random_batch(spec, 2, generator, device)
     size = Model(forward_flops(model, task, few), sum(parameter.numel() for parameter in model.parameters()), 0)
     restricted = Domain("random", CLASSES, images, {})
-    suppressor = Suppressor(model, task, [restricted], StrategySampler(sampler), method, seed=0)
-    reinforcer = Reinforcer(model, reference, task, images["train"], method, seed=0)
+    fts = FTS(model, task, [restricted], StrategySampler(sampler), method, seed=0)
+    ntr = NTR(model, reference, task, images["train"], method, seed=0)
     if options.compile:
         # the copies that attackers run on; a copy of a compiled model would not be compiled
-        for module in (model, *suppressor.attackers.copies()):
+        for module in (model, *fts.attackers.copies()):
             module.compile()
 
     def one(number: int) -> None:
-        suppressor.step(number, 0)
-        reinforcer.run(1, number)
+        fts.step(number, 0)
+        ntr.run(1, number)
 
     return one, round_flops(size, work)
 

@@ -68,7 +68,7 @@ class MethodConfig:
             many times what an interface's channels share outweighs what they tell, > 0, one number for all interfaces
             or one for each; empty for ordinary coordinates. For timm's ResNets, without autocast.
         spread: with ``gains``, the largest scale of an interface's channels over the smallest, >= 1, in powers of two.
-        engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.suppress.ENGINES`).
+        engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.fts.ENGINES`).
         segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
             twice: ``segment`` >= K is fastest and needs the most.
@@ -81,7 +81,7 @@ class MethodConfig:
         ntr_lr: Adam's rate of NTR (beta).
         schedule: a key of `sophon.strategies.SCHEDULES`: how both rates go over the rounds.
         attackers: attackers simulated for each FTS step (N).
-        gamma: weights of the inner steps' query losses, a key of `sophon.protect.simulate.GAMMAS`; they sum to 1.
+        gamma: weights of the inner steps' query losses, a key of `sophon.protect.inner_loop.GAMMAS`; they sum to 1.
             With a pool they weigh the steps of one turn.
         query_every: a query after every so many inner steps (and after the last).
         query_batch_size: images of a query.

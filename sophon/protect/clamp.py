@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.config import ClampConfig
 from sophon.domains import Batch
-from sophon.protect.simulate import Query, rewinder, standing_at
+from sophon.protect.inner_loop import Query, rewinder, standing_at
 from sophon.tasks import Task
 
 

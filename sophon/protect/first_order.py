@@ -1,4 +1,4 @@
-"""The engine that takes the inner gradients as constants: it streams; see `sophon.protect.simulate`."""
+"""The engine that takes the inner gradients as constants: it streams; see `sophon.protect.inner_loop`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sophon.domains import Batch
-from sophon.protect import regions
-from sophon.protect.moments import moments_of, restore_moments
+from sophon.protect.inner_loop import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
 from sophon.protect.objectives import PLAIN
-from sophon.protect.simulate import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
+from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
@@ -48,22 +47,24 @@ def first_order(
     done = 0
     if past is not None:
         done = past.steps
-        restore_moments(optimizer, past.moments)
+        restore_optimizer(optimizer, past.optimizer_state)
         _lay_out(optimizer)
     total = _Total(attacker, trainable, objectives)
     way = _Way(trainable, gammas, begun=past is None, remembers=any(each.remembers for each in objectives))
     query_losses, attacker_losses = [], []
     for step, gamma in enumerate(gammas):
-        attacker_losses.append(_attack(attacker, task, _drawn(adapt)))
-        with record_function(regions.ATTACKER_STEP):
+        with record_function("sophon: attacker's step"):
+            loss = task.attacker_loss(attacker, next(adapt))
+            loss.backward()  # type: ignore[no-untyped-call]
+            attacker_losses.append(loss.detach())
             lr = _set_learning_rate(optimizer, strategy, done + step)
             way.before_step(step)
             optimizer.step()
             optimizer.zero_grad()
         if gamma:
-            query_losses.append(total.add(task, _drawn(query), gamma, way.query(step, lr)))
+            query_losses.append(total.add(task, next(query), gamma, way.query(step, lr)))
     attacker.requires_grad_(True)
-    return Simulation(total.gradients(), floats(query_losses), floats(attacker_losses), moments_of(optimizer))
+    return Simulation(total.gradients(), floats(query_losses), floats(attacker_losses), optimizer_state(optimizer))
 
 
 class _Way:
@@ -120,7 +121,7 @@ class _Total:
 
     def add(self, task: Task, batch: Batch, gamma: float, query: Query) -> Tensor:
         """Add the objectives' gradients; return the value of the first."""
-        with record_function(regions.QUERY_PASS):
+        with record_function("sophon: query"):
             self._attend(True)
             for parameter, summed in zip(self.parameters.values(), self.sums, strict=True):
                 parameter.grad = summed
@@ -141,25 +142,12 @@ class _Total:
             parameter.requires_grad = queried
 
 
-def _drawn(batches: Iterator[Batch]) -> Batch:
-    with record_function(regions.BATCH):
-        return next(batches)
-
-
-def _attack(model: nn.Module, task: Task, batch: Batch) -> Tensor:
-    """Leave the gradient of the attacker's loss, which is returned, on the parameters that require one."""
-    with record_function(regions.ATTACKER_PASS):
-        loss = task.attacker_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Let moments lie in memory as their parameters do; from a file they come contiguous."""
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
+    """Let an optimizer's state lie in memory as its parameters do; from a file it comes contiguous."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
             if isinstance(value, Tensor) and value.stride() != parameter.stride() and value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(value)
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrategy, step: int) -> float:

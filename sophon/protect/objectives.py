@@ -1,6 +1,6 @@
 """What the defender asks at the queries of a simulation: suppression, and what may be asked with it or instead.
 
-Each is an `Objective` (see `sophon.protect.simulate`); `objectives_of` makes those of a configuration.
+Each is an `Objective` (see `sophon.protect.inner_loop`); `objectives_of` makes those of a configuration.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.losses import ill_conditioning
 from sophon.protect.clamp import Clamp
-from sophon.protect.simulate import Objective, Query, rewinder, standing_at
+from sophon.protect.inner_loop import Objective, Query, rewinder, standing_at
 from sophon.tasks import Task
 
 

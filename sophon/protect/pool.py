@@ -30,7 +30,7 @@ class Member:
         displacement: by parameter, from its factor times the released weight.
         buffers: those that its training has changed, normalisation statistics among them; all others are the released
             ones, as a frozen backbone's statistics are.
-        moments: of its optimizer.
+        optimizer_state: of its optimizer.
         factors: by parameter, of a shape that the parameter's contains; 1 for those that are not named. 0 for a head
             that is not released, so that its displacement is its value.
         domain: which of the restricted domains it fine-tunes for.
@@ -40,12 +40,12 @@ class Member:
     taken: int
     displacement: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
     factors: dict[str, Tensor] = field(default_factory=dict)
     domain: int = 0
 
 
-_PARTS = ("displacement", "buffers", "moments", "factors")
+_PARTS = ("displacement", "buffers", "optimizer_state", "factors")
 
 
 class Pool:
@@ -69,7 +69,7 @@ class Pool:
         attacker: nn.Module,
         released: nn.Module,
         factors: Mapping[str, Tensor | float],
-        moments: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, Tensor],
         domain: int = 0,
     ) -> None:
         """Keep an attacker for its next turn.
@@ -81,7 +81,7 @@ class Pool:
             attacker: its model as it is now; copied.
             released: the released model as it was during the turn.
             factors: see `Member`; copied.
-            moments: of its optimizer; copied.
+            optimizer_state: of its optimizer; copied.
             domain: see `Member`.
         """
         start = dict(released.named_parameters())
@@ -90,7 +90,7 @@ class Pool:
             displacement = {n: value - _share(start[n], kept.get(n)) for n, value in attacker.named_parameters()}
         given = dict(released.named_buffers())
         buffers = {n: value.clone() for n, value in attacker.named_buffers() if not torch.equal(value, given[n])}
-        own = {name: value.clone() for name, value in moments.items()}
+        own = {name: value.clone() for name, value in optimizer_state.items()}
         self.members[place] = Member(strategy, taken, displacement, buffers, own, kept, domain)
 
     def enter(self, place: int, attacker: nn.Module, released: nn.Module) -> Member:

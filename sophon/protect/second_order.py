@@ -1,4 +1,4 @@
-"""The engine that differentiates through the attacker's steps, exactly; see `sophon.protect.simulate`.
+"""The engine that differentiates through the attacker's steps, exactly; see `sophon.protect.inner_loop`.
 
 With x_k the attacker's trained weights and its optimizer's state after step k, one graph of all the steps would give
 the gradient at once, and hold the activations of all of them. Here the steps are taken without a graph, and where the
@@ -17,12 +17,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import record_function
 
 from sophon.domains import Batch
 from sophon.protect.differentiable import DifferentiableAttacker
-from sophon.protect.regions import ATTACKER_PASS, BATCH, QUERY_PASS
-from sophon.protect.simulate import Simulation, floats, frozen_statistics, recording_layers
+from sophon.protect.inner_loop import Simulation, floats, frozen_statistics, recording_layers
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
@@ -152,21 +150,19 @@ class _Sweeps:
                 pulls += self._pulls(step)
         if adjoint:
             pulls += zip(self.inner.position(), adjoint, strict=True)
-        with record_function(ATTACKER_PASS):
-            found = _gradients(pulls, [*start, *self.resting.values()])
+        found = _gradients(pulls, [*start, *self.resting.values()])
         self._add(zip(self.resting, found[len(start) :], strict=True))
         return found[: len(start)]
 
     def _step(self, step: int, *, graph: bool) -> None:
         batch = self._batch("adapt", step)
-        with record_function(ATTACKER_PASS):
-            loss = self.task.attacker_loss(self.inner.model, batch)
-            self.inner.step(loss, learning_rate(self.strategy, step), graph=graph)
+        loss = self.task.attacker_loss(self.inner.model, batch)
+        self.inner.step(loss, learning_rate(self.strategy, step), graph=graph)
         self.attacker_losses[step] = loss.detach()
 
     def _suppression(self, step: int) -> Tensor:
         batch = self._batch("query", step)
-        with record_function(QUERY_PASS), frozen_statistics(self.layers):
+        with frozen_statistics(self.layers):
             loss = self.task.suppression_loss(self.inner.model, batch)
         self.query_losses[step] = loss.detach()
         return loss
@@ -175,8 +171,7 @@ class _Sweeps:
         """Query the weights as they are; add what concerns those that rest, return what concerns the trained ones."""
         with self.inner.apart() as leaves:
             loss = self._suppression(step)
-            with record_function(QUERY_PASS):
-                found = torch.autograd.grad(loss * self.gammas[step], list(leaves.values()), allow_unused=True)
+            found = torch.autograd.grad(loss * self.gammas[step], list(leaves.values()), allow_unused=True)
         gradients = dict(zip(leaves, found, strict=True))
         self._add((name, gradients[name]) for name in self.resting)
         weights = self.inner.parameters()
@@ -184,8 +179,7 @@ class _Sweeps:
 
     def _batch(self, kind: str, step: int) -> Batch:
         if (kind, step) not in self.batches:
-            with record_function(BATCH):
-                self.batches[kind, step] = next(self.adapt if kind == "adapt" else self.query)
+            self.batches[kind, step] = next(self.adapt if kind == "adapt" else self.query)
         return self.batches[kind, step]
 
     def _add(self, gradients: Iterator[tuple[str, Tensor | None]]) -> None:

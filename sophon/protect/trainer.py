@@ -11,26 +11,24 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Batch, Domain
 from sophon.errors import GuardError, UserError
 from sophon.protect.coordinates import BlindReaders
-from sophon.protect.moments import moments_of, restore_moments
-from sophon.protect.norms import FixedNorms
-from sophon.protect.profiling import OFF, Profile
-from sophon.protect.ranks import ALONE, Ranks
-from sophon.protect.regions import GUARD
-from sophon.protect.reinforce import Reinforcer
+from sophon.protect.distributed import ALONE, Ranks
+from sophon.protect.fixed_norms import FixedNorms
+from sophon.protect.fts import FTS, FTSStep
+from sophon.protect.ntr import NTR
+from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
+from sophon.protect.profiling import profiled
 from sophon.protect.state import STATE_FILE, Position, State, read_state, write_state
-from sophon.protect.suppress import SuppressionStep, Suppressor
 from sophon.strategies import SCHEDULES, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
@@ -52,7 +50,7 @@ class Trainer:
         folder: where the state is kept.
         tracker: told of every round.
         ranks: who shares the work. All end every round alike; the first alone measures, and writes the state.
-        profile: records some of the rounds.
+        profile: record some of the rounds; the first rank does.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class Trainer:
         folder: Path,
         tracker: Tracker,
         ranks: Ranks = ALONE,
-        profile: Profile = OFF,
+        profile: bool = False,
     ) -> None:
         self.model = model
         self.task = task
@@ -78,10 +76,11 @@ class Trainer:
         self.guard = guard
         self.tracker = tracker
         self.ranks = ranks
-        self.profile = profile
+        self.profile = profile and ranks.rank == 0
+        self.folder = folder
         self.state_path = folder / STATE_FILE
-        self.suppressor = Suppressor(model, task, restricted, sampler, method, seed, ranks, original)
-        self.reinforcer = Reinforcer(model, reference, task, original["train"], method, seed, ranks)
+        self.fts = FTS(model, task, restricted, sampler, method, seed, ranks, original)
+        self.ntr = NTR(model, reference, task, original["train"], method, seed, ranks)
         few = original["train"].take(torch.arange(min(8, len(original["train"]))))
         self.kept: list[FixedNorms | BlindReaders] = []
         if method.fixed_norms != "none":
@@ -101,11 +100,11 @@ class Trainer:
             UserError: a loss stopped being finite; the state of the last guard check is kept.
             KeyboardInterrupt: on SIGINT or SIGTERM to any rank, after the round in progress was finished and saved.
         """
-        rounds = self.method.rounds
+        rounds, left = self.method.rounds, self.method.rounds - self.at.round
         with (
             _stop_requests() as stop,
             self.tracker.progress("protect", rounds, self.at.round) as advance,
-            self.profile.over(self.at.round, rounds) as round_done,
+            profiled(self.folder, left, self.tracker.say) if self.profile and left else nullcontext() as round_done,
         ):
             while self.at.round < rounds:
                 row = self._round()
@@ -118,7 +117,8 @@ class Trainer:
                 if due or stopping:
                     self.save()
                 advance(f"query loss {_show(row['query_loss'])}, val {_show(self.at.good)}")
-                round_done()
+                if round_done:
+                    round_done()
                 if stopping and self.at.round < rounds:
                     raise KeyboardInterrupt
         if self.at.good_round == 0:
@@ -134,7 +134,7 @@ class Trainer:
         number = self.at.round
         factor = SCHEDULES[self.method.schedule](number, self.method.rounds)
         steps = [self._suppress(number, step, factor) for step in range(self.method.fts_steps)]
-        ntr_loss = self.reinforcer.run(self.at.ntr_steps, number, factor=factor)
+        ntr_loss = self.ntr.run(self.at.ntr_steps, number, factor=factor)
         self._restore()
         self.at.round += 1
         finite = [step for step in steps if math.isfinite(step.query_loss)]
@@ -144,10 +144,10 @@ class Trainer:
         }
         return {**means, "diverged": sum(step.diverged for step in steps), "ntr_loss": ntr_loss}
 
-    def _suppress(self, number: int, step: int, factor: float) -> SuppressionStep:
+    def _suppress(self, number: int, step: int, factor: float) -> FTSStep:
         anchored = self.method.fts_original_weight > 0
-        anchor = self.reinforcer.gradient(number, step, "anchor") if anchored else None
-        done = self.suppressor.step(number, step, factor=factor, anchor=anchor)
+        anchor = self.ntr.gradient(number, step, "anchor") if anchored else None
+        done = self.fts.step(number, step, factor=factor, anchor=anchor)
         self._restore()
         return done
 
@@ -162,7 +162,7 @@ class Trainer:
         # a metric that is NaN is within no tolerance
         repaired = not loss <= self.guard.tolerance and self.guard.repair_steps > 0
         if repaired:
-            self.reinforcer.run(self.guard.repair_steps, self.at.round, "repair", anneal=True)
+            self.ntr.run(self.guard.repair_steps, self.at.round, "repair", anneal=True)
             self._restore()
             value, loss = self._measure()
         accepted = loss <= self.guard.tolerance
@@ -177,17 +177,16 @@ class Trainer:
         return {**measured, "repaired": repaired, "accepted": accepted}
 
     def _measure(self) -> tuple[float, float]:
-        with record_function(GUARD):
-            value = self.ranks.first(lambda: self.task.evaluate(self.model, self.val))
+        value = self.ranks.first(lambda: self.task.evaluate(self.model, self.val))
         worse = self.at.before - value if self.task.metric.higher_is_better else value - self.at.before
         return value, 100 * worse / abs(self.at.before) if self.guard.relative else worse
 
     def _roll_back(self) -> None:
         """Restore the good state, drop the moments that led away from it, and give NTR more weight."""
         self.model.load_state_dict(self.good)
-        self.suppressor.optimizer.state.clear()
-        self.suppressor.pool.members.clear()  # displaced from weights that are gone
-        self.reinforcer.optimizer.state.clear()
+        self.fts.optimizer.state.clear()
+        self.fts.pool.members.clear()  # displaced from weights that are gone
+        self.ntr.optimizer.state.clear()
         self.at.rollbacks += 1
         self.at.breaches = 0
         grown = math.ceil(self.at.ntr_steps * self.guard.growth)
@@ -199,22 +198,22 @@ class Trainer:
 
     def save(self) -> None:
         """Write the whole state as one file, atomically."""
-        pool = self.suppressor.pool
+        pool = self.fts.pool
         tensors = {
             "model": self.model.state_dict(),
             "good": self.good,
             "probe": {
                 f"{domain}/{name}": value
-                for domain, head in enumerate(self.suppressor.attackers.probed)
+                for domain, head in enumerate(self.fts.attackers.probed)
                 for name, value in head.items()
             },
-            "fts": moments_of(self.suppressor.optimizer),
-            "ntr": moments_of(self.reinforcer.optimizer),
+            "fts": optimizer_state(self.fts.optimizer),
+            "ntr": optimizer_state(self.ntr.optimizer),
             "pool": self.ranks.collect(pool.tensors()),
         }
         members = {place: facts for part in self.ranks.gather(pool.record()) for place, facts in part.items()}
         self.ranks.first(
-            lambda: write_state(self.state_path, State(self.at, tensors, members, self.suppressor.curriculum.record()))
+            lambda: write_state(self.state_path, State(self.at, tensors, members, self.fts.curriculum.record()))
         )
 
     def _start(self, reference: nn.Module) -> tuple[Position, dict[str, Tensor]]:
@@ -227,7 +226,7 @@ class Trainer:
         with self.ranks.together():
             saved = read_state(self.state_path)
         device = next(self.model.parameters()).device
-        self.suppressor.pool.restore(saved.tensors["pool"], saved.members, device)
+        self.fts.pool.restore(saved.tensors["pool"], saved.members, device)
         parts = {
             part: {name: value.to(device) for name, value in tensors.items()}
             for part, tensors in saved.tensors.items()
@@ -236,10 +235,10 @@ class Trainer:
         self.model.load_state_dict(parts["model"])
         for key, value in parts["probe"].items():
             domain, name = key.split("/", 1)
-            self.suppressor.attackers.probed[int(domain)][name] = value
-        self.suppressor.curriculum.restore(saved.curriculum)
-        restore_moments(self.suppressor.optimizer, parts["fts"])
-        restore_moments(self.reinforcer.optimizer, parts["ntr"])
+            self.fts.attackers.probed[int(domain)][name] = value
+        self.fts.curriculum.restore(saved.curriculum)
+        restore_optimizer(self.fts.optimizer, parts["fts"])
+        restore_optimizer(self.ntr.optimizer, parts["ntr"])
         self.tracker.say(f"going on after round {saved.at.round}")
         return saved.at, parts["good"]
 

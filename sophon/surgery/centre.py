@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon import domains
+from sophon.arguments import Limits
 from sophon.domains import Batch
-from sophon.surgery.arguments import Limits
 from sophon.surgery.means import Means
 from sophon.surgery.moments import channel_moments
 from sophon.surgery.renormalise import ScaleFree, scale_free

@@ -6,7 +6,7 @@ it draws at random comes from torch's global generator, which the caller seeds, 
 its `Means`. Which parameters take gradients afterwards is not promised: fine-tuning sets that itself.
 
 A user's own operation is a function of the same form, named by its dotted path. What its arguments may be is read from
-their annotations: see `sophon.surgery.arguments`.
+their annotations: see `sophon.arguments`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon import domains
+from sophon.arguments import Limits, check_arguments, function_at
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.models.partition import owned
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
-from sophon.surgery.arguments import Limits, check_arguments, function_at
 from sophon.surgery.centre import centre
 from sophon.surgery.equalise import equalise
 from sophon.surgery.means import Means

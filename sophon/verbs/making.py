@@ -24,8 +24,7 @@ from sophon.finetune import fine_tune
 from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
 from sophon.models import create
 from sophon.protect import coordinates
-from sophon.protect.profiling import Profile
-from sophon.protect.ranks import Ranks, join, require_work
+from sophon.protect.distributed import Ranks, join, require_work
 from sophon.protect.starts import check_simulated
 from sophon.protect.state import STATE_FILE, Position, last_good
 from sophon.protect.trainer import Trainer
@@ -178,7 +177,6 @@ def _protect(config: Config, stage: _Stage, ranks: Ranks) -> None:
     with ExitStack() as stack:
         with ranks.together():
             tracker = stack.enter_context(tracker_of(config, folder)) if ranks.rank == 0 else Tracker()
-        device = next(model.parameters()).device
         trainer = Trainer(
             _start(config, model),
             model,
@@ -192,7 +190,7 @@ def _protect(config: Config, stage: _Stage, ranks: Ranks) -> None:
             folder,
             tracker,
             ranks,
-            Profile(folder, device, config.profile, stage.task.amp, tracker.say, ranks.rank),
+            config.profile,
         )
         position = trainer.run()
     if ranks.rank == 0:

@@ -9,16 +9,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from sophon.protect import regions
 from sophon.protect.first_order import first_order
-from sophon.protect.simulate import Past, Simulation, frozen_statistics, query_weights
+from sophon.protect.inner_loop import Past, Simulation, frozen_statistics, query_weights
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, TinyNet, state_of, tiny_batches, tiny_model, tiny_spec, tiny_task
@@ -116,7 +113,7 @@ def test_moments_come_back_in_the_layout_of_their_weights() -> None:
     """Read from a file they are contiguous; an attacker goes on with the same bits as one that never paused."""
     model = tiny_model().to(memory_format=torch.channels_last)
     task, adapt, query = tiny_task(), iter(ADAPT), iter(QUERY)
-    moments = first_order(model, PLAN, task, adapt, query, GAMMA[:2]).moments or {}
+    moments = first_order(model, PLAN, task, adapt, query, GAMMA[:2]).optimizer_state or {}
     runs = []
     for layout in (torch.preserve_format, torch.contiguous_format):
         attacker = copy.deepcopy(model)
@@ -133,7 +130,7 @@ def assert_same_run(one: tuple[Simulation, nn.Module], other: tuple[Simulation, 
     assert run.attacker_losses == again.attacker_losses
     for found, expected in (
         (again.gradients, run.gradients),
-        (again.moments or {}, run.moments or {}),
+        (again.optimizer_state or {}, run.optimizer_state or {}),
         (reused.state_dict(), attacker.state_dict()),
     ):
         assert set(found) == set(expected)
@@ -236,18 +233,6 @@ def test_frozen_statistics_end_with_their_block() -> None:
     assert not model.bn2.track_running_stats
 
 
-def test_regions_tell_where_the_time_goes() -> None:
-    attacker = tiny_model()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        simulate(attacker, gammas=query_weights("uniform", STEPS, 2))
-    marked = [event for event in profiled.events() if event.name in regions.REGIONS]
-    names = [event.name for event in sorted(marked, key=lambda event: event.time_range.start)]
-    step = [regions.BATCH, regions.ATTACKER_PASS, regions.ATTACKER_STEP]
-    assert names == [*step, *step, regions.BATCH, regions.QUERY_PASS] * 2
-    spans = sorted((event.time_range.start, event.time_range.end) for event in marked)
-    assert all(earlier[1] <= later[0] for earlier, later in pairwise(spans))
-
-
 @pytest.mark.slow
 def test_rounds_leave_no_tensors_behind() -> None:
     """As many are alive after 500 rounds as after 20."""
@@ -267,7 +252,7 @@ import copy, itertools, sys, torch
 from sophon.domains import Batch
 from sophon.models import ModelSpec, build
 from sophon.protect.first_order import first_order
-from sophon.protect.simulate import query_weights
+from sophon.protect.inner_loop import query_weights
 from sophon.strategies import FineTuneStrategy, build_optimizer
 from sophon.tasks import ClassificationTask
 torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from sophon.errors import UserError
 from sophon.losses import ill_conditioning
 from sophon.protect.clamp import Clamp
 from sophon.protect.first_order import first_order
-from sophon.protect.objectives import PLAIN, Condition, SharpSuppression, Suppression, objectives_of
-from sophon.protect.simulate import (
+from sophon.protect.fts import engine_of
+from sophon.protect.inner_loop import (
     Objective,
     Past,
     Simulation,
@@ -30,7 +30,7 @@ from sophon.protect.simulate import (
     rewinder,
     standing_at,
 )
-from sophon.protect.suppress import engine_of
+from sophon.protect.objectives import PLAIN, Condition, SharpSuppression, Suppression, objectives_of
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.tiny import assert_same_state, state_of, tiny_batches, tiny_denoising, tiny_model, tiny_task, tiny_unet
@@ -419,7 +419,7 @@ def test_condition_is_asked_where_the_attacker_begins(scope: str) -> None:
 
 def past_of(plan: FineTuneStrategy) -> Past:
     """Return what an attacker has become after `STEPS` steps; the run that goes on steps these very moments."""
-    return Past(STEPS, run_with(PLAIN, plan)[0].moments or {})
+    return Past(STEPS, run_with(PLAIN, plan)[0].optimizer_state or {})
 
 
 def test_who_goes_on_does_not_begin() -> None:

@@ -20,10 +20,10 @@ from sophon.config import Config, MethodConfig
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
 from sophon.protect import attackers as making
-from sophon.protect.moments import moments_of, restore_moments
+from sophon.protect.distributed import Ranks
+from sophon.protect.fts import FTS
+from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.protect.pool import Member, Pool
-from sophon.protect.ranks import Ranks
-from sophon.protect.suppress import Suppressor
 from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, SamplerConfig, StrategySampler, build_optimizer
 from sophon.tasks import ClassificationTask
@@ -56,22 +56,22 @@ class Watching(ClassificationTask):
         return super().suppression_loss(model, batch)
 
 
-def suppressor(
+def make_fts(
     model: nn.Module,
     method: MethodConfig = METHOD,
     task: ClassificationTask | None = None,
     seed: int = 0,
     domain: Domain = RESTRICTED,
     **changes: Any,
-) -> Suppressor:
-    return Suppressor(model, task or tiny_task(), [domain], StrategySampler(replace(SAMPLER, **changes)), method, seed)
+) -> FTS:
+    return FTS(model, task or tiny_task(), [domain], StrategySampler(replace(SAMPLER, **changes)), method, seed)
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def meta_gradients(fts: Suppressor) -> list[dict[str, Tensor]]:
+def meta_gradients(fts: FTS) -> list[dict[str, Tensor]]:
     """Collect the gradient of every FTS step as Adam gets it."""
     found: list[dict[str, Tensor]] = []
     fts.optimizer.register_step_pre_hook(
@@ -105,13 +105,13 @@ FACTORS = {
 def uninterrupted(
     model: nn.Module, plan: FineTuneStrategy, adapt: list[Batch]
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Fine-tune a copy with plain torch.optim; return its state and its optimizer's moments after every step."""
+    """Fine-tune a copy with plain torch.optim; return its state and its optimizer's state after every step."""
     kind, options = OPTIMIZERS[plan.optimizer]
     attacker, task = copy.deepcopy(model).train(), tiny_task()
     optimizer: Any = getattr(torch.optim, kind)(
         attacker.parameters(), lr=1.0, weight_decay=plan.weight_decay, **options
     )
-    states, moments = [], []
+    states, memories = [], []
     for step, batch in enumerate(adapt):
         optimizer.param_groups[0]["lr"] = plan.lr * FACTORS[plan.schedule][step]
         optimizer.zero_grad()
@@ -119,8 +119,8 @@ def uninterrupted(
         optimizer.step()
         states.append(state_of(attacker))
         remembered = optimizer.state_dict()["state"]
-        moments.append({f"{i}.{key}": value.clone() for i, v in remembered.items() for key, value in v.items()})
-    return states, moments
+        memories.append({f"{i}.{key}": value.clone() for i, v in remembered.items() for key, value in v.items()})
+    return states, memories
 
 
 @pytest.fixture
@@ -143,11 +143,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Batch]]:
 @pytest.mark.parametrize("schedule", ["cosine", "warmup"])
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 def test_turns_are_one_attackers_life(optimizer: str, schedule: str, chunk: int, drawn: dict[str, list[Batch]]) -> None:
-    """While the released weights stay: its weights, moments, statistics, rates and query gradients, step by step."""
+    """While the released weights stay: its weights, optimizer, statistics, rates and query gradients, step by step."""
     model, task = tiny_model(), Watching()
     released = state_of(model)
     rate = RATES.get(optimizer, 0.05)
-    fts = suppressor(
+    fts = make_fts(
         model, replace(METHOD, chunk=chunk, gamma="linear"), task, optimizers={optimizer: [rate, rate]},
         steps=[LIFE, LIFE], schedules=[schedule], weight_decays=[0.01],
     )  # fmt: skip
@@ -160,14 +160,14 @@ def test_turns_are_one_attackers_life(optimizer: str, schedule: str, chunk: int,
 
     assert len(drawn["adapt"]) == len(drawn["query"]) == LIFE
     plan = FineTuneStrategy(optimizer, rate, 0.01, schedule, 8, LIFE, head="kept")
-    states, moments = uninterrupted(model, plan, drawn["adapt"])
+    states, memories = uninterrupted(model, plan, drawn["adapt"])
     for found, expected in zip(task.at_queries, states, strict=True):
         assert_close(found, expected)
     for found, expected in zip(task.before_steps, [released, *states[:-1]], strict=True):
         assert_close(found, expected)
     for members, end in itertools.islice(zip(kept, ends, strict=True), len(ends) - 1):
         assert members[0].taken == end
-        assert_close(members[0].moments, moments[end - 1])
+        assert_close(members[0].optimizer_state, memories[end - 1])
     assert not kept[-1]
     for found, start, end in zip(gradients, [0, *ends], ends, strict=False):
         expected = query_gradient(model, states[start:end], drawn["query"][start:end])
@@ -192,7 +192,7 @@ def test_every_optimizer_goes_on(optimizer: str, drawn: dict[str, list[Batch]]) 
     model, task = tiny_model(), Watching()
     rate = RATES.get(optimizer, 0.02)
     optimizers = {optimizer: [rate, rate]}
-    fts = suppressor(model, replace(METHOD, chunk=3), task, optimizers=optimizers, steps=[9, 9])
+    fts = make_fts(model, replace(METHOD, chunk=3), task, optimizers=optimizers, steps=[9, 9])
     for turn in range(3):
         fts.step(turn, factor=STILL)
     expected, _ = uninterrupted(model, FineTuneStrategy(optimizer, rate), drawn["adapt"])
@@ -201,7 +201,7 @@ def test_every_optimizer_goes_on(optimizer: str, drawn: dict[str, list[Batch]]) 
 
 
 def test_a_query_follows_the_last_step_of_every_turn(drawn: dict[str, list[Batch]]) -> None:
-    fts = suppressor(tiny_model(), replace(METHOD, chunk=4, query_every=3, gamma="last"))
+    fts = make_fts(tiny_model(), replace(METHOD, chunk=4, query_every=3, gamma="last"))
     counts = []
     for turn in range(2):
         fts.step(turn)
@@ -215,7 +215,7 @@ def test_a_query_follows_the_last_step_of_every_turn(drawn: dict[str, list[Batch
 def test_goes_on_from_the_released_weights_and_its_displacement() -> None:
     """They move by FTS after each turn, and by whatever happens until the next."""
     model, task = tiny_model(), Watching()
-    fts = suppressor(model, task=task)
+    fts = make_fts(model, task=task)
     torch.manual_seed(3)
     then, end = parameters_of(model), state_of(model)
     for turn in range(3):
@@ -234,7 +234,7 @@ def test_goes_on_from_the_released_weights_and_its_displacement() -> None:
 def test_its_statistics_are_its_own() -> None:
     """An attacker that trains its BatchNorm layers goes on with what they have seen."""
     model, task = tiny_model(), Watching()
-    fts = suppressor(model, task=task)
+    fts = make_fts(model, task=task)
     fts.step(0)
     end = task.at_queries[-1]
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_its_statistics_are_its_own() -> None:
 def test_a_frozen_backbone_has_the_released_statistics() -> None:
     """One that trains only its head leaves them alone, so it goes on with the released weights' present ones."""
     model, task = tiny_model(), Watching()
-    fts = suppressor(model, task=task, scopes=["head"])
+    fts = make_fts(model, task=task, scopes=["head"])
     for turn in range(3):
         fts.step(turn)
         for name, value in model.named_buffers():
@@ -265,7 +265,7 @@ def test_a_frozen_backbone_has_the_released_statistics() -> None:
 def test_the_released_model_is_left_alone() -> None:
     model = tiny_model().eval()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    fts = suppressor(model, replace(METHOD, pool=4, attackers=3), heads=["kept", "fresh", "probed"])
+    fts = make_fts(model, replace(METHOD, pool=4, attackers=3), heads=["kept", "fresh", "probed"])
     for turn in range(5):
         fts.step(turn)
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
@@ -279,7 +279,7 @@ def test_the_released_model_is_left_alone() -> None:
 @pytest.mark.parametrize("head", ["kept", "fresh", "probed"])
 def test_only_a_kept_head_is_displaced_and_learned_from(head: str) -> None:
     model, task = tiny_model(), Watching()
-    fts = suppressor(model, task=task, heads=[head])
+    fts = make_fts(model, task=task, heads=[head])
     gradients = meta_gradients(fts)
     fts.step(0, factor=STILL)
     end, then = task.at_queries[-1], parameters_of(model)
@@ -309,7 +309,7 @@ def test_heads_of_another_number_of_classes(classes: int) -> None:
     }
     model, domain = tiny_model(), Domain("other", names, splits, {})
     before = parameters_of(model)
-    fts = suppressor(model, replace(METHOD, pool=2, attackers=2), domain=domain, heads=["fresh", "probed"])
+    fts = make_fts(model, replace(METHOD, pool=2, attackers=2), domain=domain, heads=["fresh", "probed"])
     for turn in range(5):
         assert math.isfinite(fts.step(turn).query_loss)
     assert fts.pool.members[0].displacement["fc.weight"].shape == (classes, 4)
@@ -321,7 +321,7 @@ def test_attackers_of_every_kind_share_the_scratch_copies() -> None:
     model, task = tiny_model(), Watching()
     method = replace(METHOD, pool=4, attackers=3, chunk=2)
     optimizers = {"adam": [1e-3, 1e-1], "sgd": [0.05, 0.5]}
-    fts = suppressor(
+    fts = make_fts(
         model, method, task, optimizers=optimizers, heads=["kept", "fresh", "probed"], scopes=["all", "head"]
     )
     entered = []
@@ -360,7 +360,7 @@ def test_attackers_of_every_kind_share_the_scratch_copies() -> None:
 
 def test_a_new_attacker_follows_the_last_step() -> None:
     model, task = tiny_model(), Watching()
-    fts = suppressor(model, replace(METHOD, chunk=4), task, optimizers={"adam": [1e-3, 1e-1]})
+    fts = make_fts(model, replace(METHOD, chunk=4), task, optimizers={"adam": [1e-3, 1e-1]})
     fts.step(0)
     first = fts.pool.members[0]
     assert first.taken == 4
@@ -373,14 +373,14 @@ def test_a_new_attacker_follows_the_last_step() -> None:
     assert task.before_steps[6]["bn1.num_batches_tracked"] == released["bn1.num_batches_tracked"]
     assert fts.pool.members[0].taken == 4
     assert fts.pool.members[0].strategy != first.strategy
-    assert float(fts.pool.members[0].moments["0.step"]) == 4
+    assert float(fts.pool.members[0].optimizer_state["0.step"]) == 4
 
 
 @pytest.mark.parametrize(("steps", "empty"), [(3, True), (4, True), (5, False)])
 def test_no_longer_than_its_life(steps: int, empty: bool) -> None:
     """The last step of a life leaves no one, whether the chunk is used up or not."""
     task = Watching()
-    fts = suppressor(tiny_model(), replace(METHOD, chunk=4), task, steps=[steps, steps])
+    fts = make_fts(tiny_model(), replace(METHOD, chunk=4), task, steps=[steps, steps])
     fts.step(0)
     assert len(task.before_steps) == min(4, steps)
     assert (not fts.pool.members) == empty
@@ -389,7 +389,7 @@ def test_no_longer_than_its_life(steps: int, empty: bool) -> None:
 def test_lives_are_the_sampled_ones() -> None:
     """Steps of each attacker's turns add up to what was drawn for it."""
     task = Watching()
-    fts = suppressor(tiny_model(), replace(METHOD, chunk=3), task, steps=[1, 10])
+    fts = make_fts(tiny_model(), replace(METHOD, chunk=3), task, steps=[1, 10])
     lengths, lived = [], 0
     for turn in range(40):
         before = len(task.before_steps)
@@ -408,7 +408,7 @@ def test_whoever_diverges_at_once_is_not_kept() -> None:
     model = tiny_model().float()
     before = state_of(model)
     task = Watching(torch.float32)
-    fts = suppressor(model, replace(METHOD, chunk=8), task, optimizers={"nesterov": [1e38, 1e38]}, steps=[40, 40])
+    fts = make_fts(model, replace(METHOD, chunk=8), task, optimizers={"nesterov": [1e38, 1e38]}, steps=[40, 40])
     for turn in range(2):
         step = fts.step(turn)
         assert step.diverged == 1
@@ -421,7 +421,7 @@ def test_whoever_diverges_at_once_is_not_kept() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_whoever_diverges_later_leaves_its_place(value: float) -> None:
     model, task = tiny_model(), Watching()
-    fts = suppressor(model, task=task)
+    fts = make_fts(model, task=task)
     fts.step(0)
     before = state_of(model)
     fts.pool.members[0].displacement["conv1.weight"][0] = value
@@ -433,7 +433,7 @@ def test_whoever_diverges_later_leaves_its_place(value: float) -> None:
 
 
 def test_the_others_stay_when_one_diverges() -> None:
-    fts = suppressor(tiny_model(), replace(METHOD, pool=2, attackers=2, chunk=1), steps=[50, 50])
+    fts = make_fts(tiny_model(), replace(METHOD, pool=2, attackers=2, chunk=1), steps=[50, 50])
     fts.step(0)
     assert set(fts.pool.members) == {0, 1}
     fts.pool.members[1].displacement["conv1.weight"][0] = math.nan
@@ -455,7 +455,7 @@ def test_each_place_belongs_to_one_attacker_and_one_rank(attackers: int, more: i
         ranks = Ranks()
         ranks.rank, ranks.size = rank, size
         method = replace(METHOD, pool=attackers + more, attackers=attackers)
-        fts = Suppressor(MODEL, tiny_task(), [RESTRICTED], StrategySampler(SAMPLER), method, 0, ranks)
+        fts = FTS(MODEL, tiny_task(), [RESTRICTED], StrategySampler(SAMPLER), method, 0, ranks)
         chosen = {fts._draw((step,), index).place for step in range(3) for index in ranks.mine(attackers)}
         assert chosen <= set(fts.pool.own)
         owned.append(set(fts.pool.own))
@@ -466,7 +466,7 @@ def test_each_place_belongs_to_one_attacker_and_one_rank(attackers: int, more: i
 
 
 def test_every_place_has_its_turn() -> None:
-    fts = suppressor(tiny_model(), replace(METHOD, pool=7, attackers=3))
+    fts = make_fts(tiny_model(), replace(METHOD, pool=7, attackers=3))
     drawn = {index: {fts._draw((step,), index).place for step in range(40)} for index in range(3)}
     assert drawn == {0: {0, 3, 6}, 1: {1, 4}, 2: {2, 5}}
 
@@ -479,7 +479,7 @@ def test_seed_and_key_decide_everything() -> None:
         model = tiny_model()
         optimizers = {"adam": [1e-3, 1e-1], "sgd": [0.1, 1.0]}
         method = replace(METHOD, attackers=2, pool=3)
-        fts = suppressor(model, method, seed=seed, optimizers=optimizers, heads=["kept", "fresh", "probed"])
+        fts = make_fts(model, method, seed=seed, optimizers=optimizers, heads=["kept", "fresh", "probed"])
         torch.manual_seed(id(model) % 1000)  # what came before must not matter
         return [fts.step(key) for key in keys], state_of(model) | fts.pool.tensors(), fts.pool.record()
 
@@ -493,7 +493,7 @@ def test_seed_and_key_decide_everything() -> None:
 def test_a_pool_holds_no_more_than_its_places() -> None:
     """And nothing of autograd's."""
     model = tiny_model()
-    fts = suppressor(
+    fts = make_fts(
         model,
         replace(METHOD, pool=3, attackers=2),
         heads=["kept", "fresh", "probed"],
@@ -521,7 +521,7 @@ def displaced(model: nn.Module, seed: int) -> nn.Module:
 
 
 def stocked(optimizer: str = "adam", places: tuple[int, ...] = (0, 2)) -> Pool:
-    """A pool of three with members at some places, with moments of real optimizers."""
+    """A pool of three with members at some places, with the state of real optimizers."""
     model, pool = tiny_model(), Pool(3)
     for place in places:
         plan = FineTuneStrategy(optimizer=optimizer, lr=0.1 / 3, head="fresh", steps=40)
@@ -529,7 +529,7 @@ def stocked(optimizer: str = "adam", places: tuple[int, ...] = (0, 2)) -> Pool:
         torch_optimizer = build_optimizer(plan, attacker.parameters())
         tiny_task().attacker_loss(attacker, tiny_batches(place, 1)[0]).backward()
         torch_optimizer.step()
-        pool.leave(place, plan, 1 + place, attacker, model, OWN, moments_of(torch_optimizer))
+        pool.leave(place, plan, 1 + place, attacker, model, OWN, optimizer_state(torch_optimizer))
     return pool
 
 
@@ -544,7 +544,7 @@ def assert_same_members(found: Pool, expected: Pool) -> None:
         other = vars(found.members[place])
         assert all(other[name] == facts[name] for name in ("strategy", "taken", "domain"))
         assert isinstance(other["strategy"], FineTuneStrategy)
-        for part in ("displacement", "buffers", "moments", "factors"):
+        for part in ("displacement", "buffers", "optimizer_state", "factors"):
             assert other[part].keys() == facts[part].keys()
             for name, value in facts[part].items():
                 assert (other[part][name].dtype, other[part][name].shape) == (value.dtype, value.shape)
@@ -554,20 +554,20 @@ def assert_same_members(found: Pool, expected: Pool) -> None:
 def test_what_is_kept_is_a_copy() -> None:
     """The scratch copy serves the next attacker, and the optimizer's tensors change in place."""
     model, pool = tiny_model(), Pool(1)
-    attacker, moments = displaced(model, 0), {"0.momentum_buffer": torch.ones(2)}
+    attacker, memory = displaced(model, 0), {"0.momentum_buffer": torch.ones(2)}
     factors = OWN | {"conv1.weight": torch.full((4, 1, 1, 1), 0.5)}
-    pool.leave(0, FineTuneStrategy(), 1, attacker, model, factors, moments)
+    pool.leave(0, FineTuneStrategy(), 1, attacker, model, factors, memory)
     before = copy.deepcopy(members_of(pool))
     with torch.no_grad():
         for value in (
             *attacker.state_dict().values(),
             *model.state_dict().values(),
-            *moments.values(),
+            *memory.values(),
             factors["conv1.weight"],
         ):
             value.zero_()
     kept = members_of(pool)[0]
-    for part in ("displacement", "buffers", "moments", "factors"):
+    for part in ("displacement", "buffers", "optimizer_state", "factors"):
         for name, value in before[0][part].items():
             assert torch.equal(kept[part][name], value)
             assert value.any() or part == "factors"
@@ -617,8 +617,8 @@ def test_moments_round_trip(optimizer: str) -> None:
             tiny_task().attacker_loss(model, batch).backward()
             optimizer.step()
             if move:
-                moments, optimizer = moments_of(optimizer), build_optimizer(plan, model.parameters())
-                restore_moments(optimizer, moments)
+                saved, optimizer = optimizer_state(optimizer), build_optimizer(plan, model.parameters())
+                restore_optimizer(optimizer, saved)
         return state_of(model)
 
     expected = train(False)
@@ -631,12 +631,12 @@ def test_moments_of_weights_without_gradient() -> None:
     optimizer = torch.optim.Adam(weights)
     weights[1].grad = torch.ones(2)
     optimizer.step()
-    moments = moments_of(optimizer)
-    assert set(moments) == {"1.step", "1.exp_avg", "1.exp_avg_sq"}
+    saved = optimizer_state(optimizer)
+    assert set(saved) == {"1.step", "1.exp_avg", "1.exp_avg_sq"}
     other = torch.optim.Adam(weights)
-    restore_moments(other, moments)
+    restore_optimizer(other, saved)
     assert list(other.state) == [weights[1]]
-    assert moments_of(torch.optim.SGD(weights)) == {}
+    assert optimizer_state(torch.optim.SGD(weights)) == {}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.protect.differentiable import DifferentiableAttacker, innerloop
 from sophon.protect.first_order import first_order
+from sophon.protect.inner_loop import Simulation, frozen_statistics, query_weights
 from sophon.protect.second_order import second_order
-from sophon.protect.simulate import Simulation, frozen_statistics, query_weights
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 from tests.tiny import (
@@ -189,7 +189,7 @@ def test_losses_are_those_of_the_attacker_on_its_way(options: dict[str, int]) ->
     run, way = simulated(second_order, model, plan, **options), simulated(first_order, model, plan)
     assert run.attacker_losses == pytest.approx(way.attacker_losses, rel=1e-10)
     assert run.query_losses == pytest.approx(way.query_losses, rel=1e-10)
-    assert run.moments is None
+    assert run.optimizer_state is None
 
 
 def test_a_diverging_attacker_is_reported() -> None:

@@ -22,8 +22,8 @@ from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Domain, ImageSet
 from sophon.errors import GuardError, UserError
 from sophon.finetune import fine_tune
+from sophon.protect.fts import FTSStep
 from sophon.protect.state import STATE_FILE, last_good
-from sophon.protect.suppress import SuppressionStep
 from sophon.protect.trainer import Trainer
 from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
@@ -150,7 +150,7 @@ def test_broken_beyond_repair_goes_back(tmp_path: Path) -> None:
 
     def told(number: int) -> None:
         states[number] = state_of(run.model)
-        moments[number] = len(run.suppressor.optimizer.state) + len(run.reinforcer.optimizer.state)
+        moments[number] = len(run.fts.optimizer.state) + len(run.ntr.optimizer.state)
 
     run = trainer(tmp_path, Scripted([50, 50, 40, 41, 49.2]), told, method=replace(METHOD, rounds=3))
     position = run.run()
@@ -304,7 +304,7 @@ def test_patience_lets_breaches_pass(tmp_path: Path) -> None:
     def told(number: int) -> None:
         states[number] = state_of(run.model)
         seen.append((run.at.breaches, run.at.rollbacks, run.at.ntr_steps, run.at.good_round))
-        moments.append(len(run.suppressor.optimizer.state) > 0 and len(run.reinforcer.optimizer.state) > 0)
+        moments.append(len(run.fts.optimizer.state) > 0 and len(run.ntr.optimizer.state) > 0)
 
     values = [50, 50, 10, 11, 50, 12, 13, 14, 50]
     run = trainer(tmp_path, Scripted(values), told, method=replace(METHOD, rounds=8), patience=2, repair_steps=0)
@@ -391,8 +391,8 @@ def test_a_rollback_empties_the_pool_and_patience_does_not(tmp_path: Path) -> No
     ages, started = [], []
 
     def told(number: int) -> None:
-        ages.append(sum(member.taken for member in run.suppressor.pool.members.values()))
-        started.append(len(run.suppressor.pool.members))
+        ages.append(sum(member.taken for member in run.fts.pool.members.values()))
+        started.append(len(run.fts.pool.members))
 
     run = trainer(
         tmp_path, Scripted([50, 50, 10, 10, 50]), told, method=POOLED, sampler=LIVES, patience=1, repair_steps=0
@@ -415,7 +415,7 @@ def test_both_rates_follow_the_schedule_over_the_rounds(schedule: str, weight: f
     )  # fmt: skip
     run = trainer(tmp_path, Scripted(), method=method, every=12)
     fts, ntr = [], []
-    for optimizer, used in ((run.suppressor.optimizer, fts), (run.reinforcer.optimizer, ntr)):
+    for optimizer, used in ((run.fts.optimizer, fts), (run.ntr.optimizer, ntr)):
         optimizer.register_step_pre_hook(lambda of, *_, used=used: used.append(of.param_groups[0]["lr"]))
     run.run()
     cosine = [(1 + math.cos(math.pi * number / 12)) / 2 for number in range(12)]
@@ -429,7 +429,7 @@ def test_rates_rise_over_the_first_tenth_of_the_rounds(tmp_path: Path) -> None:
     method = replace(METHOD, rounds=20, schedule="warmup", attackers=1, ntr_steps=1, fts_lr=0.01)
     run = trainer(tmp_path, Scripted(), method=method, every=20)
     used: list[float] = []
-    run.suppressor.optimizer.register_step_pre_hook(lambda of, *_: used.append(of.param_groups[0]["lr"]))
+    run.fts.optimizer.register_step_pre_hook(lambda of, *_: used.append(of.param_groups[0]["lr"]))
     run.run()
     assert used == pytest.approx([0.005] + [0.01] * 19)
 
@@ -440,7 +440,7 @@ def test_a_scheduled_run_goes_on_where_the_schedule_was(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run.run()
     again, used = trainer(tmp_path, Scripted(), method=method), []
-    again.suppressor.optimizer.register_step_pre_hook(lambda of, *_: used.append(of.param_groups[0]["lr"]))
+    again.fts.optimizer.register_step_pre_hook(lambda of, *_: used.append(of.param_groups[0]["lr"]))
     again.run()
     assert used == pytest.approx([0.5e-2, 1e-2 * (1 - math.sqrt(0.5)) / 2])
 
@@ -462,9 +462,9 @@ def test_every_suppression_step_sees_original_images_of_its_own(weight: float, b
 
 
 def test_the_original_gradient_is_that_of_the_weights_as_they_are(tmp_path: Path) -> None:
-    """What an FTS step takes along is what the reinforcer says of the very weights that it steps."""
+    """What an FTS step takes along is what the ntr says of the very weights that it steps."""
     run = trainer(tmp_path, Scripted(), method=replace(METHOD, fts_steps=2, fts_original_weight=0.7))
-    step, gradient = run.suppressor.step, run.reinforcer.gradient
+    step, gradient = run.fts.step, run.ntr.gradient
     given: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     taken: list[dict[str, Tensor]] = []
 
@@ -472,13 +472,13 @@ def test_the_original_gradient_is_that_of_the_weights_as_they_are(tmp_path: Path
         given.append((gradient(*key), state_of(run.model)))
         return given[-1][0]
 
-    def stepped(*key: object, anchor: dict[str, Tensor], **options: Any) -> SuppressionStep:
+    def stepped(*key: object, anchor: dict[str, Tensor], **options: Any) -> FTSStep:
         assert anchor is given[-1][0]
         assert_same_state(run.model, given[-1][1])
         taken.append(anchor)
         return step(*key, anchor=anchor, **options)
 
-    run.reinforcer.gradient, run.suppressor.step = asked, stepped  # type: ignore[method-assign, assignment]
+    run.ntr.gradient, run.fts.step = asked, stepped  # type: ignore[method-assign, assignment]
     run.run()
     assert len(taken) == 2 * METHOD.rounds
     assert all(anchor.keys() == dict(run.model.named_parameters()).keys() for anchor in taken)
@@ -493,9 +493,9 @@ def test_reference_is_never_changed(tmp_path: Path) -> None:
 
 def test_rounds_without_a_finite_attacker(tmp_path: Path) -> None:
     run = trainer(tmp_path, Scripted(), method=replace(METHOD, rounds=2, fts_steps=2))
-    nothing = SuppressionStep(math.nan, math.nan, math.nan, 2)
-    steps = iter([nothing, nothing, nothing, SuppressionStep(3.0, 2.0, 1.0, 1)])
-    run.suppressor.step = lambda *key, **options: next(steps)  # type: ignore[method-assign]
+    nothing = FTSStep(math.nan, math.nan, math.nan, 2)
+    steps = iter([nothing, nothing, nothing, FTSStep(3.0, 2.0, 1.0, 1)])
+    run.fts.step = lambda *key, **options: next(steps)  # type: ignore[method-assign]
     run.run()
     assert rows(run, "query_loss", "attacker_loss", "gradient_norm", "diverged") == [
         (None, None, None, 4),
@@ -545,11 +545,11 @@ def long_run(folder: Path, told: Callable[[int], None] = lambda number: None, ki
 
 
 def everything(run: Trainer) -> dict[str, Any]:
-    optimizers = (run.suppressor.optimizer, run.reinforcer.optimizer)
+    optimizers = (run.fts.optimizer, run.ntr.optimizer)
     return {
         "model": state_of(run.model),
         "good": dict(run.good),
-        "probe": dict(run.suppressor.attackers.probed[0]) if run.suppressor.attackers.probed else {},
+        "probe": dict(run.fts.attackers.probed[0]) if run.fts.attackers.probed else {},
         "moments": [
             {
                 f"{index}.{name}": value
@@ -558,7 +558,7 @@ def everything(run: Trainer) -> dict[str, Any]:
             }
             for o in optimizers
         ],
-        "pool": (run.suppressor.pool.tensors(), run.suppressor.pool.record()),
+        "pool": (run.fts.pool.tensors(), run.fts.pool.record()),
         "position": asdict(run.at),
     }
 
@@ -588,7 +588,7 @@ def uninterrupted(
     run.run()
     checks = [(row["repaired"], row["accepted"]) for row in run.at.history if "accepted" in row]
     assert checks == [(False, True), (True, False), (True, True), (True, False), (False, True)]
-    assert run.suppressor.optimizer.state
+    assert run.fts.optimizer.state
     return request.param, everything(run)
 
 
@@ -653,7 +653,7 @@ def pooled_run(folder: Path, told: Callable[[int], None] = lambda number: None) 
 def pooled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.set_num_threads(1)
     sizes: list[int] = []
-    run = pooled_run(tmp_path_factory.mktemp("pooled"), lambda _: sizes.append(len(run.suppressor.pool.members)))
+    run = pooled_run(tmp_path_factory.mktemp("pooled"), lambda _: sizes.append(len(run.fts.pool.members)))
     run.run()
     checks = [row["accepted"] for row in run.at.history if "accepted" in row]
     assert (checks, run.at.rollbacks) == ([False, False, True, True, False], 1)
@@ -700,15 +700,15 @@ def hardened_run(folder: Path, told: Callable[[int], None] = lambda number: None
 
 
 def hardened_end(run: Trainer) -> dict[str, Any]:
-    heads = [dict(head) for head in run.suppressor.attackers.probed]
-    return everything(run) | {"probe": heads, "curriculum": run.suppressor.curriculum.record()}
+    heads = [dict(head) for head in run.fts.attackers.probed]
+    return everything(run) | {"probe": heads, "curriculum": run.fts.curriculum.record()}
 
 
 def test_a_hardened_protection_goes_on_to_the_bit(tmp_path: Path) -> None:
     whole = hardened_run(tmp_path / "whole")
     (tmp_path / "whole").mkdir()
     whole.run()
-    assert {member.domain for member in whole.suppressor.pool.members.values()} == {0, 1}
+    assert {member.domain for member in whole.fts.pool.members.values()} == {0, 1}
     (tmp_path / "parts").mkdir()
     for _ in range(HARDENED.rounds - 1):
         with pytest.raises(KeyboardInterrupt):
@@ -812,8 +812,8 @@ def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     run.run()
     assert run.at.good_round == DENOISERS_METHOD.rounds
     heads = set() if request.param == "unconditional" else {"class_embedding.weight"}
-    assert {name for head in run.suppressor.attackers.probed for name in head} == heads
-    assert bool(run.suppressor.pool.members) == (request.param == "pooled")
+    assert {name for head in run.fts.attackers.probed for name in head} == heads
+    assert bool(run.fts.pool.members) == (request.param == "pooled")
     return request.param, everything(run)
 
 

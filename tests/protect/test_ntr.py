@@ -15,7 +15,7 @@ from sophon.config import MethodConfig
 from sophon.domains import batches
 from sophon.errors import UserError
 from sophon.losses import distillation, well_conditioning
-from sophon.protect.reinforce import Reinforcer
+from sophon.protect.ntr import NTR
 from sophon.runs import derive_seed
 from sophon.tasks import ClassificationTask
 from tests.tiny import (
@@ -58,8 +58,8 @@ def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -
         adam.step()
         total += loss.item()
 
-    reinforcer = Reinforcer(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
-    assert reinforcer.run(6, 2, "repair", factor=factor, anneal=anneal) == pytest.approx(total / 6, rel=1e-12)
+    ntr = NTR(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
+    assert ntr.run(6, 2, "repair", factor=factor, anneal=anneal) == pytest.approx(total / 6, rel=1e-12)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
 
@@ -67,24 +67,24 @@ def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -
 def test_moments_live_on_between_runs() -> None:
     """Two runs of Adam with one set of moments, not two of one step each."""
     model = tiny_model(1)
-    reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
-    reinforcer.run(1, 0)
-    reinforcer.run(2, 1)
-    assert {float(state["step"]) for state in reinforcer.optimizer.state.values()} == {3.0}
+    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    ntr.run(1, 0)
+    ntr.run(2, 1)
+    assert {float(state["step"]) for state in ntr.optimizer.state.values()} == {3.0}
 
 
 def test_annealing_and_factor_last_for_one_run() -> None:
     """What follows a repair, or a round at a low rate, trains at the full rate again."""
     model = tiny_model(1)
-    reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
-    reinforcer.run(4, 0, anneal=True)
-    assert reinforcer.optimizer.param_groups[0]["lr"] < 0.2 * METHOD.ntr_lr
-    reinforcer.run(1, 1)
-    assert reinforcer.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
-    reinforcer.run(1, 2, factor=0.5)
-    assert reinforcer.optimizer.param_groups[0]["lr"] == 0.5 * METHOD.ntr_lr
-    reinforcer.run(1, 3)
-    assert reinforcer.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
+    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    ntr.run(4, 0, anneal=True)
+    assert ntr.optimizer.param_groups[0]["lr"] < 0.2 * METHOD.ntr_lr
+    ntr.run(1, 1)
+    assert ntr.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
+    ntr.run(1, 2, factor=0.5)
+    assert ntr.optimizer.param_groups[0]["lr"] == 0.5 * METHOD.ntr_lr
+    ntr.run(1, 3)
+    assert ntr.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.8])
@@ -100,8 +100,8 @@ def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
     loss = loss + weight * distillation(logits, reference.eval()(inputs), 2.0)
     loss.backward()
 
-    reinforcer = Reinforcer(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
-    found = reinforcer.gradient(2, 1, "anchor")
+    ntr = NTR(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
+    found = ntr.gradient(2, 1, "anchor")
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-13)
@@ -110,27 +110,27 @@ def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
     assert_same_state(model, state_of(expected))
     assert_same_state(reference, reference_before)
     assert all(parameter.grad is None for parameter in (*model.parameters(), *reference.parameters()))
-    assert not reinforcer.optimizer.state
+    assert not ntr.optimizer.state
 
 
 def test_gradient_is_the_first_step_of_a_run_with_its_key() -> None:
     """And asking for it does not disturb the run."""
     model = tiny_model(1)
-    reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
-    found = reinforcer.gradient(3)
+    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    found = ntr.gradient(3)
     steps: list[dict[str, torch.Tensor]] = []
-    reinforcer.optimizer.register_step_pre_hook(
+    ntr.optimizer.register_step_pre_hook(
         lambda *_: steps.append({name: p.grad for name, p in model.named_parameters()})
     )
-    loss = reinforcer.run(2, 3)
+    loss = ntr.run(2, 3)
     assert all(torch.equal(found[name], gradient) for name, gradient in steps[0].items())
-    assert loss == Reinforcer(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).run(2, 3)
+    assert loss == NTR(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).run(2, 3)
 
 
 def test_key_and_seed_decide_the_gradient() -> None:
     def gradient(seed: int, *key: object) -> float:
         torch.manual_seed(seed + len(key))  # what came before must not matter
-        found = Reinforcer(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).gradient(*key)
+        found = NTR(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).gradient(*key)
         return float(found["conv1.weight"].sum())
 
     assert gradient(1, 0) == gradient(1, 0)
@@ -139,7 +139,7 @@ def test_key_and_seed_decide_the_gradient() -> None:
 
 def test_key_and_seed_decide_the_batches() -> None:
     def loss(seed: int, *key: object) -> float:
-        return Reinforcer(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).run(2, *key)
+        return NTR(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).run(2, *key)
 
     assert loss(1, 0) == loss(1, 0)
     assert len({loss(1, 0), loss(2, 0), loss(1, 1), loss(1, 0, "repair")}) == 4
@@ -148,7 +148,7 @@ def test_key_and_seed_decide_the_batches() -> None:
 def test_zero_steps_do_nothing() -> None:
     model = tiny_model(1)
     before = state_of(model)
-    assert Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0).run(0, 0) == 0
+    assert NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0).run(0, 0) == 0
     assert_same_state(model, before)
 
 
@@ -157,8 +157,8 @@ def test_loss_that_is_not_finite() -> None:
     with torch.no_grad():
         model.fc.bias[0] = torch.inf
     before = state_of(model)
-    reinforcer = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0)
-    for ask in (lambda: reinforcer.run(3, 0), lambda: reinforcer.gradient(0)):
+    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0)
+    for ask in (lambda: ntr.run(3, 0), lambda: ntr.gradient(0)):
         with pytest.raises(UserError, match=r"method.ntr_lr: .* nan at ntr_lr=0.01, fts_lr=.*lower") as caught:
             ask()
         assert "\n" not in str(caught.value)
@@ -178,7 +178,7 @@ def test_distillation_pulls_to_the_reference() -> None:
         model = copy.deepcopy(reference)
         with torch.no_grad():
             model.fc.weight.add_(torch.randn_like(model.fc.weight))
-        Reinforcer(model, reference, distilling(weight), IMAGES, METHOD, 0).run(100, 0)
+        NTR(model, reference, distilling(weight), IMAGES, METHOD, 0).run(100, 0)
         gap = model.eval()(inputs).log_softmax(1) - reference.eval()(inputs).log_softmax(1)
         return float(gap.detach().abs().mean())
 
@@ -191,8 +191,8 @@ def test_condition_keeps_the_originals_features_well_conditioned() -> None:
     model = tiny_model(1).train()
     expected, recorded = copy.deepcopy(model), copy.deepcopy(model)
     method = replace(METHOD, condition=0.7)
-    found = Reinforcer(model, tiny_model(1), tiny_task(), IMAGES, method, seed=5).gradient(3)
-    Reinforcer(recorded, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).gradient(3)
+    found = NTR(model, tiny_model(1), tiny_task(), IMAGES, method, seed=5).gradient(3)
+    NTR(recorded, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).gradient(3)
     for name, value in model.named_buffers():
         assert torch.equal(value, recorded.get_buffer(name))
 
@@ -209,6 +209,6 @@ def test_condition_keeps_the_originals_features_well_conditioned() -> None:
 
 def test_condition_needs_features() -> None:
     method = replace(METHOD, condition=0.7)
-    reinforcer = Reinforcer(tiny_unet(), tiny_unet(), tiny_denoising(), IMAGES, method, seed=5)
+    ntr = NTR(tiny_unet(), tiny_unet(), tiny_denoising(), IMAGES, method, seed=5)
     with pytest.raises(UserError, match=r"^method\.condition: "):
-        reinforcer.run(1, 0)
+        ntr.run(1, 0)

@@ -7,21 +7,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from sophon.config import MethodConfig
 from sophon.domains import Batch, ImageSet, batches
 from sophon.errors import UserError
 from sophon.losses import well_conditioning
+from sophon.protect.distributed import ALONE, Ranks
+from sophon.protect.inner_loop import frozen_statistics
 from sophon.protect.objectives import features_of
-from sophon.protect.ranks import ALONE, Ranks
-from sophon.protect.regions import BATCH, NTR_PASS, NTR_STEP, REDUCE
-from sophon.protect.simulate import frozen_statistics
 from sophon.runs import derive_seed
 from sophon.tasks import Task
 
 
-class Reinforcer:
+class NTR:
     """Takes NTR steps on the released model.
 
     Every batch is spread over the ranks, BatchNorm still sees it whole, and every rank takes the same Adam step. So the
@@ -76,10 +74,9 @@ class Reinforcer:
             annealed = 0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0
             self.optimizer.param_groups[0]["lr"] = self.config.ntr_lr * factor * annealed
             loss, gradients = self._gradients(stream, parameters)
-            with record_function(NTR_STEP):
-                for name, parameter in parameters.items():
-                    parameter.grad = gradients[name]
-                self.optimizer.step()
+            for name, parameter in parameters.items():
+                parameter.grad = gradients[name]
+            self.optimizer.step()
             total += loss
         return total / max(1, steps)
 
@@ -112,15 +109,13 @@ class Reinforcer:
     def _gradients(
         self, stream: Iterator[Batch], parameters: dict[str, nn.Parameter]
     ) -> tuple[float, dict[str, Tensor]]:
-        with record_function(BATCH):
-            batch = next(stream)
-            part = self.ranks.share(batch)
-        with record_function(NTR_PASS), self.ranks.whole_batch():
+        batch = next(stream)
+        part = self.ranks.share(batch)
+        with self.ranks.whole_batch():
             # weighted before it is differentiated: through BatchNorm a slice's loss reaches the other slices' images
             loss = self._loss(part) * (len(part.labels) / len(batch.labels))
             found = torch.autograd.grad(loss, list(parameters.values()))
-        with record_function(REDUCE):
-            *gradients, loss = self.ranks.sum([*found, loss.detach()])
+        *gradients, loss = self.ranks.sum([*found, loss.detach()])
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(

@@ -38,14 +38,14 @@ class Simulation(NamedTuple):
         gradients: d L / d theta^0 by parameter name, for every parameter of the attacker, its head included.
         query_losses: the suppression loss at each query.
         attacker_losses: the attacker's own loss at each of its steps.
-        moments: of the attacker's optimizer after the last step (see `sophon.protect.moments`); None from an engine
-            whose attackers cannot go on.
+        optimizer_state: after the last step (see `sophon.protect.optimizer_state`); None from an engine whose attackers
+            cannot go on.
     """
 
     gradients: dict[str, Tensor]
     query_losses: list[float]
     attacker_losses: list[float]
-    moments: dict[str, Tensor] | None = None
+    optimizer_state: dict[str, Tensor] | None = None
 
 
 class Past(NamedTuple):
@@ -53,11 +53,11 @@ class Past(NamedTuple):
 
     Attributes:
         steps: that it has taken.
-        moments: of its optimizer.
+        optimizer_state: of its optimizer.
     """
 
     steps: int
-    moments: Mapping[str, Tensor]
+    optimizer_state: Mapping[str, Tensor]
 
 
 class Query(NamedTuple):

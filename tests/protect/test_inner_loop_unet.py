@@ -17,8 +17,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.protect import differentiable
-from sophon.protect.simulate import Simulation, query_weights
-from sophon.protect.suppress import ENGINES
+from sophon.protect.fts import ENGINES
+from sophon.protect.inner_loop import Simulation, query_weights
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from tests.tiny import tiny_batches, tiny_denoising, tiny_unet
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sophon.domains import Batch
 from sophon.models import ModelSpec, build
-from sophon.protect.norms import FixedNorms
+from sophon.protect.fixed_norms import FixedNorms
 from sophon.surgery.renormalise import Per
 from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.surgery.surgical import changed, outputs, resnet

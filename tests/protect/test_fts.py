@@ -17,9 +17,9 @@ from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, ImageSet, batches
 from sophon.errors import UserError
 from sophon.protect import attackers as making
-from sophon.protect import suppress
-from sophon.protect.simulate import Simulation, query_weights
-from sophon.protect.suppress import ENGINES, Suppressor
+from sophon.protect import fts as fts_module
+from sophon.protect.fts import ENGINES, FTS
+from sophon.protect.inner_loop import Simulation, query_weights
 from sophon.runs import derive_seed
 from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
@@ -35,13 +35,13 @@ def sampler(**changes: Any) -> StrategySampler:
     return StrategySampler(replace(fixed, **changes))
 
 
-def suppressor(model: nn.Module, method: MethodConfig = METHOD, seed: int = 0, **changes: Any) -> Suppressor:
-    return Suppressor(model, tiny_task(), [RESTRICTED], sampler(**changes), method, seed)
+def make_fts(model: nn.Module, method: MethodConfig = METHOD, seed: int = 0, **changes: Any) -> FTS:
+    return FTS(model, tiny_task(), [RESTRICTED], sampler(**changes), method, seed)
 
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, Simulation]]:
-    """Every simulation that a suppressor runs, probing included."""
+    """Every simulation that a fts runs, probing included."""
     runs: list[tuple[FineTuneStrategy, Simulation]] = []
 
     def recorded(engine: Any) -> Any:
@@ -52,7 +52,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, S
 
         return run
 
-    monkeypatch.setattr(suppress, "ENGINES", {name: recorded(engine) for name, engine in ENGINES.items()})
+    monkeypatch.setattr(fts_module, "ENGINES", {name: recorded(engine) for name, engine in ENGINES.items()})
     monkeypatch.setattr(making, "first_order", recorded(ENGINES["first_order"]))  # which probes
     return runs
 
@@ -92,7 +92,7 @@ def test_steps_equal_adam_on_the_mean_gradient(
 ) -> None:
     model = tiny_model()
     start = parameters_of(model)
-    fts = suppressor(model, replace(METHOD, engine=engine, attackers=attackers))
+    fts = make_fts(model, replace(METHOD, engine=engine, attackers=attackers))
     steps = [fts.step(0, index) for index in range(3)]
     assert len(simulated) == 3 * attackers
     means = []
@@ -122,14 +122,14 @@ def test_gradient_is_that_of_the_attacker_on_adapt_and_query() -> None:
     adapt, query = stream("adapt", 8), stream("query", 9)
     gammas = query_weights("linear", 3, 2)
     run = ENGINES["first_order"](copy.deepcopy(model), plan, tiny_task(), adapt, query, gammas)
-    step = suppressor(model, seed=4).step(7)
+    step = make_fts(model, seed=4).step(7)
     assert step.query_loss == pytest.approx(sum(run.query_losses) / 2)
     assert_close(model, adam_by_hand(start, [run.gradients]))
 
 
 def test_steps_lower_the_suppression_loss() -> None:
     model = tiny_model()
-    fts = suppressor(model, replace(METHOD, fts_lr=0.02, query_every=1))
+    fts = make_fts(model, replace(METHOD, fts_lr=0.02, query_every=1))
     losses = [fts.step(index).query_loss for index in range(40)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
@@ -137,7 +137,7 @@ def test_steps_lower_the_suppression_loss() -> None:
 def test_clipping(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
     """The norm reported is the one before clipping; Adam sees the clipped gradient."""
     model = tiny_model()
-    fts = suppressor(model, replace(METHOD, fts_max_norm=1e-3))
+    fts = make_fts(model, replace(METHOD, fts_max_norm=1e-3))
     step = fts.step(0)
     assert step.gradient_norm > 1e-2
     moments = [state["exp_avg"] for state in fts.optimizer.state.values()]
@@ -151,7 +151,7 @@ def test_released_statistics_and_modes_stay(engine: str, heads: list[str]) -> No
     model = tiny_model().eval()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     assert any(name.endswith("num_batches_tracked") for name in buffers)
-    fts = suppressor(model, replace(METHOD, engine=engine), heads=heads)
+    fts = make_fts(model, replace(METHOD, engine=engine), heads=heads)
     for index in range(4):
         fts.step(index)
     for name, value in model.named_buffers():
@@ -177,7 +177,7 @@ def test_anchor_is_added_with_its_weight(
     model = tiny_model()
     start, anchors = parameters_of(model), [anchor_of(model, seed) for seed in (5, 6)]
     before = copy.deepcopy(anchors)
-    fts = suppressor(model, replace(METHOD, attackers=attackers, fts_original_weight=0.7), heads=heads)
+    fts = make_fts(model, replace(METHOD, attackers=attackers, fts_original_weight=0.7), heads=heads)
     steps = [fts.step(index, anchor=anchor) for index, anchor in enumerate(anchors)]
     sums = []
     for index, step in enumerate(steps):
@@ -197,8 +197,8 @@ def test_anchor_is_added_with_its_weight(
 def test_anchor_leaves_the_simulation_alone(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
     """The attackers, and what they teach, are those of a step without it."""
     model, other = tiny_model(), tiny_model()
-    one = suppressor(model, replace(METHOD, fts_original_weight=2.0)).step(0, anchor=anchor_of(model))
-    two = suppressor(other, METHOD).step(0)
+    one = make_fts(model, replace(METHOD, fts_original_weight=2.0)).step(0, anchor=anchor_of(model))
+    two = make_fts(other, METHOD).step(0)
     assert (one.query_loss, one.attacker_loss) == (two.query_loss, two.attacker_loss)
     (_, found), (_, expected) = simulated
     assert all(torch.equal(found.gradients[name], value) for name, value in expected.gradients.items())
@@ -208,14 +208,14 @@ def test_anchor_leaves_the_simulation_alone(simulated: list[tuple[FineTuneStrate
 def test_weight_without_anchor_adds_nothing() -> None:
     models = [tiny_model(), tiny_model()]
     for model, weight in zip(models, (0.0, 3.0), strict=True):
-        suppressor(model, replace(METHOD, fts_original_weight=weight)).step(0)
+        make_fts(model, replace(METHOD, fts_original_weight=weight)).step(0)
     assert_same_state(models[0], state_of(models[1]))
 
 
 def test_clipping_is_of_the_sum() -> None:
     model = tiny_model()
     anchor = {name: 1e3 * value for name, value in anchor_of(model).items()}
-    fts = suppressor(model, replace(METHOD, fts_max_norm=1e-3, fts_original_weight=1.0))
+    fts = make_fts(model, replace(METHOD, fts_max_norm=1e-3, fts_original_weight=1.0))
     step = fts.step(0, anchor=anchor)
     length = math.sqrt(sum(float((value**2).sum()) for value in anchor.values()))
     assert step.gradient_norm == pytest.approx(length, rel=1e-2)
@@ -228,7 +228,7 @@ def test_clipping_is_of_the_sum() -> None:
 def test_factor_is_on_the_rate_of_its_step_alone(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
     model = tiny_model()
     start, half = parameters_of(model), {}
-    fts = suppressor(model)
+    fts = make_fts(model)
     fts.step(0, factor=0.5)
     half = parameters_of(model)
     assert_close(model, adam_by_hand(start, [simulated[0][1].gradients], 0.5 * METHOD.fts_lr))
@@ -247,20 +247,20 @@ def test_factor_is_on_the_rate_of_its_step_alone(simulated: list[tuple[FineTuneS
 def test_only_a_kept_heads_gradient_is_applied(engine: str, heads: list[str], moves: bool) -> None:
     model = tiny_model()
     before = parameters_of(model)
-    fts = suppressor(model, replace(METHOD, engine=engine, attackers=2), heads=heads)
+    fts = make_fts(model, replace(METHOD, engine=engine, attackers=2), heads=heads)
     for index in range(3):
         fts.step(index)
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]) == (name in HEAD and not moves), name
 
 
-def begun(fts: Suppressor, plan: FineTuneStrategy) -> nn.Module:
+def begun(fts: FTS, plan: FineTuneStrategy) -> nn.Module:
     return fts.attackers.begin(plan, 0, torch.Generator())[0]
 
 
 def test_fresh_heads_differ_and_leave_the_released_one() -> None:
     model = tiny_model()
-    fts = suppressor(model, heads=["fresh"])
+    fts = make_fts(model, heads=["fresh"])
     plan = FineTuneStrategy(head="fresh")
     torch.manual_seed(1)
     one = begun(fts, plan).fc.weight.detach().clone()
@@ -273,7 +273,7 @@ def test_mixed_heads_average_over_all_attackers(simulated: list[tuple[FineTuneSt
     """A dropped head counts as a gradient of zero, so the kept head's share is 1 / N as everywhere."""
     model = tiny_model()
     start = parameters_of(model)
-    suppressor(model, replace(METHOD, attackers=6), heads=["kept", "fresh"]).step(0)
+    make_fts(model, replace(METHOD, attackers=6), heads=["kept", "fresh"]).step(0)
     assert {strategy.head for strategy, _ in simulated} == {"kept", "fresh"}
     mean = {
         name: sum(run.gradients[name] for strategy, run in simulated if strategy.head == "kept" or name not in HEAD) / 6
@@ -282,7 +282,7 @@ def test_mixed_heads_average_over_all_attackers(simulated: list[tuple[FineTuneSt
     assert_close(model, adam_by_hand(start, [mean]))
 
 
-def probe_loss(fts: Suppressor) -> float:
+def probe_loss(fts: FTS) -> float:
     """The remembered head's loss on adapt, on the released features."""
     net = copy.deepcopy(fts.model).eval()
     with torch.no_grad():
@@ -293,7 +293,7 @@ def probe_loss(fts: Suppressor) -> float:
 
 
 def test_probed_head_is_refreshed_and_remembered(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
-    fts = suppressor(tiny_model(), replace(METHOD, fts_lr=1e-9, probe_steps=20, probe_lr=0.05), heads=["probed"])
+    fts = make_fts(tiny_model(), replace(METHOD, fts_lr=1e-9, probe_steps=20, probe_lr=0.05), heads=["probed"])
     losses = [probe_loss(fts)]
     for index in range(4):
         fts.step(index)
@@ -312,7 +312,7 @@ def test_probed_head_is_refreshed_and_remembered(simulated: list[tuple[FineTuneS
 
 def test_refreshing_moves_the_head_alone() -> None:
     model = tiny_model()
-    fts = suppressor(model, heads=["probed"])
+    fts = make_fts(model, heads=["probed"])
     fts.attackers.refresh_probe(0, "a step")
     scratch = fts.attackers.scratch(FineTuneStrategy(head="probed"), 0).state_dict()
     for name, value in model.state_dict().items():
@@ -326,7 +326,7 @@ def test_probed_once_a_step(
 ) -> None:
     """Before all attackers, if any of them starts from the probed head; they then all start from the same."""
     model = tiny_model()
-    fts = suppressor(model, replace(METHOD, attackers=3), heads=["kept", "fresh", "probed"], steps=[1, 1])
+    fts = make_fts(model, replace(METHOD, attackers=3), heads=["kept", "fresh", "probed"], steps=[1, 1])
     before, starts = copy.deepcopy(fts.attackers.probed[0]), []
     begin = fts.attackers.begin
 
@@ -350,7 +350,7 @@ def test_probed_once_a_step(
 
 
 def test_no_probing_without_steps() -> None:
-    fts = suppressor(tiny_model(), replace(METHOD, probe_steps=0), heads=["probed"])
+    fts = make_fts(tiny_model(), replace(METHOD, probe_steps=0), heads=["probed"])
     before = copy.deepcopy(fts.attackers.probed[0])
     fts.step(0)
     assert all(torch.equal(fts.attackers.probed[0][name], before[name]) for name in HEAD)
@@ -367,8 +367,8 @@ def test_other_classes_than_the_original(classes: int) -> None:
     model = tiny_model()
     before = parameters_of(model)
     with pytest.raises(UserError, match=f"the model has 3 and the restricted domain {classes}"):
-        Suppressor(model, tiny_task(), [domain], sampler(heads=["fresh", "kept"]), METHOD, 0)
-    fts = Suppressor(model, tiny_task(), [domain], sampler(heads=["fresh", "probed"]), METHOD, 0)
+        FTS(model, tiny_task(), [domain], sampler(heads=["fresh", "kept"]), METHOD, 0)
+    fts = FTS(model, tiny_task(), [domain], sampler(heads=["fresh", "probed"]), METHOD, 0)
     for index in range(4):
         assert math.isfinite(fts.step(index).query_loss)
     assert fts.attackers.probed[0]["fc.weight"].shape == (classes, 4)
@@ -385,7 +385,7 @@ def test_all_diverged_leaves_the_weights(weight: float) -> None:
     before = state_of(model)
     wild = sampler(optimizers={"nesterov": [1e38, 1e38]}, steps=[8, 8])
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
-    fts = Suppressor(model, task, [RESTRICTED], wild, replace(METHOD, attackers=3, fts_original_weight=weight), 0)
+    fts = FTS(model, task, [RESTRICTED], wild, replace(METHOD, attackers=3, fts_original_weight=weight), 0)
     step = fts.step(0, anchor=anchor_of(model) if weight else None)
     assert step.diverged == 3
     assert all(math.isnan(value) for value in (step.query_loss, step.attacker_loss, step.gradient_norm))
@@ -398,7 +398,7 @@ def test_the_diverged_are_left_out(simulated: list[tuple[FineTuneStrategy, Simul
     start = parameters_of(model)
     mixed = sampler(optimizers={"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}, steps=[8, 8])
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
-    fts = Suppressor(model, task, [RESTRICTED], mixed, replace(METHOD, attackers=6), 0)
+    fts = FTS(model, task, [RESTRICTED], mixed, replace(METHOD, attackers=6), 0)
     step = fts.step(0)
     tame = [run for strategy, run in simulated if strategy.lr < 1]
     assert 0 < len(tame) < 6
@@ -426,10 +426,10 @@ def test_what_counts_as_diverged(bad: str, value: float, limit: float | None, mo
             [value if bad == "attacker loss" else 1.0, 1.0],
         )
 
-    monkeypatch.setattr(suppress, "ENGINES", {"first_order": engine})
+    monkeypatch.setattr(fts_module, "ENGINES", {"first_order": engine})
     model = tiny_model().float()
     before = state_of(model)
-    step = suppressor(model, replace(METHOD, fts_max_norm=limit)).step(0)
+    step = make_fts(model, replace(METHOD, fts_max_norm=limit)).step(0)
     if bad != "gradient" and value == 1e30:
         assert step.diverged == 0
         assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -445,7 +445,7 @@ def test_what_counts_as_diverged(bad: str, value: float, limit: float | None, mo
 def test_seed_and_key_decide_everything(engine: str) -> None:
     def after(seed: int, *keys: tuple[object, ...]) -> tuple[list[Any], dict[str, Tensor]]:
         model = tiny_model()
-        fts = suppressor(
+        fts = make_fts(
             model,
             replace(METHOD, engine=engine, attackers=2),
             seed,
@@ -465,7 +465,7 @@ def test_seed_and_key_decide_everything(engine: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_memory_does_not_grow(engine: str) -> None:
-    fts = suppressor(tiny_model(), replace(METHOD, engine=engine), heads=["kept", "fresh", "probed"])
+    fts = make_fts(tiny_model(), replace(METHOD, engine=engine), heads=["kept", "fresh", "probed"])
 
     def alive() -> tuple[int, int]:
         gc.collect()
@@ -490,9 +490,9 @@ def test_gradients_come_back_through_surgery(simulated: list[tuple[FineTuneStrat
     model = tiny_model()
     start = parameters_of(model)
     surgeries = [[{"operation": "reset_affine"}, {"operation": "prune", "fraction": 0.5}]]
-    suppressor(model, heads=["fresh"], surgeries=surgeries).step(0)
+    make_fts(model, heads=["fresh"], surgeries=surgeries).step(0)
     ((_, run),) = simulated
-    attackers = suppressor(tiny_model(), heads=["fresh"], surgeries=surgeries).attackers
+    attackers = make_fts(tiny_model(), heads=["fresh"], surgeries=surgeries).attackers
     torch.manual_seed(0)
     plan = sampler(heads=["fresh"], surgeries=surgeries).sample(torch.Generator())
     _, factors = attackers.begin(plan, 0, torch.Generator())
@@ -515,7 +515,7 @@ def test_attackers_of_several_domains(pool: int) -> None:
         for split, part in RESTRICTED.splits.items()
     }, {})  # fmt: skip
     method = replace(METHOD, pool=pool, chunk=2)
-    fts = Suppressor(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(heads=["fresh", "probed"]), method, 0)
+    fts = FTS(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(heads=["fresh", "probed"]), method, 0)
     begun, seen = fts.attackers.begin, []
 
     def watched(strategy: FineTuneStrategy, domain: int, generator: torch.Generator) -> Any:
@@ -531,14 +531,14 @@ def test_attackers_of_several_domains(pool: int) -> None:
     members = fts.pool.members.values()
     assert all(member.displacement["fc.weight"].shape[0] == (3, 2)[member.domain] for member in members)
     with pytest.raises(UserError, match="the model has 3 and the restricted domain 2"):
-        Suppressor(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(), METHOD, 0)
+        FTS(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(), METHOD, 0)
 
 
 def test_the_curriculum_hears_of_every_attacker() -> None:
     """An optimizer that does nothing never recovers: it is drawn less."""
     optimizers = {"momentum": [0.1, 0.1], "sgd": [1e-9, 1e-9]}
     method = replace(METHOD, attackers=3, curriculum="bandit", curriculum_memory=0.5, fts_lr=1e-9)
-    fts = suppressor(tiny_model(), method, optimizers=optimizers, steps=[12, 12])
+    fts = make_fts(tiny_model(), method, optimizers=optimizers, steps=[12, 12])
     for index in range(8):
         fts.step(index)
     chances = fts.curriculum.table()["optimizer"]

@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from sophon.config import MethodConfig
 from sophon.domains import Domain
 from sophon.protect.attackers import Attackers
 from sophon.protect.curriculum import Curriculum
+from sophon.protect.distributed import ALONE, Ranks
 from sophon.protect.first_order import first_order
+from sophon.protect.inner_loop import Engine, Past, Simulation, query_weights
 from sophon.protect.objectives import objectives_of
 from sophon.protect.pool import Member, Pool
-from sophon.protect.ranks import ALONE, Ranks
-from sophon.protect.regions import META_STEP, PREPARE, REDUCE
 from sophon.protect.second_order import second_order
-from sophon.protect.simulate import Engine, Past, Simulation, query_weights
 from sophon.protect.starts import Factors
 from sophon.runs import derive_seed
 from sophon.strategies import FineTuneStrategy, StrategySampler
@@ -38,7 +36,7 @@ def engine_of(config: MethodConfig) -> Engine:
     return partial(ENGINES[config.engine], objectives=objectives_of(config))
 
 
-class SuppressionStep(NamedTuple):
+class FTSStep(NamedTuple):
     """What one FTS step did.
 
     Attributes:
@@ -77,7 +75,7 @@ class _Turn:
     member: Member | None = None
 
 
-class Suppressor:
+class FTS:
     """Takes FTS steps on the released model.
 
     The attackers of a step are spread over the ranks, and every rank takes the same Adam step on the sum of what they
@@ -122,7 +120,7 @@ class Suppressor:
         mine = ranks.mine(config.attackers)
         self.pool = Pool(config.pool, {place for index in mine for place in self._places(index)})
 
-    def step(self, *key: object, factor: float = 1.0, anchor: Mapping[str, Tensor] | None = None) -> SuppressionStep:
+    def step(self, *key: object, factor: float = 1.0, anchor: Mapping[str, Tensor] | None = None) -> FTSStep:
         """Simulate ``config.attackers`` attackers drawn from the run's seed and ``key``; take one Adam step.
 
         Args:
@@ -130,8 +128,7 @@ class Suppressor:
             factor: on the rate.
             anchor: the original domain's gradient by parameter, added with ``config.fts_original_weight``.
         """
-        with record_function(PREPARE):
-            turns = [self._draw(key, index) for index in self.ranks.mine(self.config.attackers)]
+        turns = [self._draw(key, index) for index in self.ranks.mine(self.config.attackers)]
         self._refresh_probes(key, turns)
         total: dict[str, Tensor] = {}
         # of the attackers that stay finite: how many, their queries, the sums of the losses
@@ -144,18 +141,16 @@ class Suppressor:
                 for name, gradient in gradients.items():
                     total[name] = total[name] + gradient if name in total else gradient
                 facts += facts.new_tensor([1, len(run.query_losses), sum(run.query_losses), run.attacker_losses[-1]])
-        with record_function(REDUCE):
-            parameters = self.model.named_parameters()
-            parts = [total[name] if name in total else torch.zeros_like(p) for name, p in parameters]
-            *sums, facts = self.ranks.sum([*parts, facts])
-            self._learn(successes)
+        parameters = self.model.named_parameters()
+        parts = [total[name] if name in total else torch.zeros_like(p) for name, p in parameters]
+        *sums, facts = self.ranks.sum([*parts, facts])
+        self._learn(successes)
         finite, queries, query_loss, attacker_loss = facts.tolist()
         diverged = self.config.attackers - int(finite)
         if not finite:
-            return SuppressionStep(math.nan, math.nan, math.nan, diverged)
-        with record_function(META_STEP):
-            norm = self._follow(sums, finite, factor, anchor)
-        return SuppressionStep(query_loss / queries, attacker_loss / finite, norm, diverged)
+            return FTSStep(math.nan, math.nan, math.nan, diverged)
+        norm = self._follow(sums, finite, factor, anchor)
+        return FTSStep(query_loss / queries, attacker_loss / finite, norm, diverged)
 
     def _follow(self, sums: list[Tensor], count: float, factor: float, anchor: Mapping[str, Tensor] | None) -> float:
         """Take the Adam step on the mean of what ``count`` attackers teach; return its norm, before clipping."""
@@ -200,16 +195,15 @@ class Suppressor:
         """Simulate an attacker's turn: in a pool a chunk of its steps, else all; return what it teaches."""
         torch.manual_seed(turn.seed)
         strategy, past = turn.strategy, None
-        with record_function(PREPARE):
-            if turn.member is None:
-                attacker, factors = self.attackers.begin(strategy, turn.domain, turn.generator)
-            else:
-                attacker, factors = self.attackers.scratch(strategy, turn.domain), dict(turn.member.factors)
-                self.pool.enter(turn.place, attacker, self.model)
-                past = Past(turn.member.taken, turn.member.moments)
-            streams = self.attackers.batches
-            adapt = streams(turn.domain, "adapt", strategy.batch_size, turn.generator, strategy.augmentation)
-            query = streams(turn.domain, "query", self.config.query_batch_size, turn.generator)
+        if turn.member is None:
+            attacker, factors = self.attackers.begin(strategy, turn.domain, turn.generator)
+        else:
+            attacker, factors = self.attackers.scratch(strategy, turn.domain), dict(turn.member.factors)
+            self.pool.enter(turn.place, attacker, self.model)
+            past = Past(turn.member.taken, turn.member.optimizer_state)
+        streams = self.attackers.batches
+        adapt = streams(turn.domain, "adapt", strategy.batch_size, turn.generator, strategy.augmentation)
+        query = streams(turn.domain, "query", self.config.query_batch_size, turn.generator)
         taken = past.steps if past else 0
         steps = min(self.config.chunk, strategy.steps - taken) if self.pool.size else strategy.steps
         gammas = query_weights(self.config.gamma, steps, self.config.query_every)
@@ -217,11 +211,10 @@ class Suppressor:
         run = self._engine(attacker, strategy, self.task, adapt, query, gammas, **going_on)
         self.pool.members.pop(turn.place, None)
         if taken + steps < strategy.steps and _is_finite(run, run.gradients):
-            with record_function(PREPARE):
-                moments = run.moments or {}
-                self.pool.leave(
-                    turn.place, strategy, taken + steps, attacker, self.model, factors, moments, turn.domain
-                )
+            optimizer_state = run.optimizer_state or {}
+            self.pool.leave(
+                turn.place, strategy, taken + steps, attacker, self.model, factors, optimizer_state, turn.domain
+            )
         return _to_released(run.gradients, factors), run
 
     def _refresh_probes(self, key: tuple[object, ...], turns: list[_Turn]) -> None:
@@ -230,8 +223,7 @@ class Suppressor:
             return
         begun = [turn.domain for turn in turns if turn.member is None and turn.strategy.head == "probed"]
         for domain in sorted({each for part in self.ranks.gather(begun) for each in part}):
-            with record_function(PREPARE):
-                self.attackers.refresh_probe(domain, *key)
+            self.attackers.refresh_probe(domain, *key)
             self.ranks.broadcast(self.attackers.probed[domain])  # ranks on unlike hardware differ in the last bits
 
 

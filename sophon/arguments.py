@@ -24,7 +24,7 @@ class Limits(NamedTuple):
 
 
 def function_at(path: str, key: str) -> Callable[..., Any]:
-    """Import the function at a dotted path, such as ``package.module.function``.
+    """Import the function at a dotted path, such as ``package.module.function`` or ``package.module:function``.
 
     Args:
         path: of a module that Python can import and, after the last dot, a name in it.
@@ -33,7 +33,7 @@ def function_at(path: str, key: str) -> Callable[..., Any]:
     Raises:
         UserError: there is no such module, importing it fails, or it has no such function.
     """
-    module, _, name = path.rpartition(".")
+    module, _, name = path.replace(":", ".").rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # a module may raise anything

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what an optimizer remembers, by ``<index of the parameter>.<name>``; the optimizer's own tensors."""
     state = optimizer.state_dict()["state"]
     return {
@@ -19,10 +19,10 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
-    """Give an optimizer what `moments_of` returned of another over the same parameters."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Give an optimizer what `optimizer_state` returned of another over the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
+    for key, value in saved.items():
         index, name = key.split(".", 1)
         # torch keeps step counts on the CPU; on a GPU every step would wait to read them
         state.setdefault(int(index), {})[name] = value.cpu() if name == "step" else value

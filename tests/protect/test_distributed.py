@@ -26,10 +26,10 @@ from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Batch, ImageSet
 from sophon.errors import GuardError, UserError
 from sophon.protect.batch_norm import WholeBatch
-from sophon.protect.ranks import ALONE, Ranks, join, require_work
-from sophon.protect.reinforce import Reinforcer
+from sophon.protect.distributed import ALONE, Ranks, join, require_work
+from sophon.protect.fts import FTS
+from sophon.protect.ntr import NTR
 from sophon.protect.state import STATE_FILE, read_state
-from sophon.protect.suppress import Suppressor
 from sophon.protect.trainer import Trainer
 from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import SamplerConfig, StrategySampler
@@ -73,7 +73,7 @@ def suppressed(ranks: Ranks, folder: Path, heads: str = "kept", attackers: int =
     model = tiny_model()
     method = replace(METHOD, attackers=attackers, pool=pool, chunk=2, fts_max_norm=1.0)
     sampler = StrategySampler(replace(ATTACKERS, heads=heads.split("+")))
-    fts = Suppressor(model, tiny_task(), [RESTRICTED], sampler, method, 3, ranks)
+    fts = FTS(model, tiny_task(), [RESTRICTED], sampler, method, 3, ranks)
     found: Tensors = {}
     for step in range(4):
         told = fts.step(step)
@@ -91,7 +91,7 @@ def diverging(ranks: Ranks, folder: Path) -> Tensors:
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
     wild = {"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}
     sampler = StrategySampler(replace(ATTACKERS, optimizers=wild, steps=[8, 8]))
-    fts = Suppressor(model, task, [RESTRICTED], sampler, METHOD, 0, ranks)
+    fts = FTS(model, task, [RESTRICTED], sampler, METHOD, 0, ranks)
     steps = [fts.step(index) for index in range(6)]
     return state_of(model) | {"diverged": torch.tensor([step.diverged for step in steps])}
 
@@ -126,7 +126,7 @@ def reinforced(ranks: Ranks, folder: Path, network: str = "tiny", batch: int = 9
         model.fc.weight.add_(0.3)
     task = ClassificationTask(tiny_spec(), distillation=weight, dtype=torch.float64)
     method = replace(METHOD, ntr_lr=1e-3, ntr_batch_size=batch, ntr_augmentation="crop")
-    ntr = Reinforcer(model, reference, task, IMAGES, method, 5, ranks)
+    ntr = NTR(model, reference, task, IMAGES, method, 5, ranks)
     found = {"loss": number(ntr.run(3, 0)), "annealed": number(ntr.run(2, 1, "repair", anneal=True))}
     found |= {f"gradient/{name}": value for name, value in ntr.gradient(2, "anchor").items()}
     return found | state_of(model) | {f"reference/{name}": value for name, value in state_of(reference).items()}
@@ -185,7 +185,7 @@ POOLED = replace(METHOD, pool=5, chunk=1, fts_original_weight=0.5, schedule="cos
 def everything(run: Trainer) -> Tensors:
     losses = [row[name] for row in run.at.history for name in ("query_loss", "gradient_norm", "ntr_loss")]
     where = [run.at.round, run.at.good_round, run.at.ntr_steps, run.at.rollbacks, run.at.good]
-    pool = run.ranks.collect(run.suppressor.pool.tensors())
+    pool = run.ranks.collect(run.fts.pool.tensors())
     return {
         **state_of(run.model),
         **{f"good/{name}": value for name, value in run.good.items()},
@@ -210,8 +210,8 @@ def stopped(ranks: Ranks, folder: Path) -> Tensors:
             signal.raise_signal(signal.SIGTERM)
 
     run = interrupted(ranks, folder / "stopped", told)
-    found = everything(run) | {"members": torch.tensor(len(run.suppressor.pool.members))}
-    own = {place % POOLED.attackers % ranks.size for place in run.suppressor.pool.members}
+    found = everything(run) | {"members": torch.tensor(len(run.fts.pool.members))}
+    own = {place % POOLED.attackers % ranks.size for place in run.fts.pool.members}
     assert own <= {ranks.rank}
     return found
 
@@ -295,7 +295,7 @@ def refusals(ranks: Ranks) -> dict[str, str]:
         spoilt = ImageSet(IMAGES.images, IMAGES.labels, IMAGES.classes)
         task = Spoilt(tiny_spec(), dtype=torch.float64)
         task.spoil = ranks.rank == other
-        Reinforcer(tiny_model(), tiny_model(), task, spoilt, METHOD, 0, ranks).run(1, 0)
+        NTR(tiny_model(), tiny_model(), task, spoilt, METHOD, 0, ranks).run(1, 0)
     return found
 
 
@@ -345,7 +345,7 @@ class Drawing:
             return sum(p.sum() for p in model.parameters()) * 1.0
 
         task.original_loss = original_loss  # type: ignore[method-assign]
-        Reinforcer(model, model, task, IMAGES, METHOD, 0, ranks).run(1, 0)
+        NTR(model, model, task, IMAGES, METHOD, 0, ranks).run(1, 0)
         return drawn
 
 

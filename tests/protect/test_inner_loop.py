@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sophon.protect.first_order import first_order
+from sophon.protect.fts import ENGINES
+from sophon.protect.inner_loop import GAMMAS, query_weights
 from sophon.protect.second_order import second_order
-from sophon.protect.simulate import GAMMAS, query_weights
-from sophon.protect.suppress import ENGINES
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
 from tests.tiny import tiny_batches, tiny_model, tiny_task
 
