@@ -17,9 +17,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon.domains import Batch, ImageSet, batches
+from sophon.errors import UserError
+from sophon.models.common import one_line
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
+_LARGEST_TRIED = 512  # pixels a side at which it is tried whether a model wants larger images
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -119,6 +122,54 @@ def flops_per_step(
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return int(counter.get_total_flops())
+
+
+def rehearse(
+    model: nn.Module, strategy: FineTuneStrategy, task: Task, images: ImageSet, key: str, loss: Loss | None = None
+) -> None:
+    """Take one training pass on at most two images, so that what cannot work is found before the work starts.
+
+    Args:
+        model: a copy, ready for the strategy's first step; it ends with other modes and statistics.
+        strategy: its scope, ``batch_norm`` and ``batch_size`` count.
+        task: says what the scope trains, and gives the loss unless another is given.
+        images: the training images.
+        key: the configuration key of the batch size, for messages.
+        loss: to minimise in place of the task's.
+
+    Raises:
+        UserError: the pass fails; the message says whether more images at a time, or larger ones, would do.
+    """
+    thaw(model, strategy, task)
+    objective = loss or task.attacker_loss
+    few = images.take(torch.arange(2) % len(images))
+
+    def failure(count: int, zoom: int = 1) -> str | None:
+        pixels = few.images[:count].repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        try:
+            objective(model, Batch(pixels, few.labels[:count]))
+        except UserError:
+            raise
+        except Exception as error:  # models raise whatever their first misfit leads to
+            return one_line(error)
+        return None
+
+    size = few.images.shape[-1]
+    device = few.images.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        reason = failure(min(2, strategy.batch_size))
+        if reason is None:
+            return
+        if strategy.batch_size == 1 and failure(2) is None:
+            raise UserError(f"{key}: 1 is too few for this model in training ({reason}); give at least 2")
+        for zoom in (2, 4, 8, 16):
+            if zoom * size <= _LARGEST_TRIED and failure(2, zoom) is None:
+                raise UserError(
+                    f"model.image_size: {size} is too small for this model in training ({reason}); {zoom * size} works"
+                )
+    raise UserError(
+        f"model.architecture: a training pass on images of {size} x {size} fails ({reason}); choose another"
+    )
 
 
 def thaw(model: nn.Module, strategy: FineTuneStrategy, task: Task) -> dict[str, nn.Parameter]:

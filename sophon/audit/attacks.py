@@ -32,7 +32,7 @@ class Outcome:
         curve: (steps done, metric on the attacker's ``select`` split), the start included.
         test: the metric on ``test`` with its sampling error, read once, after the last step; NaN of no images where it
             was not to be read.
-        finished: whether the loss stayed finite to the end.
+        finished: whether the loss and all that was measured stayed finite to the end.
         seconds: wall time of the whole attempt; of attempts trained together, an equal share of theirs.
         flops: of all its training (forward and backward).
         prepared_flops: the part of them before the first step: surgery and probing.
@@ -125,6 +125,8 @@ class Attacker:
             self.task.measure(model, self._restricted["test"]) if self._read_test else Measured(math.nan, math.nan, 0)
         )
         seconds = time.perf_counter() - self._start
+        measured = [value for _, value in self._curve] + [test.value] * self._read_test
+        finished = finished and all(map(math.isfinite, measured))
         return Outcome(model, self._curve, test, finished, seconds, self._flops, self._prepared)
 
     def _measured(self) -> nn.Module:

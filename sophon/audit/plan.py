@@ -20,6 +20,7 @@ from sophon.audit.verdict import ORACLE, ROLES
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import Domain, few_shot
 from sophon.errors import UserError, choose
+from sophon.finetune import rehearse
 from sophon.models import ModelSpec
 from sophon.strategies import OF_SCOPE, FineTuneStrategy, Operation
 from sophon.tasks import Task
@@ -160,7 +161,7 @@ def unfit(strategy: FineTuneStrategy, scene: Scene, domain: Domain) -> str | Non
             scene.task.start_head(model, strategy.head, domain.classes)
             if strategy.scope == "lora":
                 add_adapters(model, strategy.lora_rank, strategy.lora_layers, scene.task.head_names(model))
-            scene.task.train_mode(model, strategy.scope, strategy.blocks)
+            rehearse(model, strategy, scene.task, domain["attack"], "batch_size")
         except UserError as error:
             return str(error)
     return None
@@ -210,10 +211,11 @@ class Plan:
             key = "attack.oracle" if name == config.oracle else "attack.benign"
             choose(key, name, self.named)
         fitting = self._fitting(self.named, scene.restricted)
-        searches = {name: self._narrowed(name, each) for name, each in config.search.items()}
+        narrowed = {name: self._narrowed(name, each) for name, each in config.search.items()}
+        searches = {name: each for name, each in narrowed.items() if each is not None}
         if not fitting and not searches:
-            name, reason = next(iter(self.left_out.items()))
-            raise UserError(f"attack.strategies.{name}: {reason}")
+            name, reason = next((name, self.left_out[name]) for name in (*self.named, *narrowed))
+            raise UserError(f"attack.{'strategies' if name in self.named else 'search'}.{name}: {reason}")
         self.jobs = sorted(self._jobs(fitting, searches), key=lambda job: -_length(job))
 
     def _jobs(self, fitting: Mapping[str, FineTuneStrategy], searches: Mapping[str, SearchConfig]) -> Iterator[Job]:
@@ -242,8 +244,8 @@ class Plan:
         self.left_out |= {f"{name}{where}": reason for name, reason in reasons.items() if reason is not None}
         return {name: strategy for name, strategy in named.items() if reasons[name] is None}
 
-    def _narrowed(self, name: str, config: SearchConfig) -> SearchConfig:
-        """Take out of a search's choices those values that do not fit the models."""
+    def _narrowed(self, name: str, config: SearchConfig) -> SearchConfig | None:
+        """Take out of a search's choices those values that do not fit the models; None if no value of one is left."""
         from sophon.audit import search  # optuna takes a second to import
 
         search.check(name, config)
@@ -264,7 +266,8 @@ class Plan:
                 else:
                     self.left_out[f"{name}: {key} {value}"] = reason
             if not kept:
-                raise UserError(f"attack.search.{name}.choices.{key}: none of its values fits the model")
+                self.left_out[name] = f"none of the values of its choice {key} fits the model"
+                return None
             choices[key] = kept
         return replace(config, choices=choices)
 

@@ -154,7 +154,9 @@ class Runner:
     def _write(self, path: Path, job: Job, record: Record) -> str:
         write_json(path, record)
         if isinstance(job, Attempt):
-            return f"{job.attack} on {job.role}: {format_value(record['test'], record['metric'])}"
+            value = record["test"]
+            said = "not finite" if value is None else format_value(value, record["metric"])
+            return f"{job.attack} on {job.role}: {said}"
         return f"{job.name} on {job.role}: {len(record['trials'])} trials"
 
     def records(self) -> tuple[list[Record], list[Record]]:

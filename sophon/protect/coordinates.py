@@ -61,7 +61,8 @@ def known(model: nn.Module) -> list[Interface]:
     found = interfaces(model)
     if not found:
         raise UserError(
-            "method.gains: only timm's ResNets of plain blocks have interfaces that are known; leave it empty"
+            "method: coordinates (method.gains) knows timm's ResNets of plain blocks, such as resnet18, and not this "
+            "model; use method=sophon_klu, which takes any"
         )
     return found
 

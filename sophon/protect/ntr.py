@@ -114,7 +114,7 @@ class NTR:
         with self.ranks.whole_batch():
             # weighted before it is differentiated: through BatchNorm a slice's loss reaches the other slices' images
             loss = self._loss(part) * (len(part.labels) / len(batch.labels))
-            found = torch.autograd.grad(loss, list(parameters.values()))
+            found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         *gradients, loss = self.ranks.sum([*found, loss.detach()])
         value = loss.item()
         if not math.isfinite(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -39,6 +40,7 @@ class ClassificationTask:
     libraries = LIBRARIES
     metric = Metric("accuracy", "%", higher_is_better=True)
     evaluation_batch_size = 500
+    suspects = "model.mean, model.std, model.image_size, the order of the classes and of the colour channels"
 
     def __init__(
         self,
@@ -84,7 +86,9 @@ class ClassificationTask:
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the model's logits, float [B, classes], for uint8 images [B, C, H, W]."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            logits: Tensor = model(self.prepare(images))
+            output = model(self.prepare(images))
+        # in training mode GoogLeNet and Inception hand over the logits of auxiliary heads besides
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits.float() if self.amp else logits
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -130,12 +134,14 @@ class ClassificationTask:
         return features.float() if self.amp else features
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
-        """Return the accuracy in percent, 0 .. 100."""
-        correct = 0
-        with evaluating(model):
-            for batch in evaluation_batches(images, self.evaluation_batch_size):
-                correct += int((self.logits(model, batch.images).argmax(1) == batch.labels).sum())
-        return 100 * correct / len(images)
+        """Return the accuracy in percent, 0 .. 100; NaN if a logit is not finite."""
+        return 100 * self._sum(model, images, lambda logits, labels: (logits.argmax(1) == labels).sum()) / len(images)
+
+    def chance(self, images: ImageSet) -> Measured:
+        """Return the accuracy in percent of always naming the commonest class, with its binomial error."""
+        count = len(images)
+        part = float(images.labels.bincount().max()) / count
+        return Measured(100 * part, 100 * math.sqrt(part * (1 - part) / count), count)
 
     def measure(self, model: nn.Module, images: ImageSet) -> Measured:
         """Return the accuracy in percent with Agresti and Coull's binomial error, which is not 0 at 0 or 100 %."""
@@ -144,12 +150,20 @@ class ClassificationTask:
         return Measured(value, 100 * math.sqrt(part * (1 - part) / (count + 4)), count)
 
     def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
-        """Return the mean cross-entropy."""
+        """Return the mean cross-entropy; NaN if a logit is not finite."""
+        total = self._sum(model, images, partial(F.cross_entropy, reduction="sum"))
+        return {"cross-entropy": total / len(images)}
+
+    def _sum(self, model: nn.Module, images: ImageSet, score: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Add up the score of each batch's logits and labels, in evaluation mode; NaN if a logit is not finite."""
         total = 0.0
         with evaluating(model):
             for batch in evaluation_batches(images, self.evaluation_batch_size):
-                total += float(F.cross_entropy(self.logits(model, batch.images), batch.labels, reduction="sum"))
-        return {"cross-entropy": total / len(images)}
+                logits = self.logits(model, batch.images)
+                if not logits.isfinite().all():
+                    return math.nan
+                total += float(score(logits, batch.labels))
+        return total
 
     def sample(self, model: nn.Module, count: int, seed: int) -> None:
         """Return None: a classifier generates nothing."""

@@ -58,6 +58,7 @@ class DenoisingTask:
     libraries = LIBRARIES
     metric = Metric("eps-MSE", "", higher_is_better=False)
     evaluation_batch_size = 250
+    suspects = "model.scheduler, model.image_size, the range and the order of the colour channels"
     most_bands = 4
 
     def __init__(
@@ -202,6 +203,12 @@ class DenoisingTask:
         steps = errors[timesteps.argsort()].diff()
         variance = float(steps.square().mean()) / 2 if len(steps) else math.nan
         return Measured(float(errors.mean()), math.sqrt(variance / len(errors)), len(errors))
+
+    def chance(self, images: ImageSet) -> Measured:
+        """Return the error of predicting no noise, about 1, over the images' fixed triples."""
+        noises = [noised.noise.double() for noised, _ in self._triples(images)]
+        squares = torch.cat([noise.square().mean((1, 2, 3)).cpu() for noise in noises])
+        return Measured(float(squares.mean()), float(squares.std()) / math.sqrt(len(squares)), len(squares))
 
     def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """Return the same error by band of timesteps, from little noise to much."""

@@ -48,11 +48,13 @@ class Task(Protocol):
 
     Attributes:
         amp: whether passes are autocast to bfloat16; who needs more precision may switch it off for a while.
+        suspects: what is usually wrong with the input of a trained model that does no better than `chance`.
     """
 
     metric: Metric
     spec: ModelSpec
     amp: bool
+    suspects: str
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return what an attacker minimises while it fine-tunes."""
@@ -73,7 +75,13 @@ class Task(Protocol):
         """Return what the model's head sees of uint8 images [B, C, H, W]: float [B, D]; None if its kind has none."""
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
-        """Return the primary metric; leaves the model, its modes and the global generator as they were."""
+        """Return the primary metric, not a finite number if an output is none.
+
+        Leaves the model, its modes and the global generator as they were.
+        """
+
+    def chance(self, images: ImageSet) -> Measured:
+        """Return the metric of the best guess that does not look at the images."""
 
     def measure(self, model: nn.Module, images: ImageSet) -> Measured:
         """Return the primary metric with its sampling error, under the same promises as `evaluate`."""

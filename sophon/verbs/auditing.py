@@ -30,12 +30,15 @@ from sophon.verbs.common import (
     checkpoint_of,
     default,
     domains_of,
+    doubt,
+    measured,
     metric_of,
     require_float32,
     required,
     run_dir,
     task_of,
     tracker_of,
+    warn,
 )
 
 
@@ -58,6 +61,9 @@ def audit(config: Config) -> None:
     parts = _parts(config)
     stages = dict(zip(parts, _stages(config), strict=True))
     runners = {path: _runner(parts[path], stage) for path, stage in stages.items()}  # refuses before a folder is begun
+    first = next(iter(stages.values()))
+    for checkpoint, key in ((first.protected, "checkpoint"), (first.reference, "reference")):
+        warn(doubt(first.scene.task, checkpoint.model, first.original, key))
     if len(parts) > 1 and (run_dir(config) / "run.json").exists():
         raise UserError(f"run_dir: '{run_dir(config)}' holds an audit of one domain; give another run_dir")
     summaries = {path: _audit(part, stages[path], runners[path]) for path, part in parts.items()}
@@ -100,7 +106,8 @@ def _audit(config: Config, stage: _Stage, runner: Runner) -> dict[str, Any]:
         return {}
     attempts, searches = runner.records()
     before, after = (
-        {"test": task.evaluate(scene.models[role], stage.original["test"])} for role in ("unprotected", "protected")
+        {"test": measured(task, scene.models[role], stage.original, "test", key)}
+        for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
     )
     context = {
         "checkpoint": _origin(stage.protected),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sophon.audit.verdict import format_value
 from sophon.config import Config, DomainConfig, keyed, plain
 from sophon.domains import Domain, load_original, load_restricted, with_clusters
 from sophon.errors import UserError
@@ -147,6 +150,42 @@ def tracker_of(config: Config, folder: Path) -> Iterator[Tracker]:
         yield tracker
     finally:
         tracker.close()
+
+
+def measured(task: Task, model: nn.Module, original: Domain, split: str, key: str) -> float:
+    """Return the task's metric on a split of the original domain.
+
+    Raises:
+        UserError: an output is not finite; the message names ``key``.
+    """
+    value = task.evaluate(model, original[split])
+    if not math.isfinite(value):
+        raise UserError(f"{key}: the model's outputs on {split} of {original.name} are not finite; give other weights")
+    return value
+
+
+def doubt(task: Task, model: nn.Module, original: Domain, key: str) -> str | None:
+    """Return a line of warning if a model does no better on ``val`` than a guess, within two standard errors.
+
+    Raises:
+        UserError: an output is not finite; the message names ``key``.
+    """
+    value = measured(task, model, original, "val", key)
+    guess, error, images = task.chance(original["val"])
+    sign = 1 if task.metric.higher_is_better else -1
+    if sign * (value - guess) > 2 * error:
+        return None
+    said, guessed = (format_value(each, metric_of(task)) for each in (value, guess))
+    return (
+        f"{key}: {task.metric.name} on {images} images of val is {said}, no better than a guess "
+        f"({guessed}, standard error {error:.2g}); if the model was trained, check {task.suspects}"
+    )
+
+
+def warn(line: str | None) -> None:
+    """Print a line of warning, if there is one, on stderr."""
+    if line is not None:
+        print(f"sophon: warning: {line}", file=sys.stderr)
 
 
 def metric_of(task: Task) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sophon.config import ClampConfig, Config, GuardConfig, MethodConfig, keyed,
 from sophon.domains import Domain, load_original
 from sophon.errors import GuardError, UserError
 from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
-from sophon.finetune import fine_tune
+from sophon.finetune import Loss, fine_tune, rehearse
 from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
 from sophon.models import create
 from sophon.protect import coordinates
@@ -29,13 +30,15 @@ from sophon.protect.starts import check_simulated
 from sophon.protect.state import STATE_FILE, Position, last_good
 from sophon.protect.trainer import Trainer
 from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all
-from sophon.strategies import SamplerConfig, StrategySampler
+from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
 from sophon.verbs.common import (
     asked_precision,
     default,
     domains_of,
+    doubt,
+    measured,
     metric_of,
     reference_of,
     require_float32,
@@ -43,6 +46,7 @@ from sophon.verbs.common import (
     run_dir,
     task_of,
     tracker_of,
+    warn,
     with_pseudo_labels,
 )
 
@@ -69,6 +73,7 @@ def pretrain(config: Config) -> None:
     model, spec = create(config.model, original.classes)
     model.to(device)
     task = task_of(config, spec, device)
+    rehearse(copy.deepcopy(model), config.pretrain, task, original["train"], "pretrain.batch_size")
     folder = RunDirectory.open(run_dir(config), "pretrain", identity).path
     if (folder / "checkpoint").exists():
         print(f"already done: {folder / 'checkpoint'}")
@@ -85,7 +90,10 @@ def pretrain(config: Config) -> None:
                 f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it, in a new run_dir"
             )
     manifest = _manifest(config, "pretrain", None, original)
-    manifest["intactness"] = {**metric_of(task), "after": _both_splits(task, model, original)}
+    key = "pretrain.lr" if config.pretrain.steps else "model.weights"
+    manifest["intactness"] = {**metric_of(task), "after": _both_splits(task, model, original, key)}
+    if config.pretrain.steps == 0:
+        warn(doubt(task, model, original, key))
     write_checkpoint(folder / "checkpoint", model, spec, manifest)
     print(f"{folder / 'checkpoint'}: {task.metric.name} {_figures(task, manifest['intactness']['after'])}")
 
@@ -99,9 +107,12 @@ def protect(config: Config) -> None:
     with ranks.together():
         require_work(config.method, ranks)
         stage = _stage(config, device)
+        doubted = doubt(stage.task, stage.reference.model, stage.original, "reference")
     if len({json.dumps(identity) for identity in ranks.gather(stage.identity)}) > 1:
         raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
     if ranks.first(partial(_begin, run_dir(config), stage.identity)):
+        if ranks.rank == 0:
+            warn(doubted)
         _protect(config, stage, ranks)
     elif ranks.rank == 0:
         print(f"already done: {run_dir(config) / 'checkpoint'}")
@@ -133,12 +144,23 @@ def _stage(config: Config, device: torch.device) -> _Stage:
         coordinates.gains_for(reference.model, config.method.gains)
     for index, operations in enumerate(StrategySampler(config.sampler).surgeries):
         check_simulated(operations, f"sampler.surgeries[{index}]")
-    for head in config.sampler.heads:  # refused now rather than with a folder begun
-        for domain in restricted:
-            task.start_head(copy.deepcopy(reference.model), head, domain.classes)
-    for scope in config.sampler.scopes:
-        task.train_mode(copy.deepcopy(reference.model), scope)
+    _rehearse(config, task, reference.model, original, restricted)
     return _Stage(reference, original, restricted, task, identity)
+
+
+def _rehearse(config: Config, task: Task, reference: nn.Module, original: Domain, restricted: Sequence[Domain]) -> None:
+    """Refuse now, rather than with a folder begun, what the model and its simulated attackers cannot do."""
+    method, sampler = config.method, config.sampler
+    step = FineTuneStrategy(batch_size=method.ntr_batch_size)
+    loss: Loss = partial(task.original_loss, reference=reference)
+    rehearse(copy.deepcopy(reference), step, task, original["train"], "method.ntr_batch_size", loss)
+    for domain, head, scope in product(restricted, dict.fromkeys(sampler.heads), dict.fromkeys(sampler.scopes)):
+        model = copy.deepcopy(reference)
+        task.start_head(model, head, domain.classes)
+        step = FineTuneStrategy(scope=scope, batch_size=min(sampler.batch_sizes))
+        rehearse(model, step, task, domain["adapt"], "sampler.batch_sizes")
+        step = FineTuneStrategy(scope=scope, batch_size=method.query_batch_size)
+        rehearse(model, step, task, domain["query"], "method.query_batch_size", task.suppression_loss)
 
 
 def _domains(
@@ -305,7 +327,8 @@ def _write_protected(
     position: Position,
 ) -> None:
     """Measure what the protection cost the original domain, ``test`` read once, and write the checkpoint."""
-    before, after = (_both_splits(task, each, original) for each in (reference.model, model))
+    before = _both_splits(task, reference.model, original, "reference")
+    after = _both_splits(task, model, original, "method.fts_lr")
     guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
     manifest = {
         **_manifest(config, "protect", reference.sha256, original, restricted),
@@ -320,10 +343,22 @@ def _write_protected(
         f"{out}: round {position.good_round} of {position.round}, {task.metric.name} on the original domain "
         f"{_figures(task, before)} before, {_figures(task, after)} after"
     )
+    warn(lost_on_test(config.guard, task, before["test"], after["test"]))
 
 
-def _both_splits(task: Task, model: nn.Module, original: Domain) -> dict[str, float]:
-    return {split: task.evaluate(model, original[split]) for split in ("val", "test")}
+def lost_on_test(guard: GuardConfig, task: Task, before: float, after: float) -> str | None:
+    """Return a line of warning if ``test`` lost more than the guard, which reads ``val``, lets pass."""
+    loss = before - after if task.metric.higher_is_better else after - before
+    if guard.relative:
+        loss *= 100 / (abs(before) or 1)
+    if loss <= guard.tolerance:
+        return None
+    unit = " %" if guard.relative else ""
+    return f"test lost {loss:.3g}{unit}, more than guard.tolerance={guard.tolerance:g}{unit}, which val keeps"
+
+
+def _both_splits(task: Task, model: nn.Module, original: Domain, key: str) -> dict[str, float]:
+    return {split: measured(task, model, original, split, key) for split in ("val", "test")}
 
 
 def _figures(task: Task, values: dict[str, float]) -> str:

@@ -326,7 +326,18 @@ def test_divergence_is_reported_and_measured() -> None:
     assert outcome.curve[0][0] == 0
     assert outcome.curve[-1][0] < 20
     assert all(math.isfinite(value) for _, value in outcome.curve)
-    assert math.isfinite(outcome.test.value)
+    assert math.isnan(outcome.test.value)  # so are the weights: no accuracy
+
+
+@pytest.mark.parametrize("split", ["select", "test"])
+def test_an_attempt_whose_outputs_are_not_finite_has_not_finished(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, genuine = tiny_task(), ClassificationTask.evaluate
+
+    def evaluate(self: ClassificationTask, model: nn.Module, images: ImageSet) -> float:
+        return math.nan if images is RESTRICTED[split] else genuine(self, model, images)
+
+    monkeypatch.setattr(ClassificationTask, "evaluate", evaluate)
+    assert not run(PLAN, task).finished
 
 
 def test_domain_is_never_changed() -> None:

@@ -375,6 +375,10 @@ def test_a_denoiser_without_classes_keeps_its_head() -> None:
     assert list(left_out) == ["s: scope head", "s: head fresh"]
 
 
-def test_a_choice_of_which_nothing_fits_is_refused() -> None:
-    with pytest.raises(UserError, match=r"attack.search.s.choices.head: none of its values fits the model"):
-        narrowed({"head": ["kept"]}, restricted=TWO)
+def test_a_search_of_which_nothing_fits_is_left_out_or_refused_if_it_is_all() -> None:
+    search = {"s": replace(SEARCH, choices={"head": ["kept"]})}
+    plan = plan_of(AttackConfig(strategies={"good": FRESH}, search=search), restricted=TWO)
+    assert {name for name, *_ in shape(plan.jobs)} == {"good"}
+    assert list(plan.left_out) == ["s: head kept", "s"]
+    with pytest.raises(UserError, match=r"attack.search.s: none of the values of its choice head fits the model"):
+        plan_of(AttackConfig(search=search), restricted=TWO)
