@@ -19,3 +19,8 @@ def choose(key: str, value: str, allowed: object) -> None:
     names = sorted(str(name) for name in allowed)  # type: ignore[attr-defined]
     if value not in names:
         raise UserError(f"{key}: '{value}' is not known; allowed: {', '.join(names)}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line of at most 200 characters; its class where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

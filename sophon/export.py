@@ -17,6 +17,7 @@ from torch import nn
 from sophon import __version__, models
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
+from sophon.models.weights import refuse_pickle, require_finite
 from sophon.runs import atomic_directory, read_json, sha256_file, write_json, write_text
 
 FORMAT_VERSION = 1
@@ -73,13 +74,6 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
         write_text(folder / _CARD, _model_card(spec, complete))
 
 
-def require_finite(model: nn.Module, where: str) -> None:
-    """Raise a `UserError` that begins with ``where`` if the model has weights that are no numbers."""
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{where}: weight '{name}' holds NaN or infinite numbers")
-
-
 def package_versions() -> dict[str, str]:
     """Return the versions of Python, sophon and the packages that a result depends on."""
     return {
@@ -108,6 +102,8 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     path = Path(path)
     if not (path / _MANIFEST).exists() and (path / "checkpoint").is_dir():
         path = path / "checkpoint"
+    for file in [path] if not path.is_dir() else sorted(path.iterdir()) if not (path / _MANIFEST).exists() else []:
+        refuse_pickle(file, key)
     if not path.is_dir():
         raise UserError(f"{key}: '{path}' is not a folder; give a checkpoint that sophon exported")
     _require(path, _MANIFEST, key)

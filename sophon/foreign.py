@@ -13,12 +13,12 @@ import torch
 from sophon import models
 from sophon.config import ModelConfig
 from sophon.errors import UserError
-from sophon.export import Checkpoint, require_finite
+from sophon.export import Checkpoint
 from sophon.models import classifiers, pipeline, timm_folder
+from sophon.models.weights import find_weights, refuse_pickle
 from sophon.runs import sha256_file
 
 _ALLOWED = "a folder of sophon, timm or diffusers, or a .safetensors state dict"
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 
 
 class _Found(NamedTuple):
@@ -55,7 +55,6 @@ def open_foreign(path: str | Path, model: ModelConfig, classes: Sequence[str], k
         config = replace(found.config, pretrained=False, weights=str(path))
         with torch.random.fork_rng(devices=[]):
             module, spec = models.create(config, classes)
-        require_finite(module, f"'{found.weights}'")
         sha256 = sha256_file(found.weights)
     manifest = {
         "foreign": True,
@@ -80,8 +79,7 @@ def _find(path: Path, model: ModelConfig, classes: Sequence[str]) -> _Found:
     if not path.exists():
         raise UserError(f"'{path}' does not exist; give {_ALLOWED}")
     if path.is_file():
-        if path.suffix.lower() in _PICKLES:
-            raise _pickle(path, model.library)
+        refuse_pickle(path, "model.weights", model.library)
         if path.suffix != ".safetensors":
             raise UserError(f"'{path}' is not a checkpoint; give {_ALLOWED}")
         return _Found("state dict", model, path)
@@ -91,25 +89,5 @@ def _find(path: Path, model: ModelConfig, classes: Sequence[str]) -> _Found:
         raise UserError(
             f"'{path}' holds neither sophon.json nor {classifiers.CONFIG} nor {pipeline.CONFIG}; give {_ALLOWED}"
         )
-    weights = path / classifiers.WEIGHTS
-    if not weights.is_file():
-        for other in sorted(path.iterdir()):
-            if other.suffix in _PICKLES:
-                raise _pickle(other, "timm", weights)
-        raise UserError(f"'{path}' holds no {classifiers.WEIGHTS}; save it again with timm's save_for_hf")
+    weights = find_weights(path, classifiers.WEIGHTS, "model.weights", "timm")
     return _Found("timm folder", timm_folder.describe(path, model, classes), weights)
-
-
-def _pickle(path: Path, library: str, out: Path | None = None) -> UserError:
-    """Refuse a pickle, and show how the library that it came from makes a safetensors file of it."""
-    source, target = str(path), str(out or path.with_suffix(".safetensors"))
-    save = f"from safetensors.torch import save_file; save_file({{k: d[k].contiguous() for k in d}}, {target!r})"
-    if library == "diffusers":
-        folder = str(path.parent)
-        code = (
-            "from diffusers import DiffusionPipeline; "
-            f"DiffusionPipeline.from_pretrained({folder!r}).save_pretrained({folder!r}, safe_serialization=True)"
-        )
-    else:  # timm reads torchvision's as well
-        code = f"from timm.models import load_state_dict; d = load_state_dict({source!r}, weights_only=True); {save}"
-    return UserError(f"'{path}' is a pickle, which can run any code; where you trust it, convert it first: {code}")

@@ -80,6 +80,7 @@ class ModelConfig:
         std: the same.
         pretrained: start from the library's pretrained weights (downloads them).
         weights: start from these weights: a folder of sophon, timm or diffusers, or a .safetensors state dict.
+        strip_prefix: taken away from the names in the file of ``weights``, such as the ``module.`` of DataParallel.
         scheduler: a denoiser's noise schedule: arguments of diffusers' DDPMScheduler.
         class_conditional: a denoiser that is told the class.
     """
@@ -93,6 +94,7 @@ class ModelConfig:
     std: list[float] = field(default_factory=lambda: [0.5])
     pretrained: bool = False
     weights: str | None = None
+    strip_prefix: str = ""
     scheduler: dict[str, Any] = field(default_factory=dict)
     class_conditional: bool = False
 

@@ -18,11 +18,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from sophon.config import ModelConfig
-from sophon.errors import UserError
-from sophon.models.common import Card, check_input, load_state, one_line
+from sophon.errors import UserError, one_line
+from sophon.models.common import Card, check_input
 from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
-from sophon.runs import read_json, read_tensors, write_json, write_tensors
+from sophon.models.weights import find_weights, load_state, read_state
+from sophon.runs import read_json, write_json, write_tensors
 
 LIBRARIES = ("timm", "torchvision")
 # what the spec decides, and what would load weights behind its back
@@ -191,20 +192,23 @@ def with_fresh_head(module: nn.Module, spec: ModelSpec, classes: Sequence[str]) 
     return dataclasses.replace(spec, classes=tuple(classes))
 
 
-def load_weights(module: nn.Module, path: str | Path, *, key: str = "model.weights") -> None:
+def load_weights(
+    module: nn.Module, path: str | Path, *, key: str = "model.weights", library: str = "timm", strip_prefix: str = ""
+) -> None:
     """Load a state dict into a model, all of it.
 
     Args:
         module: the model, on any device.
         path: a ``.safetensors`` file, or a folder with ``model.safetensors``.
         key: the configuration key that messages name.
+        library: whose loader a refusal of a pickle shows.
+        strip_prefix: taken away from the names in the file.
 
     Raises:
-        UserError: the file is missing or corrupt, or its names or shapes are not the model's. The model is unchanged.
+        UserError: the file is missing, corrupt or a pickle, or its tensors are not the model's. The model is unchanged.
     """
-    path = Path(path)
-    path = path / WEIGHTS if path.is_dir() else path
-    tensors, _ = read_tensors(path)
+    path = find_weights(Path(path), WEIGHTS, key, library)
+    tensors = read_state(path, key, strip_prefix)
     load_state(module, tensors, f"{key}: {path}", explain=partial(_other_classes, module, tensors))
 
 
@@ -222,7 +226,7 @@ def create(config: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, Mode
     spec = spec_from_config(config, classes)
     module = build(spec, pretrained=config.pretrained)
     if config.weights is not None:
-        load_weights(module, config.weights)
+        load_weights(module, config.weights, library=config.library, strip_prefix=config.strip_prefix)
     return module, spec
 
 

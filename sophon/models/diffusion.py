@@ -12,8 +12,9 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from sophon.config import ModelConfig
-from sophon.errors import UserError, choose
-from sophon.models.common import Card, check_input, load_state, one_line
+from sophon.errors import UserError, choose, one_line
+from sophon.models.common import Card, check_input
+from sophon.models.noise import complete_schedule
 from sophon.models.partition import Block
 from sophon.models.pipeline import (
     ARCHITECTURE,
@@ -23,13 +24,13 @@ from sophon.models.pipeline import (
     SCHEDULER,
     UNET,
     WEIGHTS,
-    complete_schedule,
     key_of,
     read_pipeline,
     within,
 )
 from sophon.models.spec import ModelSpec
-from sophon.runs import read_tensors, write_tensors, write_text
+from sophon.models.weights import find_weights, load_state, read_state
+from sophon.runs import write_tensors, write_text
 
 __all__ = [
     "CONFIG",
@@ -74,10 +75,11 @@ def spec_from_config(config: ModelConfig, classes: Sequence[str], start: Path | 
             "pipelines work on -1 .. 1; allowed: 0.5 and 0.5"
         )
     if start is not None and start.is_dir():
-        network, schedule = read_pipeline(start, config, len(classes))
+        network, schedule, files = read_pipeline(start, config, len(classes))
     else:
         choose("model.architecture", config.architecture, (ARCHITECTURE,))
-        network, schedule = dict(config.model_args), complete_schedule("model.scheduler", config.scheduler)
+        network, files = dict(config.model_args), {}
+        schedule = complete_schedule("model.scheduler", config.scheduler)
         if config.class_conditional:
             network["num_class_embeds"] = len(classes)
     spec = ModelSpec(
@@ -90,6 +92,7 @@ def spec_from_config(config: ModelConfig, classes: Sequence[str], start: Path | 
         std=std,
         model_args=network,
         scheduler=schedule,
+        files=files,
     )
     _try_out(spec)
     return spec
@@ -161,31 +164,27 @@ def create(config: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, Mode
     spec = spec_from_config(config, classes, start)
     module = build(spec)
     if start is not None:
-        load_weights(module, start, key=key_of(config))
+        load_weights(module, start, key=key_of(config), strip_prefix=config.strip_prefix)
     return module, spec
 
 
-def load_weights(module: nn.Module, path: str | Path, *, key: str = "model.weights") -> None:
+def load_weights(module: nn.Module, path: str | Path, *, key: str = "model.weights", strip_prefix: str = "") -> None:
     """Load a denoiser's weights, all of them.
 
     Args:
         module: the model, on any device.
         path: a ``.safetensors`` file, or a pipeline's folder.
         key: the configuration key that messages name.
+        strip_prefix: taken away from the names in the file.
 
     Raises:
-        UserError: the file is missing or corrupt, or its names or shapes are not the model's. The model is unchanged.
+        UserError: the file is missing, corrupt or a pickle, or its tensors are not the model's. The model is unchanged.
     """
     path = Path(path)
-    if path.is_dir():
-        folder, path = path, within(path, WEIGHTS)
-        if not path.is_file():
-            raise UserError(
-                f"{key}: '{folder}' holds no {WEIGHTS} (neither pickles nor shards are read); save it again with "
-                "diffusers' save_pretrained, safe_serialization=True"
-            )
-    tensors, _ = read_tensors(path)
-    load_state(module, {_current_name(name): tensor for name, tensor in tensors.items()}, f"{key}: {path}")
+    name = str(within(path, WEIGHTS).relative_to(path)) if path.is_dir() else WEIGHTS
+    path = find_weights(path, name, key, "diffusers")
+    tensors = {_current_name(name): tensor for name, tensor in read_state(path, key, strip_prefix).items()}
+    load_state(module, tensors, f"{key}: {path}")
 
 
 def _current_name(name: str) -> str:
@@ -206,7 +205,7 @@ def save(folder: Path, module: nn.Module, spec: ModelSpec) -> None:
         SCHEDULER: scheduler,
     }
     for name, part in parts.items():
-        write_text(folder / name, part.to_json_string())
+        write_text(folder / name, spec.files.get(name) or part.to_json_string())
     write_tensors(folder / WEIGHTS, module.state_dict())
 
 
@@ -249,10 +248,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("PATH")  # it takes no classes itself: call the network
-x, label = torch.randn({shape}), torch.tensor([0])
-for t in pipeline.scheduler.timesteps:
+unet, scheduler = pipeline.unet, pipeline.scheduler
+scheduler.set_timesteps({steps})
+x, label = torch.randn({shape}) * scheduler.init_noise_sigma, torch.tensor([0])
+for t in scheduler.timesteps:
     with torch.no_grad():
-        x = pipeline.scheduler.step(pipeline.unet(x, t, class_labels=label).sample, t, x).prev_sample
+        predicted = unet(scheduler.scale_model_input(x, t), t, class_labels=label).sample
+    x = scheduler.step(predicted, t, x).prev_sample
 images = (x.clamp(-1, 1) + 1) / 2"""
 
 
@@ -271,4 +273,6 @@ def card(spec: ModelSpec) -> Card:
     classes = f"Classes, in the order of the labels: {', '.join(f'`{name}`' for name in spec.classes)}."
     kind = f"A denoising diffusion model conditioned on {count} classes"
     # the Hub has no tag for generation by class
-    return Card("unconditional-image-generation", kind, (*notes, classes), _CONDITIONAL.format(shape=(1, *shape)))
+    return Card(
+        "unconditional-image-generation", kind, (*notes, classes), _CONDITIONAL.format(shape=(1, *shape), steps=min(50, steps))
+    )

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import DDPMScheduler
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from typing import Any, NamedTuple
 
 from sophon.config import ModelConfig
-from sophon.errors import UserError, choose
-from sophon.models.common import one_line
+from sophon.errors import UserError
+from sophon.models.noise import read_schedule
 from sophon.runs import read_json
 
 ARCHITECTURE = "UNet2DModel"
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "model_index.json"
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 FILES = (CONFIG, *(name for path in (WEIGHTS, UNET, SCHEDULER) for name in (path, Path(path).name)))
 # arguments of the network that the input and the classes decide
 RESERVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
 
-# The settings of a noise schedule with their defaults, and those that are a choice among names.
-_SETTINGS = {name: part.default for name, part in inspect.signature(DDPMScheduler).parameters.items()}
-_CHOICES = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("linspace", "leading", "trailing"),
-    # a learned variance would be a second output of the network
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-}
+
+class Pipeline(NamedTuple):
+    """What a pipeline's folder says.
+
+    Attributes:
+        network: keyword arguments of the network but for ``RESERVED`` ones; ``num_class_embeds`` is there if it has
+            classes.
+        schedule: every setting of the noise schedule, as `DDPMScheduler` takes them.
+        files: the text of the index and of the scheduler's configuration, by their names in the folder.
+    """
+
+    network: dict[str, Any]
+    schedule: dict[str, Any]
+    files: dict[str, str]
 
 
 def key_of(config: ModelConfig) -> str:
@@ -82,7 +83,7 @@ def describe(folder: Path, config: ModelConfig) -> ModelConfig:
     )
 
 
-def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> Pipeline:
     """Read what a pipeline says of its network and its noise, and hold it against what is asked for.
 
     Args:
@@ -90,17 +91,12 @@ def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> tuple[dict
         config: the ``model`` group, whose image size and channels must be the pipeline's.
         classes: how many classes the original domain has; a conditional network must have as many.
 
-    Returns:
-        The network's keyword arguments but for ``RESERVED`` ones (``num_class_embeds`` is there if it is conditional),
-        and every setting of the noise schedule.
-
     Raises:
         UserError: the folder is no pipeline of an `ARCHITECTURE` with DDPM's noise, or not of what is asked for.
     """
     where = f"{key_of(config)}: '{folder}'"
-    unet = _read_settings(where, folder / CONFIG).get("unet")
-    if unet != ["diffusers", ARCHITECTURE]:
-        raise UserError(f"{where} has unet {unet}; give a pipeline whose unet is diffusers' {ARCHITECTURE}")
+    index = _read_settings(where, folder / CONFIG)
+    _check_index(where, index)
     network = _read_settings(where, within(folder, UNET))
     size = network.get("sample_size")
     channels = network.get("in_channels", 3), network.get("out_channels", 3)
@@ -113,7 +109,22 @@ def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> tuple[dict
     settings = {name: value for name, value in network.items() if not name.startswith("_") and name not in RESERVED}
     if network.get("num_class_embeds"):
         settings["num_class_embeds"] = classes
-    return settings, _read_schedule(where, within(folder, SCHEDULER))
+    scheduler = _read_settings(where, within(folder, SCHEDULER))
+    schedule = read_schedule(f"{where}: {Path(SCHEDULER).name}", index["scheduler"][1], scheduler)
+    return Pipeline(settings, schedule, {name: within(folder, name).read_text() for name in (CONFIG, SCHEDULER)})
+
+
+def _check_index(where: str, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline with other parts, such as an encoder into latents, or another one's way of sampling."""
+    if index.get("unet") != ["diffusers", ARCHITECTURE]:
+        raise UserError(
+            f"{where} has unet {index.get('unet')}; give a pipeline whose unet is diffusers' {ARCHITECTURE}"
+        )
+    if index.get("_class_name") not in PIPELINES:
+        raise UserError(f"{where} is a {index.get('_class_name')}, which is not known; allowed: {', '.join(PIPELINES)}")
+    parts = {name: part for name, part in index.items() if isinstance(part, list) and part != [None, None]}
+    if parts.keys() != {"unet", "scheduler"} or len(parts["scheduler"]) != 2:
+        raise UserError(f"{where} is made of {', '.join(parts)}; give a pipeline of a unet and a scheduler alone")
 
 
 def _check_classes(where: str, network: Mapping[str, Any], config: ModelConfig, classes: int) -> None:
@@ -128,16 +139,6 @@ def _check_classes(where: str, network: Mapping[str, Any], config: ModelConfig, 
         raise UserError(f"model.class_conditional: true, but {where} has no classes; leave it out")
 
 
-def _read_schedule(where: str, path: Path) -> dict[str, Any]:
-    """Read the noise schedule out of a scheduler's settings: DDPM's, or those of another sampler of the same noise."""
-    found = _read_settings(where, path)
-    name = found.get("_class_name")
-    if name not in KarrasDiffusionSchedulers.__members__:
-        raise UserError(f"{where} has a scheduler {name}, whose noise is not that of DDPM; give another pipeline")
-    known = {key: value for key, value in found.items() if key in _SETTINGS and value is not None}
-    return complete_schedule(f"{where}: {path.name}", known)
-
-
 def _read_settings(where: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
@@ -147,40 +148,3 @@ def _read_settings(where: str, path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{where}: {path.name} is not a JSON object; give a pipeline that diffusers saved")
     return settings
-
-
-def complete_schedule(key: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a noise schedule and add the defaults to it, so that a checkpoint does not depend on them.
-
-    Args:
-        key: what messages begin with.
-        schedule: keyword arguments of `DDPMScheduler`.
-
-    Raises:
-        UserError: a setting is not known or out of range, or together they do not lead from images to noise.
-    """
-    for name, value in schedule.items():
-        _check_setting(key, name, value)
-    try:
-        with torch.device("cpu"):  # whatever the caller's default is
-            scheduler = DDPMScheduler(**schedule)
-    except Exception as error:  # whatever the first misused setting leads to
-        raise UserError(f"{key}: {dict(schedule)} does not make a noise schedule: {one_line(error)}") from error
-    steps, kept = scheduler.config.num_train_timesteps, scheduler.alphas_cumprod
-    # where nothing of the image is kept, x_0 does not follow from the noise
-    possible = kept > 0 if scheduler.config.prediction_type == "epsilon" else kept >= 0
-    if steps < 1 or len(kept) != steps or not (possible & (kept < 1)).all():
-        raise UserError(
-            f"{key}: {dict(schedule)} is no noise schedule; its betas must be num_train_timesteps numbers between 0 "
-            "and 1, and with prediction_type epsilon leave a part of the image to the end"
-        )
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_") and value is not None}
-
-
-def _check_setting(key: str, name: str, value: Any) -> None:
-    choose(key, name, _SETTINGS)
-    default = _SETTINGS[name]
-    if name in _CHOICES:
-        choose(f"{key}.{name}", value, _CHOICES[name])
-    elif default is not None and type(value) is not type(default) and (type(default), type(value)) != (float, int):
-        raise UserError(f"{key}.{name}: {value!r} is not allowed; give a {type(default).__name__} such as {default}")

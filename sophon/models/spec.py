@@ -21,6 +21,8 @@ class ModelSpec:
         mean: per channel, on a 0..1 scale; subtracted from the input.
         std: per channel, on a 0..1 scale; the input is divided by it.
         scheduler: of a denoiser, the whole configuration of its noise schedule (diffusers' DDPMScheduler).
+        files: text of the library's own files that are written back as they were read, by name: which sampler a
+            pipeline draws with, say. They do not decide what the weights make, so specs that differ in them are equal.
     """
 
     library: str
@@ -32,3 +34,4 @@ class ModelSpec:
     std: tuple[float, ...]
     model_args: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -218,30 +218,6 @@ def test_create_builds_the_configured_model_and_loads_the_weights_that_it_names(
         assert torch.equal(loaded.state_dict()[key], value)
 
 
-def renamed(state):
-    return {f"module.{key}": value for key, value in state.items()}
-
-
-def widened(state):
-    return {**state, "conv1.0.weight": torch.zeros(8, 3, 3, 3)}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (renamed, r"does not fit the model: it lacks conv1.0.weight, .* and \d+ more; the model has no module\..*"),
-        (widened, r"does not fit the model: conv1.0.weight \(8, 3, 3, 3\), not \(8, 1, 3, 3\)"),
-    ],
-)
-def test_foreign_weights_are_refused_and_change_nothing(tmp_path, change, message):
-    model = built(tiny())
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    write_tensors(tmp_path / "model.safetensors", change(built(tiny(), 1).state_dict()))
-    with pytest.raises(UserError, match=f"model.weights: .*{message}"):
-        load_weights(model, tmp_path)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
 def test_weights_of_another_class_count_say_so(tmp_path):
     write_tensors(tmp_path / "model.safetensors", built(tiny("abcde")).state_dict())
     message = "class counts do not match: checkpoint has 5 classes, original domain has 3"
@@ -250,7 +226,7 @@ def test_weights_of_another_class_count_say_so(tmp_path):
 
 
 def test_missing_and_truncated_weights_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="holds no model.safetensors"):
         load_weights(built(tiny()), tmp_path)
     write_tensors(tmp_path / "model.safetensors", built(tiny()).state_dict())
     data = (tmp_path / "model.safetensors").read_bytes()

@@ -1,0 +1,178 @@
+"""Weights from outside: a safetensors file is read, held against the model that it is to fill, and only then loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sophon.errors import UserError
+from sophon.runs import read_tensors
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_PICKLED = (
+    b"\x80\x02",
+    b"\x80\x03",
+    b"\x80\x04",
+    b"\x80\x05",
+    b"PK\x03\x04",
+)  # how pickles and torch's archives begin
+_SHOWN = 3  # as many names as fit into a message of one line
+
+
+def refuse_pickle(path: Path, key: str, library: str = "timm", target: Path | None = None) -> None:
+    """Raise a `UserError` with the way out if a file is a pickle, by its suffix or its first bytes.
+
+    Args:
+        path: what the user named, or was found in its place.
+        key: the configuration key that the message names.
+        library: which library's loader the message shows.
+        target: the safetensors file that the message's code writes; beside ``path`` by default.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        pickled = file.read(4).startswith(_PICKLED)
+    if not pickled and path.suffix.lower() not in PICKLES:
+        return
+    if library == "diffusers":
+        folder = str(path.parent.parent if path.parent.name == "unet" else path.parent)
+        code = (
+            "from diffusers import DiffusionPipeline; "
+            f"DiffusionPipeline.from_pretrained({folder!r}).save_pretrained({folder!r}, safe_serialization=True)"
+        )
+    else:  # timm reads torchvision's as well
+        out = target or path.with_suffix(".safetensors" if path.suffix != ".safetensors" else ".converted.safetensors")
+        code = (
+            f"from timm.models import load_state_dict; d = load_state_dict({str(path)!r}, weights_only=True); "
+            f"from safetensors.torch import save_file; save_file({{k: d[k].contiguous() for k in d}}, {str(out)!r})"
+        )
+    raise UserError(
+        f"{key}: '{path}' is a pickle, which can run any code; where you trust it, convert it first: {code}"
+    )
+
+
+def find_weights(path: Path, name: str, key: str, library: str) -> Path:
+    """Return the safetensors file that ``path`` is, or has as ``name`` if it is a folder.
+
+    Raises:
+        UserError: it is a pickle, or a folder without that file; the message names ``key``.
+    """
+    if not path.is_dir():
+        refuse_pickle(path, key, library)
+        return path
+    file = path / name
+    if not file.is_file():
+        for other in sorted(file.parent.iterdir()) if file.parent.is_dir() else []:
+            if other.suffix.lower() in PICKLES:
+                refuse_pickle(other, key, library, file)
+        raise UserError(f"{key}: '{path}' holds no {name} (shards are not read); save it again as one safetensors file")
+    return file
+
+
+def read_state(path: Path, key: str, strip_prefix: str = "") -> dict[str, Tensor]:
+    """Read a state dict; of names that begin with ``strip_prefix`` it is taken away.
+
+    Raises:
+        UserError: the file cannot be read, no name begins with the prefix, or two names become one.
+    """
+    tensors, _ = read_tensors(path)
+    if not strip_prefix:
+        return tensors
+    stripped = {name.removeprefix(strip_prefix): tensor for name, tensor in tensors.items()}
+    if len(stripped) < len(tensors) or stripped.keys() == tensors.keys():
+        raise UserError(f"model.strip_prefix: '{strip_prefix}' does not fit the names in {path}: {_few([*tensors])}")
+    return stripped
+
+
+def load_state(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    *,
+    explain: Callable[[Sequence[str]], str | None] = lambda wrong: None,
+) -> None:
+    """Load a state dict into a model: all of it, and nothing that cannot be what a training left.
+
+    Half and double precision become the model's own. What a number means decides whether it is taken: weights are
+    finite floating-point numbers, variances are not negative, counters are whole.
+
+    Args:
+        module: the model, on any device.
+        tensors: the state dict.
+        where: what it was read from; messages begin with it.
+        explain: given the names whose shapes differ, may say why in better words than a list of shapes.
+
+    Raises:
+        UserError: names, shapes, types or values are not the model's. The model is unchanged.
+    """
+    state = module.state_dict()
+    _check_names(where, tensors, state)
+    wrong = [name for name in state if tensors[name].shape != state[name].shape]
+    if wrong:
+        shapes = [f"{name} {tuple(tensors[name].shape)}, not {tuple(state[name].shape)}" for name in wrong]
+        raise UserError(f"{where}{explain(wrong) or f' does not fit the model: {_few(shapes)}'}")
+    for name, own in state.items():
+        if fault := _fault(name, tensors[name], own.dtype):
+            raise UserError(f"{where}: weight '{name}' {fault}; give the weights as they were trained")
+    module.load_state_dict(tensors)
+
+
+def _fault(name: str, tensor: Tensor, own: torch.dtype) -> str | None:
+    """Say why a tensor cannot be what the model calls ``name``; None if it can."""
+    if own.is_floating_point:
+        if tensor.dtype not in FLOATS:
+            return f"is of type {_type(tensor)}, not floating point of 16, 32 or 64 bits"
+        if not torch.isfinite(tensor.to(own)).all():
+            return "holds NaN or infinite numbers"
+        if name.rpartition(".")[2] == "running_var" and (tensor < 0).any():
+            return "is a variance and holds negative numbers"
+    elif own == torch.bool and tensor.dtype != torch.bool:
+        return f"is of type {_type(tensor)}, not bool"
+    elif own in _INTEGERS:
+        if tensor.dtype not in _INTEGERS:
+            return f"is of type {_type(tensor)}, not whole numbers"
+        if name.rpartition(".")[2] == "num_batches_tracked" and (tensor < 0).any():
+            return "is a counter and is negative"
+    return None
+
+
+def require_finite(model: nn.Module, where: str) -> None:
+    """Raise a `UserError` that begins with ``where`` if the model has weights that are no numbers."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: weight '{name}' holds NaN or infinite numbers")
+
+
+def _check_names(where: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    parts = []
+    if missing := [name for name in state if name not in tensors]:
+        if prefix := _shared_prefix(tensors, state):
+            raise UserError(
+                f"{where}: its names begin with '{prefix}', which the model's do not; give model.strip_prefix={prefix}"
+            )
+        parts.append(f"it lacks {_few(missing)}")
+    if unexpected := [name for name in tensors if name not in state]:
+        parts.append(f"the model has no {_few(unexpected)}")
+    if parts:
+        raise UserError(f"{where} does not fit the model: {'; '.join(parts)}")
+
+
+def _shared_prefix(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """Return what a wrapper, such as DataParallel or torch.compile, has put before all of the model's names."""
+    first = next(iter(state))
+    prefixes = (name.removesuffix(first) for name in tensors if name.endswith(f".{first}"))
+    return next((prefix for prefix in prefixes if all(prefix + name in tensors for name in state)), None)
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _few(names: Sequence[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
