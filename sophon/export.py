@@ -14,7 +14,7 @@ import jinja2
 import torch
 from torch import nn
 
-from sophon import __version__, models
+from sophon import __version__, models, paths
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
 from sophon.models.weights import refuse_pickle, require_finite
@@ -58,7 +58,7 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
         UserError: ``out`` holds something else, a weight is not finite, or the file system refuses.
     """
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / _MANIFEST).exists():
+    if paths.is_folder(out) and paths.entries(out) and not paths.exists(out / _MANIFEST):
         raise UserError(f"out: '{out}' is not empty and holds no sophon checkpoint; give another folder")
     require_finite(model, f"cannot export to {out}")
     with atomic_directory(out) as folder:
@@ -85,7 +85,7 @@ def package_versions() -> dict[str, str]:
 
 def is_ours(path: str | Path) -> bool:
     """Say whether sophon exported what lies there: a checkpoint's folder, or a run directory with one."""
-    return (Path(path) / _MANIFEST).exists() or (Path(path) / "checkpoint" / _MANIFEST).exists()
+    return any(paths.exists(Path(path) / part / _MANIFEST) for part in ("", "checkpoint"))
 
 
 def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
@@ -100,11 +100,12 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
             exported.
     """
     path = Path(path)
-    if not (path / _MANIFEST).exists() and (path / "checkpoint").is_dir():
-        path = path / "checkpoint"
-    for file in [path] if not path.is_dir() else sorted(path.iterdir()) if not (path / _MANIFEST).exists() else []:
+    ours = paths.exists(path / _MANIFEST, key)
+    if not ours and paths.is_folder(path / "checkpoint", key):
+        return read_checkpoint(path / "checkpoint", key)
+    for file in () if ours else paths.entries(path, key) if paths.is_folder(path, key) else (path,):
         refuse_pickle(file, key)
-    if not path.is_dir():
+    if not paths.is_folder(path, key):
         raise UserError(f"{key}: '{path}' is not a folder; give a checkpoint that sophon exported")
     _require(path, _MANIFEST, key)
     manifest = read_json(path / _MANIFEST)
@@ -122,7 +123,7 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
 
 
 def _require(path: Path, name: str, key: str) -> None:
-    if not (path / name).is_file():
+    if not paths.is_file(path / name, key):
         raise UserError(f"{key}: '{path}' holds no {name}; give a checkpoint that sophon exported")
 
 

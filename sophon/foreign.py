@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from sophon import models
+from sophon import models, paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.export import Checkpoint
@@ -76,16 +76,16 @@ def _named(key: str) -> Iterator[None]:
 
 
 def _find(path: Path, model: ModelConfig, classes: Sequence[str]) -> _Found:
-    if not path.exists():
+    if not paths.exists(path):
         raise UserError(f"'{path}' does not exist; give {_ALLOWED}")
-    if path.is_file():
+    if paths.is_file(path):
         refuse_pickle(path, "model.weights", model.library)
         if path.suffix != ".safetensors":
             raise UserError(f"'{path}' is not a checkpoint; give {_ALLOWED}")
         return _Found("state dict", model, path)
-    if (path / pipeline.CONFIG).is_file():
+    if paths.is_file(path / pipeline.CONFIG):
         return _Found("diffusers pipeline", pipeline.describe(path, model), pipeline.within(path, pipeline.WEIGHTS))
-    if not (path / classifiers.CONFIG).is_file():
+    if not paths.is_file(path / classifiers.CONFIG):
         raise UserError(
             f"'{path}' holds neither sophon.json nor {classifiers.CONFIG} nor {pipeline.CONFIG}; give {_ALLOWED}"
         )

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
 from sophon.models.common import Card, check_input
@@ -74,7 +75,7 @@ def spec_from_config(config: ModelConfig, classes: Sequence[str], start: Path | 
             f"model.mean: {list(config.mean)} and std {list(config.std)} are not allowed with library diffusers, whose "
             "pipelines work on -1 .. 1; allowed: 0.5 and 0.5"
         )
-    if start is not None and start.is_dir():
+    if start is not None and paths.is_folder(start, key_of(config)):
         network, schedule, files = read_pipeline(start, config, len(classes))
     else:
         choose("model.architecture", config.architecture, (ARCHITECTURE,))
@@ -181,7 +182,7 @@ def load_weights(module: nn.Module, path: str | Path, *, key: str = "model.weigh
         UserError: the file is missing, corrupt or a pickle, or its tensors are not the model's. The model is unchanged.
     """
     path = Path(path)
-    name = str(within(path, WEIGHTS).relative_to(path)) if path.is_dir() else WEIGHTS
+    name = str(within(path, WEIGHTS).relative_to(path)) if paths.is_folder(path, key) else WEIGHTS
     path = find_weights(path, name, key, "diffusers")
     tensors = {_current_name(name): tensor for name, tensor in read_state(path, key, strip_prefix).items()}
     load_state(module, tensors, f"{key}: {path}")
@@ -274,5 +275,8 @@ def card(spec: ModelSpec) -> Card:
     kind = f"A denoising diffusion model conditioned on {count} classes"
     # the Hub has no tag for generation by class
     return Card(
-        "unconditional-image-generation", kind, (*notes, classes), _CONDITIONAL.format(shape=(1, *shape), steps=min(50, steps))
+        "unconditional-image-generation",
+        kind,
+        (*notes, classes),
+        _CONDITIONAL.format(shape=(1, *shape), steps=min(50, steps)),
     )

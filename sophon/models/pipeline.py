@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models.noise import read_schedule
@@ -44,7 +45,7 @@ def key_of(config: ModelConfig) -> str:
 def within(folder: Path, name: str) -> Path:
     """Return where a pipeline keeps a file; older ones of the Hub keep them all beside the index."""
     beside = folder / Path(name).name
-    return beside if beside.exists() and not (folder / name).exists() else folder / name
+    return beside if paths.exists(beside) and not paths.exists(folder / name) else folder / name
 
 
 def describe(folder: Path, config: ModelConfig) -> ModelConfig:
@@ -140,7 +141,7 @@ def _check_classes(where: str, network: Mapping[str, Any], config: ModelConfig, 
 
 
 def _read_settings(where: str, path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not paths.is_file(path):
         raise UserError(
             f"{where} holds no {path.name}; give the folder of a diffusers pipeline, or a .safetensors file"
         )

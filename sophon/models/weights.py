@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sophon import paths
 from sophon.errors import UserError
 from sophon.runs import read_tensors
 
@@ -33,9 +34,9 @@ def refuse_pickle(path: Path, key: str, library: str = "timm", target: Path | No
         library: which library's loader the message shows.
         target: the safetensors file that the message's code writes; beside ``path`` by default.
     """
-    if not path.is_file():
+    if not paths.is_file(path, key):
         return
-    with path.open("rb") as file:
+    with paths.explained(path, "read", key), path.open("rb") as file:
         pickled = file.read(4).startswith(_PICKLED)
     if not pickled and path.suffix.lower() not in PICKLES:
         return
@@ -62,12 +63,12 @@ def find_weights(path: Path, name: str, key: str, library: str) -> Path:
     Raises:
         UserError: it is a pickle, or a folder without that file; the message names ``key``.
     """
-    if not path.is_dir():
+    if not paths.is_folder(path, key):
         refuse_pickle(path, key, library)
         return path
     file = path / name
-    if not file.is_file():
-        for other in sorted(file.parent.iterdir()) if file.parent.is_dir() else []:
+    if not paths.is_file(file, key):
+        for other in paths.entries(file.parent, key) if paths.is_folder(file.parent, key) else []:
             if other.suffix.lower() in PICKLES:
                 refuse_pickle(other, key, library, file)
         raise UserError(f"{key}: '{path}' holds no {name} (shards are not read); save it again as one safetensors file")

@@ -226,7 +226,7 @@ def test_weights_of_another_class_count_say_so(tmp_path):
 
 
 def test_missing_and_truncated_weights_are_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no model.safetensors"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         load_weights(built(tiny()), tmp_path)
     write_tensors(tmp_path / "model.safetensors", built(tiny()).state_dict())
     data = (tmp_path / "model.safetensors").read_bytes()

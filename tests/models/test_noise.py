@@ -94,7 +94,8 @@ def saved_pipeline(folder: Path, kind: type, name: str, classes: int | None = No
     torch.manual_seed(1)
     unet = UNet2DModel(**NETWORK, **INPUT, num_class_embeds=classes)
     kind(unet, DDPMScheduler()).save_pretrained(folder)
-    scheduler = getattr(diffusers, name)(num_train_timesteps=60)
+    more = {"lower_order_final": True} if "Singlestep" in name else {}
+    scheduler = getattr(diffusers, name)(num_train_timesteps=60, **more)
     scheduler.save_pretrained(folder / "scheduler")
     index = read_json(folder / "model_index.json")
     write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", name]})

@@ -76,12 +76,12 @@ def test_whole_numbers_of_any_width_count() -> None:
         ),
     ],
 )
-def test_what_no_training_leaves_is_refused_and_changes_nothing(
-    change: Callable[[State], State], message: str
-) -> None:
+def test_what_no_training_leaves_is_refused_and_changes_nothing(change: Callable[[State], State], message: str) -> None:
     model = TinyNet()
     before = state_of(model)
-    with pytest.raises(UserError, match=f"^key: file{':' if message.startswith('weight') else ''}.*{message}") as caught:
+    with pytest.raises(
+        UserError, match=f"^key: file{':' if message.startswith('weight') else ''}.*{message}"
+    ) as caught:
         load_state(model, change(state_of(tiny_model(3).float())), "key: file")
     assert "\n" not in str(caught.value)
     assert_same_state(model, before)
@@ -121,7 +121,7 @@ def test_a_pickle_is_refused_with_code_that_converts_it(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError, match="^reference: .* is a pickle, which can run any code") as caught:
+    with pytest.raises(UserError, match=r"^reference: .* is a pickle, which can run any code") as caught:
         refuse_pickle(path, "reference", library)
     code = str(caught.value).split("convert it first: ")[1]
     compile(code, "snippet", "exec")
