@@ -17,8 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon.domains import Batch, ImageSet, batches
-from sophon.errors import UserError
-from sophon.models.common import one_line
+from sophon.errors import UserError, one_line
 from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
