@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sophon.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -35,3 +37,17 @@ class ModelSpec:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def config(self) -> ModelConfig:
+        """Return the ``model`` group that describes this model; it names no weights."""
+        return ModelConfig(
+            library=self.library,
+            architecture=self.architecture,
+            model_args=dict(self.model_args),
+            image_size=self.image_size,
+            channels=self.channels,
+            mean=list(self.mean),
+            std=list(self.std),
+            scheduler=dict(self.scheduler),
+            class_conditional=bool(self.model_args.get("num_class_embeds")),
+        )

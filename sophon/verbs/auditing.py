@@ -26,6 +26,7 @@ from sophon.report import single as report
 from sophon.report.compare import write_comparison
 from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, write_json
 from sophon.verbs.common import (
+    as_loaded,
     asked_precision,
     checkpoint_of,
     default,
@@ -125,7 +126,9 @@ def _audit(config: Config, stage: _Stage, runner: Runner) -> dict[str, Any]:
             "benign": None if scene.benign is None else scene.benign.name,
         },
         "hashes": {"restricted": dict(scene.restricted.hashes)},
-        "config": _identifying(config, "name", "seed", "task", "domain", "model", "attack", "threads", "stack"),
+        "config": _identifying(
+            as_loaded(config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads", "stack"
+        ),
         "packages": package_versions(),
     }
     summary = metrics.summarise(attempts, context)

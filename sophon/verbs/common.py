@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,11 @@ def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
 def task_of(config: Config, spec: ModelSpec, device: torch.device, *, protects: bool = False) -> Task:
     """Make the run's task; ``protects`` if it is asked for a suppression loss."""
     return make_task(config, spec, amp=config.amp in ("all", device.type), protects=protects)
+
+
+def as_loaded(config: Config, spec: ModelSpec) -> Config:
+    """Return the configuration as documents have it: with the model that was loaded, not the command's own default."""
+    return replace(config, model=spec.config())
 
 
 def require_float32(gains: Sequence[float], task: Task) -> None:

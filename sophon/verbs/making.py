@@ -34,6 +34,7 @@ from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
 from sophon.verbs.common import (
+    as_loaded,
     asked_precision,
     default,
     domains_of,
@@ -89,7 +90,8 @@ def pretrain(config: Config) -> None:
             raise UserError(
                 f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it, in a new run_dir"
             )
-    manifest = _manifest(config, "pretrain", None, original)
+    origin = {key: getattr(config.model, key) for key in ("weights", "pretrained", "strip_prefix")}
+    manifest = _manifest(replace(config, model=replace(spec.config(), **origin)), "pretrain", None, original)
     key = "pretrain.lr" if config.pretrain.steps else "model.weights"
     manifest["intactness"] = {**metric_of(task), "after": _both_splits(task, model, original, key)}
     if config.pretrain.steps == 0:
@@ -331,7 +333,7 @@ def _write_protected(
     after = _both_splits(task, model, original, "method.fts_lr")
     guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
     manifest = {
-        **_manifest(config, "protect", reference.sha256, original, restricted),
+        **_manifest(as_loaded(config, reference.spec), "protect", reference.sha256, original, restricted),
         "method": asdict(config.method),
         # without FTS steps nobody was simulated, so that nothing was seen
         "sampler_support": StrategySampler(config.sampler).support() if config.method.fts_steps else None,
