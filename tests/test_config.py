@@ -22,8 +22,10 @@ from sophon import config as config_module
 from sophon.audit.plan import strategies
 from sophon.cli import conf_dir
 from sophon.config import Config, TaskConfig, plain
+from sophon.domains import SOURCES
 from sophon.domains.batches import AUGMENTATIONS
-from sophon.domains.sources import BUNDLED, SOURCES, TORCHVISION
+from sophon.domains.bundled import BUNDLED
+from sophon.domains.torchvision_sets import TORCHVISION
 from sophon.errors import UserError
 from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
 from sophon.models import ModelSpec, build, classifiers, diffusion

@@ -17,6 +17,7 @@ class DomainConfig:
         dataset: which of the source's data sets; empty for ``imagefolder``.
         root: folder that torchvision's files, or the ``train/`` and ``test/`` of an image folder, lie in.
         download: fetch the data if it is not there. Nothing is ever fetched otherwise.
+        skip_unreadable: leave out images that cannot be read, and say how many; else the first ends the run.
         classes: names of the classes to keep, in this order; null keeps all.
         per_class: at most this many training images of each class (drawn with ``split_seed``); null for all.
         test_per_class: the same for test images.
@@ -35,6 +36,7 @@ class DomainConfig:
     dataset: str = ""
     root: str = "data"
     download: bool = False
+    skip_unreadable: bool = False
     classes: list[str] | None = None
     per_class: int | None = None
     test_per_class: int | None = None

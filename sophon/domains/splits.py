@@ -111,15 +111,17 @@ def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -
 
 
 def _load(config: DomainConfig, fractions: Mapping[str, float], image_size: int, channels: int, where: str) -> Domain:
-    train, test = load_source(config, image_size=image_size, channels=channels, where=where)
-    train = _without_duplicates(train, test)
+    everything, test, notes = load_source(config, image_size=image_size, channels=channels, where=where)
+    train = _without_duplicates(everything, test)
+    if len(train) < len(everything):
+        notes.left_out["repeated"] += len(everything) - len(train)
     key = f"{where}.val_fraction" if "val" in fractions else f"{where}.fractions"
     indices = _stratified(train, fractions, config.split_seed, key)
     splits = {name: train.take(chosen) for name, chosen in indices.items()} | {"test": test}
     if config.labels == "none":
         splits = {name: _without_labels(images) for name, images in splits.items()}
     classes, hashes = splits["test"].classes, {name: images.sha256() for name, images in splits.items()}
-    return Domain(config.name, classes, splits, hashes)
+    return Domain(config.name, classes, splits, hashes, tuple(notes.texts()))
 
 
 def _without_labels(images: ImageSet) -> ImageSet:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sophon.domains.names import few
 
 
 class Batch(NamedTuple):
@@ -62,17 +64,24 @@ class Domain:
         splits: ``train``, ``val``, ``test`` of an original domain; ``adapt``, ``query`` (the defender's), ``attack``,
             ``select`` (the attacker's) and ``test`` of a restricted one.
         hashes: each split's `ImageSet.sha256`.
+        notes: what is worth saying of how it was read, a phrase each.
     """
 
     name: str
     classes: tuple[str, ...]
     splits: Mapping[str, ImageSet]
     hashes: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Say on one line what it holds and what is worth noting of how it was read."""
+        splits = ", ".join(f"{name} {len(images)}" for name, images in self.splits.items())
+        several = f"{len(self.classes)} class{'es' if len(self.classes) != 1 else ''} ({few(self.classes)})"
+        return "; ".join([f"domain {self.name}: {several}", f"images: {splits}", *self.notes])
 
     def __getitem__(self, split: str) -> ImageSet:
         return self.splits[split]
 
     def to(self, device: torch.device) -> Domain:
         """Return the same domain with every split on ``device``."""
-        splits = {name: images.to(device) for name, images in self.splits.items()}
-        return Domain(self.name, self.classes, splits, self.hashes)
+        return replace(self, splits={name: images.to(device) for name, images in self.splits.items()})

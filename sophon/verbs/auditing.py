@@ -37,6 +37,7 @@ from sophon.verbs.common import (
     require_float32,
     required,
     run_dir,
+    say_domains,
     task_of,
     tracker_of,
     warn,
@@ -61,6 +62,8 @@ def audit(config: Config) -> None:
     _torch_threads(config)
     parts = _parts(config)
     stages = dict(zip(parts, _stages(config), strict=True))
+    first = next(iter(stages.values()))
+    say_domains(first.original, *(stage.scene.restricted for stage in stages.values()), first.scene.benign)
     runners = {path: _runner(parts[path], stage) for path, stage in stages.items()}  # refuses before a folder is begun
     first = next(iter(stages.values()))
     for checkpoint, key in ((first.protected, "checkpoint"), (first.reference, "reference")):

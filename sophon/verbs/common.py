@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sophon.audit.verdict import format_value
 from sophon.config import Config, DomainConfig, keyed, plain
 from sophon.domains import Domain, load_original, load_restricted, with_clusters
+from sophon.domains.names import few
 from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.foreign import open_foreign
@@ -104,8 +105,8 @@ def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[D
     original = load_original(config.domain.original, image_size=size, channels=channels)
     if original.classes != spec.classes:
         raise UserError(
-            f"domain.original: its {len(original.classes)} classes ({_few(original.classes)}) are not the "
-            f"{len(spec.classes)} that the reference tells apart ({_few(spec.classes)})"
+            f"domain.original: its {len(original.classes)} classes ({few(original.classes)}) are not the "
+            f"{len(spec.classes)} that the reference tells apart ({few(spec.classes)})"
         )
     restricted = (
         load_restricted(each, image_size=size, channels=channels, where=key)
@@ -135,8 +136,10 @@ def with_pseudo_labels(domain: Domain, config: DomainConfig, where: str, task: T
     return with_clusters(domain, of_any, config.clusters, seed=config.split_seed, where=where)
 
 
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+def say_domains(*domains: Domain | None) -> None:
+    """Print what each domain holds and what is worth noting of how it was read, a line each."""
+    for domain in filter(None, domains):
+        print(domain)
 
 
 @contextmanager

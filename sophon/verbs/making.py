@@ -45,6 +45,7 @@ from sophon.verbs.common import (
     require_float32,
     required,
     run_dir,
+    say_domains,
     task_of,
     tracker_of,
     warn,
@@ -61,6 +62,7 @@ def pretrain(config: Config) -> None:
     original = load_original(
         config.domain.original, image_size=config.model.image_size, channels=config.model.channels
     ).to(device)
+    say_domains(original)
     if config.pretrain.steps == 0 and config.model.weights is None and not config.model.pretrained:
         raise UserError(
             "pretrain.steps: 0 needs model.weights or model.pretrained=true; a random model is no reference"
@@ -112,6 +114,8 @@ def protect(config: Config) -> None:
         doubted = doubt(stage.task, stage.reference.model, stage.original, "reference")
     if len({json.dumps(identity) for identity in ranks.gather(stage.identity)}) > 1:
         raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
+    if ranks.rank == 0:
+        say_domains(stage.original, *stage.restricted)
     if ranks.first(partial(_begin, run_dir(config), stage.identity)):
         if ranks.rank == 0:
             warn(doubted)
@@ -284,6 +288,7 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
     )
     task = task_of(config, reference.spec, device, protects=True)
     original, restricted = _domains(config, reference, task, device)
+    say_domains(original, *restricted)
     for key, value in _hashes(original, restricted).items():
         if value != identity.get(key):
             role = "original" if key == "original" else "restricted"

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from sophon.config import DomainConfig
 from sophon.domains import Domain, ImageSet, few_shot, load_original, load_restricted, splits
+from sophon.domains.notes import Notes
+from sophon.domains.sources import Loaded
 from sophon.errors import UserError
 
 CONFIG = DomainConfig(name="invented", source="bundled", dataset="invented")
@@ -27,7 +29,7 @@ def images_of(labels: list[int], first: int = 0) -> ImageSet:
 
 
 def loaded(load: object, train: ImageSet, test: ImageSet, config: DomainConfig = CONFIG) -> Domain:
-    with mock.patch.object(splits, "load_source", return_value=(train, test)):
+    with mock.patch.object(splits, "load_source", return_value=Loaded(train, test, Notes(2))):
         return load(config, image_size=2, channels=1)  # type: ignore[operator]
 
 

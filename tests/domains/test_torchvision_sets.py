@@ -23,7 +23,8 @@ from PIL import Image
 from torchvision import datasets
 
 from sophon.config import DomainConfig
-from sophon.domains import ImageSet, load_source, sources
+from sophon.domains import load_source, torchvision_sets
+from sophon.domains.sources import Loaded
 from sophon.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -154,7 +155,7 @@ def config_of(dataset: str, root: Path) -> DomainConfig:
     return DomainConfig(name="x", source="torchvision", dataset=dataset, root=str(root))
 
 
-def load(config: DomainConfig, size: int = 32, channels: int = 3) -> tuple[ImageSet, ImageSet]:
+def load(config: DomainConfig, size: int = 32, channels: int = 3) -> Loaded:
     return load_source(config, image_size=size, channels=channels, where="domain.restricted")
 
 
@@ -167,7 +168,7 @@ def refused(config: DomainConfig) -> str:
 
 
 def test_every_data_set_has_a_writer() -> None:
-    assert set(WRITERS) == set(sources.TORCHVISION)
+    assert set(WRITERS) == set(torchvision_sets.TORCHVISION)
 
 
 @pytest.mark.usefixtures("any_md5")
@@ -176,7 +177,7 @@ def test_pixels_labels_and_names(dataset: str, tmp_path: Path) -> None:
     written = WRITERS[dataset](tmp_path)
     config = replace(config_of(dataset, tmp_path), classes=list(NAMES[dataset]))
     read = load(config, NATIVE_SIZE.get(dataset, 32), written[0].shape[1])
-    for images, pixels in zip(read, written, strict=True):
+    for images, pixels in zip(read[:2], written, strict=True):
         assert images.classes == NAMES[dataset]
         order = images.labels.argsort(descending=True, stable=True)
         expected_labels = [1, 0] * (len(pixels) // 2) if len(images.classes) == 2 else [0] * len(pixels)
@@ -260,7 +261,7 @@ def test_labels_that_do_not_fit_the_images(labels: list[int], tmp_path: Path) ->
 def test_a_class_without_images(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     assert refused(config_of("mnist", tmp_path)) == (
-        "domain.restricted.classes: there is no train image of '2'; name other classes"
+        "domain.restricted.classes: there is no train image of '2', '3', '4', '5', ...; name other classes"
     )
 
 
@@ -305,13 +306,13 @@ def test_damaged_celeba_image_is_named(damage: str, tmp_path: Path) -> None:
 def test_only_the_images_of_celeba_that_are_kept_are_decoded(tmp_path: Path) -> None:
     write_celeba(tmp_path)
     limited = replace(config_of("celeba", tmp_path), per_class=1, test_per_class=1)
-    expected = [side.sha256() for side in load(limited)]
+    expected = [side.sha256() for side in load(limited)[:2]]
     needed = []
     for path in sorted((tmp_path / "celeba" / "img_align_celeba").iterdir()):
         whole = path.read_bytes()
         path.write_bytes(b"damaged")
         try:
-            assert [side.sha256() for side in load(limited)] == expected
+            assert [side.sha256() for side in load(limited)[:2]] == expected
         except UserError:
             needed.append(path.name)
             path.write_bytes(whole)

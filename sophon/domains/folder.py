@@ -1,0 +1,143 @@
+"""Image folders: ``root/train/CLASS/IMAGE`` and ``root/test/CLASS/IMAGE``."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sophon.config import DomainConfig
+from sophon.domains.decoding import SUFFIXES, open_image
+from sophon.domains.names import escaped, is_writable
+from sophon.domains.part import Part, data_root
+from sophon.errors import UserError
+from sophon.paths import exists, explained, is_folder
+
+# What archives, file servers and desktops leave in folders; names with a dot in front are hidden anyway.
+_JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
+_TEST_FOLDERS = ("test", "val", "valid")
+_LINK = "link to a folder above, or read already"
+
+
+def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
+    """Open an image folder.
+
+    The classes are the folders of ``train`` and of ``test`` (else ``val``, ``valid``), in the order of torchvision's
+    ImageFolder; a class's images are the files at any depth below it whose suffix Pillow reads. Hidden files and
+    folders are no data, and a folder that links lead to again is read once.
+
+    Raises:
+        UserError: a folder is missing or may not be listed, or a name in it cannot be written as UTF-8.
+    """
+    key = f"{where}.root"
+    if config.dataset:
+        raise UserError(f"{where}.dataset: '{config.dataset}' is not allowed; leave it empty for an image folder")
+    root = data_root(config, where)
+    tests = [root / name for name in _TEST_FOLDERS if is_folder(root / name, key)]
+    if not is_folder(root / "train", key) or not tests:
+        missing = "test (nor val, nor valid)" if is_folder(root / "train", key) else "train"
+        raise UserError(f"{key}: there is no folder {missing} in {root}; give root/train/CLASS and root/test/CLASS")
+    train, test = _Side(root / "train", key), _Side(tests[0], key)
+    if config.labels == "none" and not train.folders:
+        return train.unlabelled(), test.unlabelled()
+    classes = tuple(sorted({*train.folders, *test.folders}))
+    if not classes:
+        raise UserError(
+            f"{key}: there is no class folder in {train.folder}; give root/train/CLASS/IMAGE, "
+            f"or {where}.labels=none for images without classes"
+        )
+    kept = classes if config.classes is None else config.classes
+    return train.part(classes, kept), test.part(classes, kept)
+
+
+class _Side:
+    """One side of an image folder, ``train`` or ``test``.
+
+    Args:
+        folder: where it lies.
+        key: the configuration key that named the folder, for messages.
+
+    Attributes:
+        folders: the class folders' paths by their names.
+        left_out: what is no data, by the reason.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self._key = folder, key
+        self.left_out: Counter[str] = Counter()
+        with explained(folder, "read", key):
+            entries = self._entries(str(folder))
+            folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
+        self._files = [entry.name for entry in entries if entry.name not in folders]
+        self.folders = {name: path for name, path in folders.items() if os.path.realpath(path) not in _above(path)}
+        self._skip(_LINK, len(folders) - len(self.folders))
+
+    def part(self, classes: tuple[str, ...], kept: Sequence[str]) -> Part:
+        """Return the images of the classes that are kept, labelled by the position in ``classes``."""
+        for name in self._files:
+            self._skip("beside the class folders" if _suffix(name) in SUFFIXES else _suffix(name))
+        paths: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            if name in kept and name in self.folders:
+                paths += self._images(self.folders[name])
+                labels += [label] * (len(paths) - len(labels))
+        return Part(labels, classes, lambda index: open_image(paths[index]), self.left_out)
+
+    def unlabelled(self) -> Part:
+        """Return all images as one class."""
+        paths = self._images(str(self.folder))
+        if not paths:
+            raise UserError(f"{self._key}: there is no image in {self.folder}")
+        return Part([0] * len(paths), ("image",), lambda index: open_image(paths[index]), self.left_out)
+
+    def _images(self, top: str) -> list[str]:
+        """Return the image files below ``top`` in the order of torchvision's ImageFolder: by folder, then by name."""
+        found: dict[str, list[str]] = {}
+        read, pending = _above(top), [top]
+        while pending:
+            folder = pending.pop()
+            if (real := os.path.realpath(folder)) in read:
+                self._skip(_LINK)
+                continue
+            read.add(real)
+            with explained(escaped(folder), "read", self._key):
+                for entry in self._entries(folder):
+                    if entry.is_dir():
+                        pending.append(entry.path)
+                    elif _suffix(entry.name) not in SUFFIXES:
+                        self._skip(_suffix(entry.name))
+                    elif entry.is_file() or not exists(entry.path):  # a broken link is an image that cannot be read
+                        found.setdefault(folder, []).append(entry.path)
+                    else:
+                        self._skip("neither file nor folder")
+        return [path for folder in sorted(found) for path in found[folder]]
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """List a folder by name, without what is no data."""
+        with os.scandir(folder) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
+        shown = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _JUNK]
+        self._skip("hidden", len(entries) - len(shown))
+        for entry in shown:
+            if not is_writable(entry.name):
+                raise UserError(
+                    f"{self._key}: the name {escaped(entry.path)} is not UTF-8 or has control characters; rename it"
+                )
+        return shown
+
+    def _skip(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.left_out[reason] += count
+
+
+def _suffix(name: str) -> str:
+    _, dot, suffix = name.rpartition(".")
+    return f".{suffix.lower()}" if dot else "without a suffix"
+
+
+def _above(folder: str) -> set[str]:
+    """Return the real paths of the folders above, by the way that the path takes and by where it really lies."""
+    lexical, real = Path(folder).absolute(), Path(os.path.realpath(folder))
+    return {os.path.realpath(parent) for parent in lexical.parents} | {str(parent) for parent in real.parents}

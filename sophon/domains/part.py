@@ -1,0 +1,45 @@
+"""What every data source gives: labels at once, images when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from sophon.config import DomainConfig
+from sophon.errors import UserError
+
+
+class UnreadableError(Exception):
+    """An image cannot be read. The message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training or the test side of a data set, not decoded yet.
+
+    Attributes:
+        labels: the class number of every image, each in 0 .. len(classes) - 1. A class may have no image.
+        classes: the class names.
+        read: decodes the image of a number in 0 .. len(labels) - 1, of any mode and size; raises `UnreadableError`.
+        left_out: how many files are no images of this part, by the reason, such as ``.txt`` or ``hidden``.
+    """
+
+    labels: Sequence[int]
+    classes: tuple[str, ...]
+    read: Callable[[int], Image.Image]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def data_root(config: DomainConfig, where: str) -> Path:
+    """Return ``config.root`` with ``~`` expanded.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(config.root).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{where}.root: '{config.root}' is not allowed: {error}") from error
