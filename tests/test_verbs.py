@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -252,6 +253,13 @@ def run_again(copied: Path, command: tuple[str, ...]) -> Result:
 @pytest.mark.parametrize("command", [PRETRAIN, PROTECT])
 def test_a_finished_run_is_left_alone(copied: Path, command: tuple[str, ...]) -> None:
     assert "already done" in run_again(copied, command).out
+
+
+@pytest.mark.parametrize(("command", "domains"), [(PRETRAIN, 1), (PROTECT, 2), (AUDIT, 2)])
+def test_a_verb_says_what_it_has_read_of_each_domain_once(copied: Path, command: tuple[str, ...], domains: int) -> None:
+    lines = [line for line in run_again(copied, command).out.splitlines() if line.startswith("domain ")]
+    assert len(lines) == len(set(lines)) == domains
+    assert all(re.search(r"^domain \w+: \d+ classes \(.*\); images: \w+ \d+, ", line) for line in lines)
 
 
 def test_a_finished_audit_comes_to_the_same_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ class _Torchvision(NamedTuple):
 
     Attributes:
         path: what is under ``root`` when the data set is there.
-        make: the data set of (torchvision.datasets, root, is it the training side, may it download, opens an image file).
+        make: the data set of (torchvision.datasets, root, is it the training side, may it fetch, opens a file).
         classes: its class names where torchvision has none, or others than the bundled subset of the same data set.
     """
 
