@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sophon import __version__
 from sophon.config import ComposedConfig
 from sophon.errors import GuardError, UserError
+from sophon.paths import unexpected
+from sophon.streams import make_unfailing
 from sophon.validation import from_omegaconf
 from sophon.verbs import VERBS, action
 
@@ -69,7 +71,7 @@ def _run(config: DictConfig) -> None:
 
             torch.set_num_threads(typed.threads)
         run(typed)
-    except (UserError, GuardError, KeyboardInterrupt) as error:
+    except (UserError, GuardError, OSError, KeyboardInterrupt) as error:
         # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
@@ -81,6 +83,7 @@ _failed: list[BaseException] = []
 
 def main() -> None:
     """Run ``sophon VERB overrides...`` and exit with the code that `USAGE` states."""
+    make_unfailing()
     sys.exit(_main(sys.argv[1:]))
 
 
@@ -110,6 +113,8 @@ def _main(arguments: list[str]) -> int:
         return _fail(_one_line(error), 2)
     except GuardError as error:
         return _fail(str(error), 3)
+    except OSError as error:
+        return _fail(unexpected(error), 2)
     except KeyboardInterrupt:
         return _fail(f"interrupted; the same command {'begins anew' if verb == 'pretrain' else 'goes on'}", 130)
     return 0

@@ -16,9 +16,9 @@ from torch import nn
 
 from sophon import __version__, models, paths
 from sophon.errors import UserError, choose
+from sophon.files import atomic_directory, read_json, sha256_file, write_json, write_text
 from sophon.models import ModelSpec
 from sophon.models.weights import refuse_pickle, require_finite
-from sophon.runs import atomic_directory, read_json, sha256_file, write_json, write_text
 
 FORMAT_VERSION = 1
 _MANIFEST, _CARD = "sophon.json", "README.md"

@@ -14,9 +14,9 @@ from sophon import models, paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.export import Checkpoint
+from sophon.files import sha256_file
 from sophon.models import classifiers, pipeline, timm_folder
 from sophon.models.weights import find_weights, refuse_pickle
-from sophon.runs import sha256_file
 
 _ALLOWED = "a folder of sophon, timm or diffusers, or a .safetensors state dict"
 

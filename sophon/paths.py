@@ -32,6 +32,11 @@ def refusal(error: OSError, path: str | Path, action: str, key: str = "") -> Use
     return UserError(f"{f'{key}: ' if key else ''}cannot {action} {path}: {reason}")
 
 
+def unexpected(error: OSError) -> str:
+    """Return the one line that a refusal becomes which nothing else explained."""
+    return f"{error.filename}: {_reason(error)}" if error.filename else _reason(error)
+
+
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())

@@ -21,9 +21,9 @@ from sophon import __version__
 from sophon.protect.ntr import NTR
 from sophon.protect.state import last_good
 from sophon.protect.trainer import Trainer
-from sophon.runs import read_tensors
 from sophon.surgery.equalise import equalise_channels
 from sophon.tasks import ClassificationTask
+from sophon.tensor_files import read_tensors
 from sophon.verbs import VERBS
 from tests.cli_helpers import (
     AUDIT,
@@ -570,7 +570,7 @@ def test_a_write_that_fails_before_its_end_leaves_no_trace(copied: Path, monkeyp
     def refuse(*_: Any) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr("sophon.runs.Path.replace", refuse)
+    monkeypatch.setattr("sophon.files.Path.replace", refuse)
     assert "Disk quota exceeded" in refused(copied, "export", *SMALL, "out=out")
 
 

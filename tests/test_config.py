@@ -22,6 +22,7 @@ from sophon import config as config_module
 from sophon.audit.plan import strategies
 from sophon.cli import conf_dir
 from sophon.config import Config, TaskConfig, plain
+from sophon.devices import resolve_device
 from sophon.domains import SOURCES
 from sophon.domains.batches import AUGMENTATIONS
 from sophon.domains.bundled import BUNDLED
@@ -31,7 +32,6 @@ from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
 from sophon.models import ModelSpec, build, classifiers, diffusion
 from sophon.protect.fts import ENGINES
 from sophon.protect.inner_loop import GAMMAS
-from sophon.runs import resolve_device
 from sophon.strategies import SCHEDULES, FineTuneStrategy, StrategySampler
 from sophon.tasks import TASKS, make_task
 from sophon.tracking import MODES

@@ -11,9 +11,10 @@ import torch
 
 from sophon.errors import UserError
 from sophon.export import FORMAT_VERSION, read_checkpoint, write_checkpoint
+from sophon.files import read_json, sha256_file, write_json
 from sophon.models import ModelSpec, build
 from sophon.models.classifiers import with_fresh_head
-from sophon.runs import read_json, read_tensors, sha256_file, write_json, write_tensors
+from sophon.tensor_files import read_tensors, write_tensors
 
 CLASSES = ("cat", "dog | fox", "owl")
 TIMM = ModelSpec(

@@ -15,8 +15,9 @@ from torch import nn
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.export import read_checkpoint, write_checkpoint
+from sophon.files import read_json, sha256_file, write_json
 from sophon.models import ModelSpec, create
-from sophon.runs import read_json, read_tensors, sha256_file, write_json, write_tensors
+from sophon.tensor_files import read_tensors, write_tensors
 from tests.test_export import CLASSES, MANIFEST, run_without_sophon, snippet_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

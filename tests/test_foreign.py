@@ -20,9 +20,9 @@ from torch import nn
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint, write_checkpoint
+from sophon.files import read_json, sha256_file, write_json
 from sophon.foreign import open_foreign
 from sophon.models import ModelSpec, create
-from sophon.runs import read_json, sha256_file, write_json
 
 CLASSES = ("cat", "dog", "owl")
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 8}

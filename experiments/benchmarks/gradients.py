@@ -26,10 +26,11 @@ from omegaconf import OmegaConf
 from records import machine, machines, markdown, put_cell
 
 from sophon.config import DomainConfig
+from sophon.devices import resolve_device
 from sophon.domains import Batch, Domain, batches, load_restricted
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
-from sophon.runs import resolve_device, write_text
+from sophon.files import write_text
 from sophon.tasks import TASKS, kind_of
 
 HERE = Path(__file__).parent

@@ -31,8 +31,9 @@ from methods import METHODS
 from records import put_cell, read_cells
 from tables import inner_loop_page
 
+from sophon.devices import resolve_device
 from sophon.errors import UserError
-from sophon.runs import resolve_device, write_text
+from sophon.files import write_text
 from sophon.tracking import Tracker
 
 HERE = Path(__file__).parent

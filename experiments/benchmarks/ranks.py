@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from records import machine
 
-from sophon.runs import write_json
+from sophon.files import write_json
 
 HERE = Path(__file__).parent
 PAIRS = 3

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sophon.runs import read_json, write_json
+from sophon.files import read_json, write_json
 
 
 def machine(device: torch.device) -> dict[str, Any]:

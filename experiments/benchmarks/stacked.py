@@ -25,9 +25,9 @@ from torch import nn
 from sophon.audit.attacks import Attacker
 from sophon.audit.stacked import fine_tune_together
 from sophon.domains import Domain, ImageSet
+from sophon.files import write_json, write_text
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec, build
-from sophon.runs import write_json, write_text
 from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask
 

@@ -30,7 +30,8 @@ from records import machine, machines, markdown, put_cell, read_cells
 from torch import Tensor
 from trick_pairs import Pair, Work, engine, stepper
 
-from sophon.runs import resolve_device, write_text
+from sophon.devices import resolve_device
+from sophon.files import write_text
 
 HERE = Path(__file__).parent
 SHORTEST = 0.02  # seconds: shorter work is repeated until its turn takes this long

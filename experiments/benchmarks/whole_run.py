@@ -25,11 +25,12 @@ from formulas import Model, Round, round_flops
 from records import machine, machines, markdown, put_cell
 
 from sophon.config import MethodConfig
+from sophon.devices import resolve_device
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
+from sophon.files import write_text
 from sophon.protect.fts import FTS
 from sophon.protect.ntr import NTR
-from sophon.runs import resolve_device, write_text
 from sophon.strategies import SamplerConfig, StrategySampler
 from sophon.tracking import Tracker
 

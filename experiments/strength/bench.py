@@ -23,8 +23,9 @@ from schedule import Processes, Step, run_steps
 
 import sophon  # noqa: F401 - declares torchvision's operators where its compiled part cannot load
 from sophon.errors import UserError
+from sophon.files import sha256_file
 from sophon.models import classifiers, pipeline
-from sophon.runs import RunDirectory, sha256_file
+from sophon.run_folder import run_folder
 from sophon.tracking import Tracker
 
 SOPHON = (sys.executable, "-m", "sophon")
@@ -63,7 +64,8 @@ def bench_of(options: argparse.Namespace, program: Sequence[str], processes: Pro
         "attack": options.attack,
         "set": options.set,
     }
-    RunDirectory.open(options.runs, "strength", identity)
+    with run_folder(options.runs, "strength", identity):  # only to see that it is this bench's: parts run side by side
+        pass
     return Bench(
         options.runs,
         options.reference,

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from audited import machine, today
 
 from sophon.errors import UserError
-from sophon.runs import read_json, write_json
+from sophon.files import read_json, write_json
 
 PROTECTED, UNACCEPTABLE = 0, 3  # exit codes that are results
 # For the time left, in minutes of a core; of `controls` there are two roles.

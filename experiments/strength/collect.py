@@ -23,7 +23,7 @@ from audited import brief, spread, tested, write_results
 
 from sophon.audit.results import families, worst_case
 from sophon.errors import UserError
-from sophon.runs import read_json, write_text
+from sophon.files import read_json, write_text
 
 HERE = Path(__file__).parent
 CONTROLS = ("unprotected", "scratch")

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
+from sophon.files import read_json
 from sophon.protect import coordinates
 from sophon.protect.state import last_good
-from sophon.runs import read_json, write_tensors
 from sophon.tasks import ClassificationTask
+from sophon.tensor_files import write_tensors
 
 MANTISSA = 23  # bits of float32
 PRECISIONS = {"float32": MANTISSA, "TF32, float16": 10, "bfloat16": 7}

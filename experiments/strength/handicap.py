@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
 from sophon.models import build
-from sophon.runs import write_tensors
 from sophon.tasks import ClassificationTask
+from sophon.tensor_files import write_tensors
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:

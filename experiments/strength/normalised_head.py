@@ -26,7 +26,7 @@ from sophon.domains import Batch, Domain, batches
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
 from sophon.models import build, load_weights
-from sophon.runs import seed_all
+from sophon.seeds import seed_all
 from sophon.strategies import FineTuneStrategy, build_optimizer
 from sophon.tasks import ClassificationTask
 

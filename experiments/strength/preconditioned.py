@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from sophon.domains import Batch, Domain, batches
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
-from sophon.runs import seed_all
+from sophon.seeds import seed_all
 from sophon.tasks import ClassificationTask
 
 STEPS, BATCH = 200, 64

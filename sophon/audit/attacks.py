@@ -16,7 +16,7 @@ from sophon.audit.adapters import add_adapters
 from sophon.domains import Domain, few_shot
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.models import ModelSpec
-from sophon.runs import derive_seed, seed_all
+from sophon.seeds import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy
 from sophon.surgery import operate, restate
 from sophon.surgery.means import Means

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
+from sophon.files import sha256_file
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec, build
-from sophon.runs import derive_seed, read_tensors, sha256_file, write_tensors
+from sophon.paths import exists
+from sophon.seeds import derive_seed
 from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask
+from sophon.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -109,7 +112,7 @@ def feature_network(
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
-    if find_spec("torch_fidelity") and weights.exists() and sha256_file(weights).startswith(weights.stem[-8:]):
+    if find_spec("torch_fidelity") and exists(weights) and sha256_file(weights).startswith(weights.stem[-8:]):
         with _plain_tensors_only():
             inception = FrechetInceptionDistance(
                 feature=2048, reset_real_features=False, feature_extractor_weights_path=str(weights)
@@ -170,7 +173,7 @@ def _trained(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, "features"))
         model = build(spec).to(device)
-        if path.exists():
+        if exists(path):
             model.load_state_dict(_cached(path, facts))
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, "features", "batches"))

@@ -28,7 +28,7 @@ from sophon.domains import Batch, Domain, batches
 from sophon.errors import UserError
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
-from sophon.runs import derive_seed, seed_all
+from sophon.seeds import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy
 from sophon.surgery import Means
 from sophon.surgery.renormalise import norms as norms_of

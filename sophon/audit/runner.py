@@ -21,8 +21,10 @@ from sophon.audit.verdict import ORACLE, format_value
 from sophon.config import AttackConfig
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
+from sophon.files import read_json, write_bytes, write_json
 from sophon.models import build
-from sophon.runs import derive_seed, read_json, seed_all, write_bytes, write_json
+from sophon.paths import exists, is_file, is_folder
+from sophon.seeds import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy, fields_outside
 
 SCHEMA_VERSION = 1
@@ -72,7 +74,7 @@ class Runner:
         self.folder = folder
         self.stack = stack
         for other in config.reuse:
-            if not Path(other).is_dir():
+            if not is_folder(other, "attack.reuse"):
                 raise UserError(f"attack.reuse: '{other}' is not a folder; give the run directories of other audits")
         self.plan = Plan(config, scene)
         self.measure_with(frechet)
@@ -103,14 +105,14 @@ class Runner:
         """Return the files of this shard's jobs that are not there yet, after taking over what other audits have."""
         mine = list(self.jobs)[self.config.shard :: self.config.shards]
         for path in mine:
-            if not path.exists():
+            if not exists(path):
                 self._take_over(path)
-        return [path for path in mine if not path.exists()]
+        return [path for path in mine if not exists(path)]
 
     def _take_over(self, path: Path) -> None:
         for other in map(Path, self.config.reuse):
             found = other / path.relative_to(self.folder)
-            if found.exists():
+            if exists(found, "attack.reuse"):
                 self._copy(other, read_json(found), path)
                 return
 
@@ -121,7 +123,7 @@ class Runner:
             self._copy(other, read_json(other / name), self.folder / name)
         for picture in record.get("samples", ()):
             drawn = other / picture["file"]
-            if not drawn.is_file():
+            if not is_file(drawn):
                 raise UserError(f"attack.reuse: an attempt in '{other}' lacks its picture '{drawn.name}'; leave it out")
             write_bytes(self.folder / picture["file"], drawn.read_bytes())
         if "strategy" in record:
@@ -203,7 +205,7 @@ class Runner:
             assert best is not None  # the range says so
             attempt = Attempt(job.name, best.strategy, job.role, number, search=job.name)
             path = self._path(attempt)
-            if not path.exists():
+            if not exists(path):
                 facts = {"name": job.name, "sampler": config.sampler, "trials": len(trials)}
                 write_json(path, self._attempt(path.stem, attempt) | {"search": facts})
                 on_trial(f"{job.name} on {job.role}: the winner, seed {number}")
@@ -275,7 +277,7 @@ class Runner:
             "test_images": outcome.test.images,
             "standard_error": _finite(outcome.test.standard_error),
             "details": {name: _finite(value) for name, value in details.items()},
-            "samples": [{"step": at, "file": name} for at, name in pictures.items() if (self.folder / name).exists()],
+            "samples": [{"step": at, "file": name} for at, name in pictures.items() if exists(self.folder / name)],
             "search": None,
             "finished": outcome.finished,
             "seconds": outcome.seconds,

@@ -27,7 +27,7 @@ from sqlalchemy.pool import NullPool
 
 from sophon.config import SearchConfig
 from sophon.errors import UserError, choose
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from sophon.strategies import OF_SCOPE, FineTuneStrategy, check_field, operations_from
 
 Report = Callable[[int, float], None]

@@ -14,7 +14,7 @@ from torch import Tensor
 from sophon.domains.batches import evaluation_batches
 from sophon.domains.types import Domain, ImageSet
 from sophon.errors import UserError
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 
 _BATCH, _STARTS, _ITERATIONS = 250, 5, 50
 

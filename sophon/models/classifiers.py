@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError, one_line
+from sophon.files import read_json, write_json
 from sophon.models.common import Card, check_input
 from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import find_weights, load_state, read_state
-from sophon.runs import read_json, write_json, write_tensors
+from sophon.tensor_files import write_tensors
 
 LIBRARIES = ("timm", "torchvision")
 # what the spec decides, and what would load weights behind its back

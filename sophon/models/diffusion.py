@@ -14,6 +14,7 @@ from torch import nn
 from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
+from sophon.files import write_text
 from sophon.models.common import Card, check_input
 from sophon.models.noise import complete_schedule
 from sophon.models.partition import Block
@@ -31,7 +32,7 @@ from sophon.models.pipeline import (
 )
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import find_weights, load_state, read_state
-from sophon.runs import write_tensors, write_text
+from sophon.tensor_files import write_tensors
 
 __all__ = [
     "CONFIG",

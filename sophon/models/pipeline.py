@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError
+from sophon.files import read_json
 from sophon.models.noise import read_schedule
-from sophon.runs import read_json
 
 ARCHITECTURE = "UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")

@@ -13,8 +13,8 @@ from timm.models import get_model_args
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose
+from sophon.files import read_json
 from sophon.models.classifiers import CONFIG, LIBRARIES, RESERVED, build, spec_from_config
-from sophon.runs import read_json
 
 
 def describe(folder: Path, config: ModelConfig, classes: Sequence[str]) -> ModelConfig:

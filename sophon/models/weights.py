@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sophon import paths
 from sophon.errors import UserError
-from sophon.runs import read_tensors
+from sophon.tensor_files import read_tensors
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -12,7 +12,7 @@ from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, batches
 from sophon.protect.first_order import first_order
 from sophon.protect.starts import Factors, start
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from sophon.strategies import FineTuneStrategy
 from sophon.surgery import Means
 from sophon.tasks import Task

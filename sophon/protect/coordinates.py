@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from sophon.domains import ImageSet
 from sophon.errors import UserError
 from sophon.models.channels import Interface, channels, interfaces
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from sophon.surgery.equalise import reader, scale_channels
 from sophon.surgery.moments import channel_moments
 from sophon.surgery.renormalise import norms, rescale

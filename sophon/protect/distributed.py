@@ -21,10 +21,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sophon.config import MethodConfig
+from sophon.devices import resolve_device
 from sophon.domains import Batch
 from sophon.errors import GuardError, UserError
 from sophon.protect.batch_norm import WholeBatch
-from sophon.runs import resolve_device
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from sophon.protect.objectives import objectives_of
 from sophon.protect.pool import Member, Pool
 from sophon.protect.second_order import second_order
 from sophon.protect.starts import Factors
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from sophon.strategies import FineTuneStrategy, StrategySampler
 from sophon.tasks import Task
 

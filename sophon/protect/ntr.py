@@ -15,7 +15,7 @@ from sophon.losses import well_conditioning
 from sophon.protect.distributed import ALONE, Ranks
 from sophon.protect.inner_loop import frozen_statistics
 from sophon.protect.objectives import features_of
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from sophon.tasks import Task
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from sophon.errors import UserError
-from sophon.runs import write_bytes, write_text
+from sophon.files import write_bytes, write_text
 
 TRACE_FILE = "profile.json.gz"  # for chrome://tracing or ui.perfetto.dev
 TABLE_FILE = "profile.txt"

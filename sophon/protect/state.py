@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sophon.errors import GuardError
-from sophon.runs import read_tensors, write_tensors
+from sophon.tensor_files import read_tensors, write_tensors
 
 STATE_FILE = "state.safetensors"
 

@@ -15,13 +15,14 @@ from markupsafe import Markup
 from sophon.audit.results import worst_case
 from sophon.audit.verdict import EXPOSURES, Record, format_difference, printable
 from sophon.errors import UserError
+from sophon.files import read_json, write_text
+from sophon.paths import exists
 from sophon.report import tables
 from sophon.report.document import Document, Figures, Fold, Heat, Note, Part, Section, Table, Terms
 from sophon.report.figures import COLOURS, EXPOSURE_WORDS, HUES, dots
 from sophon.report.heat import blocks, gap_strength
 from sophon.report.masking import masked_share
 from sophon.report.single import read_audit
-from sophon.runs import read_json, write_text
 from sophon.strategies import FineTuneStrategy
 
 _MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}
@@ -108,7 +109,7 @@ def _labels(folders: Sequence[Path], summaries: Sequence[Record]) -> list[str]:
 def _images(folder: Path, summary: Record) -> str | None:
     """Return a digest of the restricted domain's hashes: from ``audit.json``, or where that is older, ``run.json``."""
     hashes = (summary.get("hashes") or {}).get("restricted")
-    if not hashes and (folder / "run.json").exists():
+    if not hashes and exists(folder / "run.json"):
         hashes = (read_json(folder / "run.json").get("identity") or {}).get("restricted")
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:8] if hashes else None
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sophon.audit.metrics import SCHEMA_VERSION
 from sophon.audit.verdict import Record, printable
 from sophon.errors import UserError
+from sophon.files import read_json, write_bytes, write_text
+from sophon.paths import exists
 from sophon.report import sections, tables
 from sophon.report.document import Document
-from sophon.runs import read_json, write_bytes, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ def read_audit(folder: Path, key: str = "run_dir") -> dict[str, Any]:
         UserError: there is none, it is not JSON, of another schema version or not whole.
     """
     path = folder / "audit.json"
-    if not path.exists():
+    if not exists(path, key):
         raise UserError(f"{key}: '{folder}' holds no audit.json; run `sophon audit run_dir={folder} ...` first")
     summary = read_json(path)
     found = summary.get("schema_version") if isinstance(summary, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,16 @@ from sophon.audit.plan import Scene
 from sophon.audit.runner import Frechet, Runner
 from sophon.audit.workers import run_jobs
 from sophon.config import Config, keyed, plain
+from sophon.devices import resolve_device
 from sophon.domains import Domain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
+from sophon.files import read_json, write_json
+from sophon.paths import entries, exists, is_folder
 from sophon.report import single as report
 from sophon.report.compare import write_comparison
-from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, write_json
+from sophon.run_folder import owned, run_folder
+from sophon.seeds import derive_seed
 from sophon.verbs.common import (
     as_loaded,
     asked_precision,
@@ -68,11 +73,21 @@ def audit(config: Config) -> None:
     first = next(iter(stages.values()))
     for checkpoint, key in ((first.protected, "checkpoint"), (first.reference, "reference")):
         warn(doubt(first.scene.task, checkpoint.model, first.original, key))
-    if len(parts) > 1 and (run_dir(config) / "run.json").exists():
+    if len(parts) > 1 and exists(run_dir(config) / "run.json"):
         raise UserError(f"run_dir: '{run_dir(config)}' holds an audit of one domain; give another run_dir")
-    summaries = {path: _audit(part, stages[path], runners[path]) for path, part in parts.items()}
-    if len(parts) > 1 and config.attack.shards == 1:
-        _compare_domains(run_dir(config), summaries)
+    with ExitStack() as ownership:
+        if len(parts) > 1:
+            ownership.enter_context(owned(run_dir(config), _shard(config)))
+        for path, part in parts.items():
+            ownership.enter_context(run_folder(path, "audit", _identity(part, stages[path]), _shard(config)))
+        summaries = {path: _audit(part, stages[path], runners[path]) for path, part in parts.items()}
+        if len(parts) > 1 and config.attack.shards == 1:
+            _compare_domains(run_dir(config), summaries)
+
+
+def _shard(config: Config) -> str:
+    """Return which part of the folder is this process's; empty if it is alone."""
+    return f"{config.attack.shard}of{config.attack.shards}" if config.attack.shards > 1 else ""
 
 
 def _parts(config: Config) -> dict[Path, Config]:
@@ -81,7 +96,10 @@ def _parts(config: Config) -> dict[Path, Config]:
     if len(domains.restricted) == 1:
         return {folder: config}
     for each in domains.restricted:
-        inside = [str(path) if (path := Path(other) / each.name).is_dir() else other for other in config.attack.reuse]
+        inside = [
+            str(path) if is_folder(path := Path(other) / each.name, "attack.reuse") else other
+            for other in config.attack.reuse
+        ]
         parts[folder / each.name] = replace(
             config,
             run_dir=str(folder / each.name),
@@ -95,7 +113,6 @@ def _audit(config: Config, stage: _Stage, runner: Runner) -> dict[str, Any]:
     """Audit one restricted domain; return what was found, nothing yet if this is only a shard of it."""
     scene, task = stage.scene, stage.scene.task
     folder = run_dir(config)
-    RunDirectory.open(folder, "audit", _identity(config, stage))
     gallery = _gallery(config, scene, folder)
     features = _features(config, stage, folder)
     runner.measure_with(_frechet(stage, features))
@@ -267,15 +284,19 @@ def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]
 def render(config: Config) -> None:
     """Write an audit's reports again from its ``audit.json`` and ``attempts/``."""
     folder = Path(required(config.run_dir or str(default(config, "audit")), "run_dir"))
-    if (folder / "comparison.html").exists():
-        _compare_domains(folder, {path.parent: _render(path.parent) for path in folder.glob("*/audit.json")})
-    else:
-        _render(folder)
+    several = exists(folder / "comparison.html", "run_dir")
+    parts = [each for each in entries(folder, "run_dir") if exists(each / "audit.json")] if several else [folder]
+    with ExitStack() as ownership:
+        for each in {folder, *parts}:
+            ownership.enter_context(owned(each))
+        summaries = {each: _render(each) for each in parts}
+        if several:
+            _compare_domains(folder, summaries)
 
 
 def _render(folder: Path) -> dict[str, Any]:
     summary = report.read_audit(folder)
-    attempts = [read_json(path) for path in sorted((folder / "attempts").glob("*.json"))]
+    attempts = [read_json(path) for path in entries(folder / "attempts") if path.suffix == ".json"]
     _write_reports(folder, summary, attempts)
     return summary
 
@@ -293,7 +314,8 @@ def compare(config: Config) -> None:
     if len(config.runs) < 2:
         raise UserError("report compare: give the run directories of two audits or more")
     folders: Sequence[Path] = [Path(required(path, "report compare")) for path in config.runs]
-    print(f"comparison: {write_comparison(folders, Path(config.out or 'runs/compare'))}")
+    with owned(config.out or "runs/compare", key="out") as out:
+        print(f"comparison: {write_comparison(folders, out)}")
 
 
 def _write_reports(folder: Path, summary: dict[str, Any], attempts: list[dict[str, Any]]) -> None:

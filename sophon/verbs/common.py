@@ -21,6 +21,7 @@ from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.foreign import open_foreign
 from sophon.models import ModelSpec
+from sophon.paths import exists
 from sophon.tasks import Task, evaluating, make_task
 from sophon.tracking import Tracker
 
@@ -41,7 +42,7 @@ def required(path: str, key: str) -> str:
     Raises:
         UserError: it does not; the message names ``key``.
     """
-    if not Path(path).exists():
+    if not exists(path, key):
         raise UserError(f"{key}: '{path}' does not exist; give {key}=DIR, or make it with the verb before this one")
     return path
 

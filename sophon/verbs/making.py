@@ -18,18 +18,22 @@ from torch import nn
 from sophon import __version__
 from sophon.audit.verdict import format_value
 from sophon.config import ClampConfig, Config, GuardConfig, MethodConfig, keyed, plain
+from sophon.devices import resolve_device
 from sophon.domains import Domain, load_original
 from sophon.errors import GuardError, UserError
 from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
+from sophon.files import read_json
 from sophon.finetune import Loss, fine_tune, rehearse
 from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
-from sophon.models import create
+from sophon.models import ModelSpec, create
+from sophon.paths import exists
 from sophon.protect import coordinates
 from sophon.protect.distributed import Ranks, join, require_work
 from sophon.protect.starts import check_simulated
 from sophon.protect.state import STATE_FILE, Position, last_good
 from sophon.protect.trainer import Trainer
-from sophon.runs import RunDirectory, derive_seed, read_json, resolve_device, seed_all
+from sophon.run_folder import owned_place, run_folder
+from sophon.seeds import derive_seed, seed_all
 from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
@@ -77,10 +81,14 @@ def pretrain(config: Config) -> None:
     model.to(device)
     task = task_of(config, spec, device)
     rehearse(copy.deepcopy(model), config.pretrain, task, original["train"], "pretrain.batch_size")
-    folder = RunDirectory.open(run_dir(config), "pretrain", identity).path
-    if (folder / "checkpoint").exists():
-        print(f"already done: {folder / 'checkpoint'}")
-        return
+    with run_folder(run_dir(config), "pretrain", identity) as folder:
+        if exists(folder / "checkpoint"):
+            print(f"already done: {folder / 'checkpoint'}")
+        else:
+            _pretrain(config, model, spec, task, original, folder)
+
+
+def _pretrain(config: Config, model: nn.Module, spec: ModelSpec, task: Task, original: Domain, folder: Path) -> None:
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "pretrain", "batches"))
     with tracker_of(config, folder) as tracker, tracker.progress("pretrain", config.pretrain.steps) as advance:
 
@@ -116,12 +124,18 @@ def protect(config: Config) -> None:
         raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
     if ranks.rank == 0:
         say_domains(stage.original, *stage.restricted)
-    if ranks.first(partial(_begin, run_dir(config), stage.identity)):
-        if ranks.rank == 0:
-            warn(doubted)
-        _protect(config, stage, ranks)
-    elif ranks.rank == 0:
-        print(f"already done: {run_dir(config) / 'checkpoint'}")
+    with ExitStack() as ownership:
+
+        def begin() -> bool:
+            folder = ownership.enter_context(run_folder(run_dir(config), "protect", stage.identity))
+            return not exists(folder / "checkpoint")
+
+        if ranks.first(begin):
+            if ranks.rank == 0:
+                warn(doubted)
+            _protect(config, stage, ranks)
+        elif ranks.rank == 0:
+            print(f"already done: {run_dir(config) / 'checkpoint'}")
 
 
 @dataclass(frozen=True)
@@ -195,11 +209,6 @@ def _hashes(original: Domain, restricted: Sequence[Domain]) -> dict[str, Any]:
     return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> bool:
-    """Open the run's folder; return whether there is anything left to do."""
-    return not (RunDirectory.open(folder, "protect", identity).path / "checkpoint").exists()
-
-
 def _protect(config: Config, stage: _Stage, ranks: Ranks) -> None:
     folder, model = run_dir(config), stage.reference.model
     with ExitStack() as stack:
@@ -262,13 +271,14 @@ def export(config: Config) -> None:
     """Copy a verified checkpoint to ``out``; from a run that is not finished, its last good state."""
     source = required(config.checkpoint or str(default(config, "protect")), "checkpoint")
     out = Path(config.out) if config.out is not None else default(config, "export")
-    unfinished = (Path(source) / STATE_FILE).exists() and not (Path(source) / "checkpoint").exists()
-    if not unfinished:
-        checkpoint = read_checkpoint(source)
-        write_checkpoint(out, checkpoint.model, checkpoint.spec, checkpoint.manifest)
-        print(f"exported to {out}")
-    else:
-        _export_unfinished(config, Path(source), out)
+    unfinished = exists(Path(source) / STATE_FILE) and not exists(Path(source) / "checkpoint")
+    with owned_place(out):
+        if not unfinished:
+            checkpoint = read_checkpoint(source)
+            write_checkpoint(out, checkpoint.model, checkpoint.spec, checkpoint.manifest)
+            print(f"exported to {out}")
+        else:
+            _export_unfinished(config, Path(source), out)
 
 
 def _export_unfinished(config: Config, run: Path, out: Path) -> None:

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 from sophon.audit.gallery import image_grid
 from sophon.config import Config
+from sophon.devices import resolve_device
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
-from sophon.runs import derive_seed, resolve_device, write_bytes
+from sophon.files import write_bytes
+from sophon.run_folder import owned
+from sophon.seeds import derive_seed
 from sophon.tasks import kind_of
 from sophon.verbs.common import default, required, run_dir, task_of
 
@@ -22,6 +25,7 @@ def sample(config: Config) -> None:
     images = task.sample(checkpoint.model.to(device), config.n, derive_seed(config.seed, "sample"))
     if images is None:
         raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")
-    path = run_dir(config) / "samples.png"
-    write_bytes(path, image_grid(images))
+    with owned(run_dir(config)) as folder:
+        path = folder / "samples.png"
+        write_bytes(path, image_grid(images))
     print(f"{path}: {config.n} images, {config.task.sample_steps} DDIM steps")

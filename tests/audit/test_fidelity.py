@@ -12,7 +12,7 @@ from sophon.audit.fidelity import CACHE, Fidelity, feature_network
 from sophon.config import DomainConfig
 from sophon.domains import Domain, load_original, load_restricted
 from sophon.errors import UserError
-from sophon.runs import read_tensors
+from sophon.tensor_files import read_tensors
 
 pytestmark = pytest.mark.slow  # trains a network
 

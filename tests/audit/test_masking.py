@@ -18,7 +18,7 @@ from sophon.audit.undone import undone
 from sophon.config import MaskingConfig
 from sophon.domains import Batch, Domain, batches
 from sophon.models import ModelSpec
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from tests.audit.records import CONTEXT, trio
 from tests.tiny import (
     CLASSES,

@@ -24,7 +24,8 @@ from sophon.audit.stacked import attack_together, grouped, likeness
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig, Config, DomainConfig, MethodConfig, ModelConfig
 from sophon.errors import UserError
-from sophon.runs import RunDirectory, read_json
+from sophon.files import read_json
+from sophon.run_folder import run_folder
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.tracking import Tracker
 from sophon.validation import validate
@@ -338,12 +339,16 @@ def test_a_run_directory_keeps_to_one_kind(tmp_path: Path) -> None:
         made.pretrain = made.attack.strategies["a"] = PLAN
         return made
 
+    def opened(path: str, stack: int) -> None:
+        with run_folder(tmp_path / path, "audit", auditing._identity(config(stack), stage)):
+            pass
+
     for path, first, others in (("one", 1, (2,)), ("two", 2, (1,))):
-        RunDirectory.open(tmp_path / path, "audit", auditing._identity(config(first), stage))
+        opened(path, first)
         for stack in others:
             with pytest.raises(UserError, match=r"was made with stack=.*; give another run_dir"):
-                RunDirectory.open(tmp_path / path, "audit", auditing._identity(config(stack), stage))
-    RunDirectory.open(tmp_path / "two", "audit", auditing._identity(config(8), stage))
+                opened(path, stack)
+    opened("two", 8)
     assert "stack" not in auditing._identity(config(1), stage)
     validate(config(1))
     for stack in (0, -1):

@@ -18,7 +18,7 @@ from sophon.audit.runner import Runner
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.errors import UserError
-from sophon.runs import read_json
+from sophon.files import read_json
 from sophon.tracking import Tracker
 from tests.audit.staging import (
     BENIGN,

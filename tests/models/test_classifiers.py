@@ -10,7 +10,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models import ModelSpec, classifiers, create
 from sophon.models.classifiers import build, head_prefix, load_weights, spec_from_config, with_fresh_head
-from sophon.runs import write_tensors
+from sophon.tensor_files import write_tensors
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SHIPPED = sorted(path.stem for path in CONF.glob("*.yaml") if "library: diffusers" not in path.read_text())

@@ -12,9 +12,9 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from sophon.errors import UserError
+from sophon.files import read_json, write_json
 from sophon.models import card, create, save
 from sophon.models.noise import NEUTRAL, SAMPLING, SCHEDULERS, read_schedule
-from sophon.runs import read_json, write_json
 from tests.models.unets import CLASSES, INPUT, NETWORK, config_of
 
 # diffusers' own, in its schedulers' constructors

@@ -11,9 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from sophon.errors import UserError
+from sophon.files import read_json, write_json
 from sophon.models import diffusion
 from sophon.models.diffusion import load_weights
-from sophon.runs import read_json, read_tensors, write_json, write_tensors
+from sophon.tensor_files import read_tensors, write_tensors
 from tests.models.unets import INPUT, NETWORK, WEIGHTS, pipeline, predict, small
 from tests.tiny import assert_same_state, state_of
 

@@ -20,7 +20,7 @@ from sophon.protect import attackers as making
 from sophon.protect import fts as fts_module
 from sophon.protect.fts import ENGINES, FTS
 from sophon.protect.inner_loop import Simulation, query_weights
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task

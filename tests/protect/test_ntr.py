@@ -16,7 +16,7 @@ from sophon.domains import batches
 from sophon.errors import UserError
 from sophon.losses import distillation, well_conditioning
 from sophon.protect.ntr import NTR
-from sophon.runs import derive_seed
+from sophon.seeds import derive_seed
 from sophon.tasks import ClassificationTask
 from tests.tiny import (
     assert_same_state,

@@ -24,9 +24,9 @@ from sophon.protect.distributed import Ranks
 from sophon.protect.fts import FTS
 from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.protect.pool import Member, Pool
-from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import OPTIMIZERS, FineTuneStrategy, SamplerConfig, StrategySampler, build_optimizer
 from sophon.tasks import ClassificationTask
+from sophon.tensor_files import read_tensors, write_tensors
 from sophon.validation import validate
 from tests.tiny import assert_same_state, state_of, tiny_bands, tiny_batches, tiny_model, tiny_spec, tiny_task
 

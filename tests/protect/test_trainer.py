@@ -25,9 +25,9 @@ from sophon.finetune import fine_tune
 from sophon.protect.fts import FTSStep
 from sophon.protect.state import STATE_FILE, last_good
 from sophon.protect.trainer import Trainer
-from sophon.runs import read_tensors, write_tensors
 from sophon.strategies import SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask, DenoisingTask, Metric
+from sophon.tensor_files import read_tensors, write_tensors
 from sophon.tracking import Tracker
 from tests.tiny import (
     TinyNet,

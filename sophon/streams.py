@@ -1,0 +1,33 @@
+"""Standard output and error that never fail the work they tell of."""
+
+from __future__ import annotations
+
+import io
+import select
+import sys
+from typing import cast
+
+
+class _Unfailing(io.FileIO):
+    """A file descriptor that takes everything: what a closed pipe or a full device refuses is lost."""
+
+    def write(self, data: object) -> int:
+        try:
+            while (written := cast("int | None", super().write(data))) is None:  # type: ignore[arg-type]
+                select.select([], [self], [])  # the other end reads, but not now
+        except OSError:
+            return len(cast(bytes, data))
+        return written
+
+
+def make_unfailing() -> None:
+    """Replace ``sys.stdout`` and ``sys.stderr``: what cannot be encoded is escaped, what cannot be written is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None:  # closed by whoever started this process: then nothing is printed
+            buffer = io.BufferedWriter(_Unfailing(stream.fileno(), "w", closefd=False))
+            terminal = name == "stderr" or stream.isatty()
+            wrapped = io.TextIOWrapper(
+                buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=terminal
+            )
+            setattr(sys, name, wrapped)

@@ -1,0 +1,44 @@
+"""What cannot be printed never fails the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TALK = """
+from sophon.streams import make_unfailing
+import sys
+make_unfailing()
+for stream in (sys.stdout, sys.stderr):
+    print("gr\\u00fc\\u00dfe \\udc80" * 20000, file=stream, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1:strict"])
+@pytest.mark.parametrize("to", ["read", "/dev/full", "broken pipe", "closed"])
+def test_the_exit_code_is_that_of_the_work(tmp_path: Path, encoding: str, to: str) -> None:
+    script = tmp_path / "talk.py"
+    script.write_text(TALK)
+    command, target = [sys.executable, str(script)], subprocess.PIPE
+    if to == "closed":
+        command = ["sh", "-c", 'exec "$0" "$1" >&- 2>&-', *command]
+    elif to == "broken pipe":
+        reading, target = os.pipe()
+        os.close(reading)
+    elif to != "read":
+        target = os.open(to, os.O_WRONLY)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, stdout=target, stderr=target, env=environment)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 7
+    if to == "read":
+        name = encoding.split(":")[0]
+        text = ("grüße \udc80" * 20000 + "\n").encode(name, "backslashreplace")
+        assert out == err == text
+    elif target != subprocess.PIPE:
+        os.close(target)
