@@ -132,7 +132,6 @@ def validate(config: Config) -> None:
     _within("n", config.n, 1)
     _within("threads", config.threads, 0)
     _within("workers", config.workers, 1)
-    _within("stack", config.stack, 1)
     _validate_searches(attack)
     _validate_domains(config.domain)
     for head in attack.masking.heads:

@@ -33,10 +33,9 @@ class Outcome:
         test: the metric on ``test`` with its sampling error, read once, after the last step; NaN of no images where it
             was not to be read.
         finished: whether the loss and all that was measured stayed finite to the end.
-        seconds: wall time of the whole attempt; of attempts trained together, an equal share of theirs.
+        seconds: wall time of the whole attempt.
         flops: of all its training (forward and backward).
         prepared_flops: the part of them before the first step: surgery and probing.
-        stacked: how many attempts were trained together, this one among them.
     """
 
     model: nn.Module
@@ -46,7 +45,6 @@ class Outcome:
     seconds: float
     flops: float
     prepared_flops: float
-    stacked: int = 1
 
 
 class Attacker:

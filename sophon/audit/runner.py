@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sophon.audit.attacks import Attacker, Outcome, attack
+from sophon.audit.attacks import Outcome, attack
 from sophon.audit.gallery import image_grid
 from sophon.audit.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
-from sophon.audit.stacked import attack_together, likeness
 from sophon.audit.verdict import ORACLE, format_value
 from sophon.config import AttackConfig
 from sophon.domains import Domain, ImageSet
@@ -29,7 +27,6 @@ from sophon.strategies import FineTuneStrategy, fields_outside
 
 SCHEMA_VERSION = 1
 Record = dict[str, Any]
-_T = TypeVar("_T")
 
 
 class Frechet(NamedTuple):
@@ -53,7 +50,6 @@ class Runner:
         seed: the audit's.
         folder: the run directory.
         frechet: how to measure generated images; None not to.
-        stack: attempts that are trained together at most, >= 1.
 
     Raises:
         UserError: an attack is not well formed, none fits the models, or an audit to reuse is not there.
@@ -66,13 +62,11 @@ class Runner:
         seed: int,
         folder: Path,
         frechet: Frechet | None = None,
-        stack: int = 1,
     ) -> None:
         self.scene = scene
         self.config = config
         self.seed = seed
         self.folder = folder
-        self.stack = stack
         for other in config.reuse:
             if not is_folder(other, "attack.reuse"):
                 raise UserError(f"attack.reuse: '{other}' is not a folder; give the run directories of other audits")
@@ -97,9 +91,7 @@ class Runner:
         # distances in the features of two networks do not compare
         measured = [config.eval_points, config.samples, self.frechet and [self.frechet.network, config.frechet_samples]]
         hashes = [sorted(each.hashes.items()) for each in (domain, *others) if each is not None]
-        # trained together, an attempt comes out the same to rounding only
-        stacked = ["stacked"] if self.stack > 1 and likeness(job) is not None else []
-        return repr([scene.provenance.get(role, role), hashes, self.seed, measured, *stacked])
+        return repr([scene.provenance.get(role, role), hashes, self.seed, measured])
 
     def missing(self) -> list[Path]:
         """Return the files of this shard's jobs that are not there yet, after taking over what other audits have."""
@@ -129,23 +121,6 @@ class Runner:
         if "strategy" in record:
             record |= self._exposure(FineTuneStrategy.of(record["strategy"]))
         write_json(path, record)
-
-    def run_group(
-        self, paths: Sequence[Path], on_trial: Callable[[str], None] = lambda note: None
-    ) -> Iterator[tuple[Path, str]]:
-        """Run the jobs whose files are ``paths``, together if their models can be stacked; several are alike.
-
-        Returns:
-            Each job's file and the line that `run` returns, as soon as it is done.
-        """
-        attempts = {path: job for path in paths if isinstance(job := self.jobs[path], Attempt)}
-        makers = [partial(self._launch, Attacker, path.stem, attempt) for path, attempt in attempts.items()]
-        outcomes = attack_together(makers) if len(makers) > 1 else None
-        if outcomes is None:
-            yield from ((path, self.run(path, on_trial)) for path in paths)
-            return
-        for (path, attempt), outcome in zip(attempts.items(), outcomes, strict=True):
-            yield path, self._write(path, attempt, self._record(path.stem, attempt, outcome))
 
     def run(self, path: Path, on_trial: Callable[[str], None] = lambda note: None) -> str:
         """Run the job whose file is ``path``; return a line on what came of it."""
@@ -180,7 +155,6 @@ class Runner:
             if unfit(strategy, self.scene, self.scene.restricted):  # choices that each fit, but not together
                 return None
             outcome = self._attack(
-                attack,
                 self._victim(job.role, seed),
                 strategy,
                 self.scene.restricted,
@@ -222,11 +196,9 @@ class Runner:
             "attempts": winners,
         }
 
-    def _attack(
-        self, how: Callable[..., _T], victim: nn.Module, strategy: FineTuneStrategy, domain: Domain, **options: Any
-    ) -> _T:
+    def _attack(self, victim: nn.Module, strategy: FineTuneStrategy, domain: Domain, **options: Any) -> Outcome:
         scene = self.scene
-        return how(
+        return attack(
             victim,
             strategy,
             scene.task,
@@ -238,10 +210,6 @@ class Runner:
         )
 
     def _attempt(self, key: str, attempt: Attempt) -> Record:
-        return self._record(key, attempt, self._launch(attack, key, attempt))
-
-    def _launch(self, how: Callable[..., _T], key: str, attempt: Attempt) -> _T:
-        """Call `attack` or `Attacker` with all that belongs to an attempt."""
         # The role is not part of the seed: all roles face the same head, data order and augmentation.
         seed = derive_seed(self.seed, "attempt", attempt.attack, attempt.seed)
 
@@ -249,8 +217,7 @@ class Runner:
             if attempt.seed == 0 and self.config.samples:  # one seed's pictures are enough to look at
                 self._draw(model, key, step)
 
-        return self._attack(
-            how,
+        outcome = self._attack(
             self._victim(attempt.role, seed),
             attempt.strategy,
             self._domain(attempt),
@@ -258,8 +225,6 @@ class Runner:
             eval_points=self.config.eval_points,
             at_point=draw,
         )
-
-    def _record(self, key: str, attempt: Attempt, outcome: Outcome) -> Record:
         pictures = {step: _picture(key, step) for step, _ in outcome.curve}
         details = self._details(outcome.model, self._domain(attempt))
         record = {
@@ -281,7 +246,6 @@ class Runner:
             "search": None,
             "finished": outcome.finished,
             "seconds": outcome.seconds,
-            "stacked": outcome.stacked,
             "flops": outcome.flops,
             "prepared_flops": outcome.prepared_flops,
             "steps": attempt.strategy.steps,

@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from sophon.audit.runner import Runner
-from sophon.audit.stacked import grouped, likeness
 from sophon.errors import UserError
 from sophon.tracking import Tracker
 
@@ -34,15 +33,14 @@ def run_jobs(runner: Runner, make: Callable[[], Runner], workers: int, tracker: 
     total = sum(job.cost for job in runner.jobs.values())
     left = sum(runner.jobs[path].cost for path in missing)
     with tracker.progress("audit", total, total - left) as advance:
-        groups = grouped(missing, lambda path: likeness(runner.jobs[path]), runner.stack)
-        if workers == 1 or len(groups) < 2:
-            _in_turn(runner, groups, advance)
+        if workers == 1 or len(missing) < 2:
+            _in_turn(runner, missing, advance)
         else:
-            _side_by_side(runner, groups, make, min(workers, len(groups)), advance)
+            _side_by_side(runner, missing, make, min(workers, len(missing)), advance)
 
 
-def _in_turn(runner: Runner, groups: Sequence[Sequence[Path]], advance: Callable[..., None]) -> None:
-    for group in groups:
+def _in_turn(runner: Runner, paths: Sequence[Path], advance: Callable[..., None]) -> None:
+    for path in paths:
         told = 0
 
         def on_trial(note: str) -> None:
@@ -50,13 +48,13 @@ def _in_turn(runner: Runner, groups: Sequence[Sequence[Path]], advance: Callable
             told += 1
             advance(note)
 
-        for path, note in runner.run_group(group, on_trial):
-            advance(note, steps=runner.jobs[path].cost - told)
+        note = runner.run(path, on_trial)
+        advance(note, steps=runner.jobs[path].cost - told)
 
 
 def _side_by_side(
     runner: Runner,
-    groups: Sequence[Sequence[Path]],
+    paths: Sequence[Path],
     make: Callable[[], Runner],
     workers: int,
     advance: Callable[..., None],
@@ -65,9 +63,9 @@ def _side_by_side(
     reading, writing = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(workers, context, _begin, (make, reading))
     try:
-        for done in as_completed([executor.submit(_run, group) for group in groups]):
-            for path, note in done.result():
-                advance(note, steps=runner.jobs[path].cost)
+        running = {executor.submit(_run, path): path for path in paths}
+        for done in as_completed(running):
+            advance(done.result(), steps=runner.jobs[running[done]].cost)
     except BrokenProcessPool as error:
         writing.close()
         raise UserError(
@@ -107,7 +105,7 @@ def _end_with(ended: Connection) -> None:
     os._exit(1)
 
 
-def _run(group: Sequence[Path]) -> list[tuple[Path, str]]:
+def _run(path: Path) -> str:
     if isinstance(_runner, UserError):
         raise _runner
-    return list(_runner.run_group(group))
+    return _runner.run(path)

@@ -130,13 +130,6 @@ class Config:
         threads: CPU threads of torch; 0 leaves torch's choice.
         workers: processes that run an audit's attempts side by side. With ``threads=0`` each takes its share of the
             cores; with the same ``threads`` the results do not depend on the number of workers.
-        stack: attempts of an audit that are trained together at most, as one stacked model, >= 1: those of the same
-            steps, batch size, scope and kinds of surgery. 1 trains each by itself. More is for a GPU that one small
-            model cannot fill; on a CPU it takes longer, and ``workers`` is what helps. The results are then those of 1
-            to rounding, not to the bit, since batched kernels add in another order: so a run directory keeps to one or
-            to more, and ``attack.reuse`` takes no attempt over from one to the other. Searches, adapters and models
-            whose loss draws random numbers (dropout, denoisers) are trained one by one. What is killed loses up to
-            ``stack`` attempts.
         run_dir: where the run writes.
         reference: the unprotected checkpoint: what protect starts from and the audit compares with.
         checkpoint: the checkpoint to export or audit.
@@ -157,7 +150,6 @@ class Config:
     amp: str = "cuda"
     threads: int = 0
     workers: int = 1
-    stack: int = 1
     run_dir: str | None = None
     reference: str | None = None
     checkpoint: str | None = None

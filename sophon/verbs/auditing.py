@@ -147,7 +147,7 @@ def _audit(config: Config, stage: _Stage, runner: Runner) -> dict[str, Any]:
         },
         "hashes": {"restricted": dict(scene.restricted.hashes)},
         "config": _identifying(
-            as_loaded(config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads", "stack"
+            as_loaded(config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
         ),
         "packages": package_versions(),
     }
@@ -218,7 +218,7 @@ def _stages(config: Config) -> list[_Stage]:
 
 
 def _runner(config: Config, stage: _Stage) -> Runner:
-    return Runner(stage.scene, config.attack, config.seed, run_dir(config), stack=config.stack)
+    return Runner(stage.scene, config.attack, config.seed, run_dir(config))
 
 
 def _frechet(stage: _Stage, features: Fidelity | None) -> Frechet | None:
@@ -253,8 +253,6 @@ def _identity(config: Config, stage: _Stage) -> dict[str, Any]:
         "reference": stage.reference.sha256,
         "restricted": stage.scene.restricted.hashes,
         **({} if benign is None else {"benign": benign.hashes}),
-        # results of attempts trained together differ in rounding, however many they are
-        **({"stack": "more than 1"} if config.stack > 1 else {}),
     }
 
 
