@@ -14,7 +14,7 @@ from sophon.tensor_files import write_tensors
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SHIPPED = sorted(path.stem for path in CONF.glob("*.yaml") if "library: diffusers" not in path.read_text())
-SMALL = ("resnet_small", "resnet_three_blocks", "resnet_tiny")
+SMALL = ("resnet_small", "resnet_tiny")
 CLASSES = ("cat", "dog", "owl")
 
 
