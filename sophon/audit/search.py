@@ -2,7 +2,8 @@
 
 A search that was killed, at whatever moment, and started again ends with the very trials of one that never was: its
 file only ever gains finished trials, each in one transaction, and a trial is decided by the seed, its number and the
-trials before it alone. So no trial is ever found running, none is discarded, and the numbers have no gaps.
+trials before it alone. So no trial is ever found running, none is discarded, and the numbers have no gaps. One process
+at a time works on a file; another one waits, and goes on from what it finds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from sqlalchemy.pool import NullPool
 
 from sophon.config import SearchConfig
 from sophon.errors import UserError, choose
+from sophon.locks import lock
+from sophon.paths import exists, explained
 from sophon.seeds import derive_seed
 from sophon.strategies import OF_SCOPE, FineTuneStrategy, check_field, operations_from
 
@@ -140,20 +143,30 @@ def run_search(
         UserError: the file is damaged, belongs to another search or cannot be written.
     """
     with _quiet(), _open(storage, _identity(config, seed, higher_is_better)) as archive:
+        kept = _stored(archive, storage)[: config.trials]
         with _explained(f"cannot read {storage} as a search", _REMEDY):
-            kept = archive.get_trials()[: config.trials]
             trials = [_trial(config, frozen) for frozen in kept]
         while len(kept) < config.trials:
             # A study in memory, so that the file never holds a trial that was begun but not finished.
             study = _study(config, derive_seed(seed, "search", len(kept)), higher_is_better)
             study.add_trials(kept)
             frozen = _run_trial(study, config, higher_is_better, evaluate)
+            if len(_stored(archive, storage)) != len(kept):  # where there are no locks
+                raise UserError(f"another process writes {storage}; end one of the two, then the same command goes on")
             with _explained(f"cannot write {storage}"):
                 archive.add_trial(frozen)
             kept.append(frozen)
             trials.append(_trial(config, frozen))
             on_trial(trials[-1])
     return trials
+
+
+def _stored(archive: optuna.Study, path: Path) -> list[FrozenTrial]:
+    with _explained(f"cannot read {path} as a search", _REMEDY):
+        found = archive.get_trials()
+        if [trial.number for trial in found] != list(range(len(found))):
+            raise ValueError("its trials are not numbered one by one")
+        return found
 
 
 def best(trials: Sequence[Trial], higher_is_better: bool) -> Trial | None:
@@ -215,10 +228,13 @@ def _identity(config: SearchConfig, seed: int, higher_is_better: bool) -> dict[s
 
 @contextlib.contextmanager
 def _open(path: Path, identity: dict[str, Any]) -> Iterator[optuna.Study]:
-    """Yield the study in a file, making it first if need be; nothing holds the file open afterwards."""
-    if not path.exists():
-        _create(path, identity)
+    """Yield the study in a file that is ours alone, making it if need be; nothing holds it open afterwards."""
     with contextlib.ExitStack() as stack:
+        with explained(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock(path.with_suffix(".lock"), wait=True))
+        if not exists(path):
+            _create(path, identity)
         with _explained(f"cannot read {path} as a search", _REMEDY):
             study = optuna.load_study(study_name="search", storage=stack.enter_context(_database(path)))
             found = json.loads(study.user_attrs["identity"])
@@ -230,16 +246,17 @@ def _open(path: Path, identity: dict[str, Any]) -> Iterator[optuna.Study]:
 
 def _create(path: Path, identity: dict[str, Any]) -> None:
     """Make the file of a search without trials; it is there whole or not at all."""
-    with _explained(f"cannot write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # in a folder of its own, since SQLite keeps a journal beside the file
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            with _database(temporary, new=True) as database:
-                direction = _direction(identity["higher_is_better"])
-                study = optuna.create_study(study_name="search", storage=database, direction=direction)
-                study.set_user_attr("identity", json.dumps(identity))
-            temporary.replace(path)
+    # in a folder of its own, since SQLite keeps a journal beside the file
+    with (
+        _explained(f"cannot write {path}"),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
+        temporary = Path(folder) / path.name
+        with _database(temporary, new=True) as database:
+            direction = _direction(identity["higher_is_better"])
+            study = optuna.create_study(study_name="search", storage=database, direction=direction)
+            study.set_user_attr("identity", json.dumps(identity))
+        temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -466,6 +467,40 @@ def test_a_process_killed_is_as_if_it_had_not_been(tmp_path, whole, moment):
 
 
 # the file
+
+
+def numbers(path: Path) -> list[int]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [row[0] for row in connection.execute("SELECT number FROM trials ORDER BY trial_id")]
+
+
+def test_processes_that_meet_at_a_search_make_one_search_of_it(tmp_path, whole):
+    path, evaluated = tmp_path / "search.db", []
+
+    def counting(strategy: FineTuneStrategy, report: Report) -> float | None:
+        evaluated.append(strategy)
+        return evaluate(strategy, report)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: run(CONFIG, path, counting), range(3)))
+    assert found == [whole] * 3
+    assert len(evaluated) == CONFIG.trials
+    assert numbers(path) == list(range(CONFIG.trials))
+
+
+def test_where_there_are_no_locks_a_trial_drawn_from_other_trials_is_not_written(tmp_path, whole, monkeypatch):
+    path = tmp_path / "search.db"
+    monkeypatch.setattr(search, "lock", lambda path, wait: contextlib.nullcontext())
+
+    def meeting(strategy: FineTuneStrategy, report: Report) -> float | None:
+        if len(numbers(path)) == 5:  # while this is the sixth trial of one process, another writes one
+            run(dataclasses.replace(CONFIG, trials=6), path)
+        return evaluate(strategy, report)
+
+    with pytest.raises(UserError, match=r"^another process writes .*; end one of the two"):
+        run(CONFIG, path, meeting)
+    assert numbers(path) == list(range(6))
+    assert run(CONFIG, path) == whole
 
 
 def test_any_name_will_do_and_nothing_holds_or_surrounds_the_file(tmp_path, whole):
