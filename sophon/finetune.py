@@ -16,9 +16,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch, ImageSet, batches
 from sophon.errors import UserError, one_line
-from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
+from sophon.optimizers import build_optimizer
 from sophon.tasks import Task
 
 _LARGEST_TRIED = 512  # pixels a side at which it is tried whether a model wants larger images

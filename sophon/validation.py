@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sophon.attacker import AUGMENTATIONS, HEADS, SCHEDULES, FineTuneStrategy
 from sophon.config import (
     AttackConfig,
     ComposedConfig,
@@ -21,7 +22,7 @@ from sophon.config import (
     keyed,
 )
 from sophon.errors import UserError, choose
-from sophon.strategies import AUGMENTATIONS, HEADS, SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
+from sophon.sampler import SamplerConfig, StrategySampler
 
 
 def from_omegaconf(config: DictConfig) -> Config:

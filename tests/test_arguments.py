@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sophon import surgery
+from sophon.attacker import Operation
 from sophon.errors import UserError
-from sophon.strategies import Operation
 from sophon.surgery.means import Means
 from tests.surgery.surgical import means_for
 from tests.tiny import tiny_model

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon import config as config_module
+from sophon.attacker import SCHEDULES, FineTuneStrategy
 from sophon.audit.plan import strategies
 from sophon.cli import conf_dir
 from sophon.config import Config, TaskConfig, plain
@@ -32,7 +33,7 @@ from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
 from sophon.models import ModelSpec, build, classifiers, diffusion
 from sophon.protect.fts import ENGINES
 from sophon.protect.inner_loop import GAMMAS
-from sophon.strategies import SCHEDULES, FineTuneStrategy, StrategySampler
+from sophon.sampler import StrategySampler
 from sophon.tasks import TASKS, make_task
 from sophon.tracking import MODES
 from sophon.validation import from_omegaconf, validate

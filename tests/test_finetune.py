@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy, learning_rate
 from sophon.domains import Batch, batches
 from sophon.finetune import fine_tune, flops_per_step
-from sophon.strategies import OPTIMIZERS, FineTuneStrategy, learning_rate
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_images, tiny_model, tiny_task
 

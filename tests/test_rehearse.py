@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.config import GuardConfig
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import rehearse
 from sophon.models import ModelSpec, build
-from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask, Task
 from sophon.verbs.common import doubt, measured
 from sophon.verbs.making import lost_on_test

@@ -14,11 +14,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from sophon import surgery
-from sophon.audit import search
-from sophon.audit.plan import strategies
-from sophon.cli import conf_dir
-from sophon.config import AttackConfig
-from sophon.strategies import (
+from sophon.attacker import (
     AUGMENTATIONS,
     BATCH_NORMS,
     HEADS,
@@ -28,6 +24,10 @@ from sophon.strategies import (
     SCOPES,
     FineTuneStrategy,
 )
+from sophon.audit import search
+from sophon.audit.plan import strategies
+from sophon.cli import conf_dir
+from sophon.config import AttackConfig
 from sophon.validation import from_omegaconf
 
 pytestmark = pytest.mark.slow  # composes every suite

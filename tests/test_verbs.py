@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sophon.attacker import FineTuneStrategy, fields_outside
 from sophon.protect.state import last_good
-from sophon.strategies import FineTuneStrategy, fields_outside
 from tests.cli_helpers import (
     ATTACKS,
     AUDIT,

@@ -21,8 +21,8 @@ from methods import LEARNING_RATES, METHODS, Outcome, Work
 from records import machine
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.protect.inner_loop import query_weights
-from sophon.strategies import FineTuneStrategy
 
 OTHER = "other queries"  # the exact gradient of other query batches: how far apart any two draws are
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
+from sophon.optimizers import build_optimizer
 from sophon.protect.first_order import first_order
 from sophon.protect.inner_loop import query_weights
 from sophon.protect.second_order import second_order
-from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
 

@@ -11,12 +11,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.config import DomainConfig
 from sophon.domains import Batch, Domain, ImageSet, load_original, load_restricted
 from sophon.errors import UserError
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
-from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 

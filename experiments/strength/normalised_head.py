@@ -22,12 +22,13 @@ from growth import add_attack_options, restricted_domain
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch, Domain, batches
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
 from sophon.models import build, load_weights
+from sophon.optimizers import build_optimizer
 from sophon.seeds import seed_all
-from sophon.strategies import FineTuneStrategy, build_optimizer
 from sophon.tasks import ClassificationTask
 
 ATTACKS = [

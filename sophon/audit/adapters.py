@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from sophon.attacker import LORA_LAYERS
 from sophon.errors import UserError, choose
 from sophon.models.partition import attention, owned
-from sophon.strategies import LORA_LAYERS
 
 _CHOSEN: dict[str, Callable[[nn.Module, bool], bool]] = {
     "all": lambda layer, attends: True,
@@ -34,7 +34,7 @@ def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str]) -> No
     Args:
         model: on any device, of any floating type; the adapters get both.
         rank: >= 1; a rank above a layer's inputs or outputs is kept, and says no more than the smaller of the two.
-        layers: a key of `sophon.strategies.LORA_LAYERS`.
+        layers: a key of `sophon.attacker.LORA_LAYERS`.
         head: names of the head's parameters.
 
     Raises:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.audit.adapters import add_adapters
 from sophon.domains import Domain, few_shot
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.models import ModelSpec
 from sophon.seeds import derive_seed, seed_all
-from sophon.strategies import FineTuneStrategy
 from sophon.surgery import operate, restate
 from sophon.surgery.means import Means
 from sophon.tasks import Measured, Task

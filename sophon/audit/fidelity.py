@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
 from sophon.files import sha256_file
@@ -23,7 +24,6 @@ from sophon.finetune import fine_tune
 from sophon.models import ModelSpec, build
 from sophon.paths import exists
 from sophon.seeds import derive_seed
-from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors, write_tensors
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.audit.attacks import Attacker
 from sophon.audit.scores import Array
 from sophon.audit.verdict import ROLES
@@ -29,7 +30,6 @@ from sophon.errors import UserError
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
 from sophon.seeds import derive_seed, seed_all
-from sophon.strategies import FineTuneStrategy
 from sophon.surgery import Means
 from sophon.surgery.renormalise import norms as norms_of
 from sophon.surgery.renormalise import scale_free

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sophon import surgery
+from sophon.attacker import OF_SCOPE, FineTuneStrategy, Operation
 from sophon.audit.adapters import add_adapters
 from sophon.audit.verdict import ORACLE, ROLES
 from sophon.config import AttackConfig, SearchConfig
@@ -22,7 +23,6 @@ from sophon.domains import Domain, few_shot
 from sophon.errors import UserError, choose
 from sophon.finetune import rehearse
 from sophon.models import ModelSpec
-from sophon.strategies import OF_SCOPE, FineTuneStrategy, Operation
 from sophon.tasks import Task
 from sophon.validation import strategy_from
 

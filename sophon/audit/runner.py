@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy, fields_outside
 from sophon.audit.attacks import Outcome, attack
 from sophon.audit.gallery import image_grid
 from sophon.audit.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
@@ -23,7 +24,6 @@ from sophon.files import read_json, write_bytes, write_json
 from sophon.models import build
 from sophon.paths import exists, is_file, is_folder
 from sophon.seeds import derive_seed, seed_all
-from sophon.strategies import FineTuneStrategy, fields_outside
 
 SCHEMA_VERSION = 1
 Record = dict[str, Any]

@@ -26,12 +26,12 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from sophon.attacker import OF_SCOPE, FineTuneStrategy, check_field, operations_from
 from sophon.config import SearchConfig
 from sophon.errors import UserError, choose
 from sophon.locks import lock
 from sophon.paths import exists, explained
 from sophon.seeds import derive_seed
-from sophon.strategies import OF_SCOPE, FineTuneStrategy, check_field, operations_from
 
 Report = Callable[[int, float], None]
 Evaluate = Callable[[FineTuneStrategy, Report], float | None]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from sophon.attacker import FineTuneStrategy
 from sophon.audit.verdict import NO_PROTECTION_BELOW, Record
-from sophon.strategies import FineTuneStrategy
 
 # Surgery that takes scale away and leaves the function as it is. Resetting affine parameters does not: what an attack
 # loses by that says nothing about masking.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sophon.strategies import FineTuneStrategy
+from sophon.attacker import FineTuneStrategy
 
 Record = Mapping[str, Any]
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import MISSING
 
+from sophon.attacker import FineTuneStrategy
 from sophon.config.attack import AttackConfig, MaskingConfig, SearchConfig
 from sophon.config.domains import ComposedDomains, DomainConfig, DomainsConfig
 from sophon.config.protection import ClampConfig, GuardConfig, MethodConfig
-from sophon.strategies import FineTuneStrategy, SamplerConfig
+from sophon.sampler import SamplerConfig
 
 __all__ = [
     "AttackConfig",

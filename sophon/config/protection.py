@@ -79,7 +79,7 @@ class MethodConfig:
         ntr_steps: NTR steps a round (l_NTR).
         fts_lr: Adam's rate of FTS (alpha).
         ntr_lr: Adam's rate of NTR (beta).
-        schedule: a key of `sophon.strategies.SCHEDULES`: how both rates go over the rounds.
+        schedule: a key of `sophon.attacker.SCHEDULES`: how both rates go over the rounds.
         attackers: attackers simulated for each FTS step (N).
         gamma: weights of the inner steps' query losses, a key of `sophon.protect.inner_loop.GAMMAS`; they sum to 1.
             With a pool they weigh the steps of one turn.

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, batches
 from sophon.protect.first_order import first_order
 from sophon.protect.starts import Factors, start
 from sophon.seeds import derive_seed
-from sophon.strategies import FineTuneStrategy
 from sophon.surgery import Means
 from sophon.tasks import Task
 

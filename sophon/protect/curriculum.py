@@ -40,8 +40,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.config import MethodConfig
-from sophon.strategies import FineTuneStrategy, Operation, StrategySampler
+from sophon.sampler import StrategySampler
 
 # Steps whose successes a success is compared with: long enough for ranks, short against the drift of a protection.
 RECENT = 64
@@ -215,7 +216,7 @@ def _place(name: str, arms: Sequence[Arm], strategy: FineTuneStrategy) -> int | 
     lr = math.log(strategy.lr)
     for place, arm in enumerate(arms):
         optimizer, low, high = arm.value
-        # as in `sophon.strategies.fields_outside`, a rate at an end of the range may lie outside by rounding
+        # as in `sophon.attacker.fields_outside`, a rate at an end of the range may lie outside by rounding
         if strategy.optimizer == optimizer and low - 1e-9 <= lr <= high + 1e-9:
             return place
     return None

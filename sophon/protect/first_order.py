@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
+from sophon.optimizers import build_optimizer
 from sophon.protect.inner_loop import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
 from sophon.protect.objectives import PLAIN
 from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
-from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
 

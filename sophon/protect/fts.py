@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
 from sophon.domains import Domain
 from sophon.protect.attackers import Attackers
@@ -22,8 +23,8 @@ from sophon.protect.objectives import objectives_of
 from sophon.protect.pool import Member, Pool
 from sophon.protect.second_order import second_order
 from sophon.protect.starts import Factors
+from sophon.sampler import StrategySampler
 from sophon.seeds import derive_seed
-from sophon.strategies import FineTuneStrategy, StrategySampler
 from sophon.tasks import Task
 
 ENGINES: dict[str, Callable[..., Simulation]] = {"first_order": first_order, "second_order": second_order}

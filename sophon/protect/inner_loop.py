@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch
-from sophon.strategies import FineTuneStrategy
 from sophon.tasks import Task
 
 

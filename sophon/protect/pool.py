@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon.strategies import FineTuneStrategy
+from sophon.attacker import FineTuneStrategy
 
 
 @dataclass

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
+from sophon.optimizers import build_optimizer
 from sophon.protect.differentiable import DifferentiableAttacker
 from sophon.protect.inner_loop import Simulation, floats, frozen_statistics, recording_layers
-from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 
 # A tensor that the objective depends on, and the objective's gradient with respect to it; None where there is none.

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sophon.attacker import Operation
 from sophon.errors import UserError
-from sophon.strategies import Operation
 from sophon.surgery import OPERATIONS, Means, check, operate
 from sophon.surgery.centre import centre_channels
 from sophon.surgery.equalise import equalise_channels

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import SCHEDULES
 from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Batch, Domain
 from sophon.errors import GuardError, UserError
@@ -29,7 +30,7 @@ from sophon.protect.ntr import NTR
 from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.protect.profiling import profiled
 from sophon.protect.state import STATE_FILE, Position, State, read_state, write_state
-from sophon.strategies import SCHEDULES, StrategySampler
+from sophon.sampler import StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sophon.attacker import FineTuneStrategy
 from sophon.audit.results import worst_case
 from sophon.audit.verdict import EXPOSURES, Record, format_difference, printable
 from sophon.errors import UserError
@@ -23,7 +24,6 @@ from sophon.report.figures import COLOURS, EXPOSURE_WORDS, HUES, dots
 from sophon.report.heat import blocks, gap_strength
 from sophon.report.masking import masked_share
 from sophon.report.single import read_audit
-from sophon.strategies import FineTuneStrategy
 
 _MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.domains import Domain, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import Loss, fine_tune, flops_per_step
 from sophon.models import ModelSpec, build
-from sophon.strategies import FineTuneStrategy
 from sophon.tasks import Task
 
 

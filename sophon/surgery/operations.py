@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sophon import domains
 from sophon.arguments import Limits, check_arguments, function_at
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.models.partition import owned
-from sophon.strategies import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.surgery.centre import centre
 from sophon.surgery.equalise import equalise
 from sophon.surgery.means import Means

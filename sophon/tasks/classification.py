@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import losses
+from sophon.attacker import SCOPES
 from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
 from sophon.models.classifiers import LIBRARIES, blocks, head_prefix, with_fresh_head
 from sophon.models.partition import Block, attention
-from sophon.strategies import SCOPES
 from sophon.tasks.task import Measured, Metric, evaluating, within_scope
 
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import losses
+from sophon.attacker import SCOPES
 from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
 from sophon.models.diffusion import LIBRARIES, blocks, class_count, with_fresh_classes
 from sophon.models.partition import Block, owned
-from sophon.strategies import SCOPES
 from sophon.tasks.task import Measured, Metric, evaluating, within_scope
 
 

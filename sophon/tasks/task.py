@@ -97,7 +97,7 @@ class Task(Protocol):
 
         Args:
             model: changed in its modes only.
-            scope: one of `sophon.strategies.SCOPES`.
+            scope: one of `sophon.attacker.SCOPES`.
             blocks: how many the scopes ``first_blocks`` and ``last_blocks`` train.
 
         Raises:
@@ -125,7 +125,7 @@ def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[s
     Args:
         task: says what the model's blocks are.
         model: the model.
-        scope: one of `sophon.strategies.SCOPES`; ``head`` has none besides, ``all`` names the head's too.
+        scope: one of `sophon.attacker.SCOPES`; ``head`` has none besides, ``all`` names the head's too.
         blocks: how many the scopes ``first_blocks`` and ``last_blocks`` train.
 
     Raises:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sophon import __version__
+from sophon.attacker import FineTuneStrategy
 from sophon.audit.verdict import format_value
 from sophon.config import ClampConfig, Config, GuardConfig, MethodConfig, keyed, plain
 from sophon.devices import resolve_device
@@ -33,8 +34,8 @@ from sophon.protect.starts import check_simulated
 from sophon.protect.state import STATE_FILE, Position, last_good
 from sophon.protect.trainer import Trainer
 from sophon.run_folder import owned_place, run_folder
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.seeds import derive_seed, seed_all
-from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import Task
 from sophon.tracking import Tracker
 from sophon.verbs.common import (

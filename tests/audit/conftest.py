@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sophon.attacker import FineTuneStrategy
 from sophon.audit import runner
-from sophon.strategies import FineTuneStrategy
 from sophon.surgery import means
 from tests.audit.staging import build_tiny, count_attacks, without_sync
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit import runner as module
 from sophon.audit.plan import Scene
 from sophon.audit.runner import Runner
@@ -23,7 +24,7 @@ from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import Domain
 from sophon.errors import UserError
 from sophon.models import ModelSpec
-from sophon.strategies import FineTuneStrategy, Operation, SamplerConfig, StrategySampler
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.surgery import means
 from sophon.tracking import Tracker
 from tests.tiny import TinyNet, tiny_bands, tiny_model, tiny_spec, tiny_task

@@ -11,12 +11,12 @@ import torch
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 from torch import Tensor, nn
 
+from sophon.attacker import LORA_LAYERS, FineTuneStrategy
 from sophon.audit.adapters import add_adapters
 from sophon.domains import ImageSet
 from sophon.errors import UserError
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.models import ModelSpec, build
-from sophon.strategies import LORA_LAYERS, FineTuneStrategy
 from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.tiny import (
     CLASSES,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy
 from sophon.audit import attacks
 from sophon.audit.attacks import Outcome, attack, linear_probe
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
-from sophon.strategies import OPTIMIZERS, FineTuneStrategy
 from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task

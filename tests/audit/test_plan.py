@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit.plan import Attempt, Job, Plan, Search, oracle_data, strategies, unfit
 from sophon.audit.verdict import ROLES
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import Domain
 from sophon.errors import UserError
-from sophon.strategies import FineTuneStrategy, Operation
 from tests.audit.staging import BENIGN, CONFIG, FRESH, KEPT, RESTRICTED, SEARCH, TWO, scene
 from tests.tiny import assert_same_state, state_of, tiny_denoising, tiny_unet, tiny_unet_spec
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit import attacks
 from sophon.audit import runner as module
 from sophon.audit.attacks import Outcome, attack
@@ -18,7 +19,6 @@ from sophon.config import AttackConfig
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
-from sophon.strategies import FineTuneStrategy, Operation
 from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from tests.audit.staging import BENIGN, DISTILLED, FRESH, KEPT, ORIGINAL, RESTRICTED, build_tiny, run_all, staged

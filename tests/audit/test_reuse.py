@@ -15,7 +15,7 @@ from sophon.audit import runner as module
 from sophon.audit.runner import Frechet
 from sophon.config import AttackConfig
 from sophon.errors import UserError
-from sophon.strategies import SamplerConfig, StrategySampler
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
 from tests.audit.staging import (
     BENIGN,

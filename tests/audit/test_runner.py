@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.audit import runner as module
 from sophon.audit.runner import exposure
 from sophon.audit.verdict import ROLES
@@ -20,7 +21,6 @@ from sophon.config import AttackConfig
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.models import ModelSpec
-from sophon.strategies import FineTuneStrategy
 from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker

@@ -24,12 +24,12 @@ import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon import strategies
+from sophon import attacker
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit import search
 from sophon.audit.search import Report, Trial, best, check, run_search, suggest
 from sophon.config import SearchConfig
 from sophon.errors import UserError
-from sophon.strategies import FineTuneStrategy, Operation
 
 pytestmark = pytest.mark.slow  # a database for each search
 
@@ -110,17 +110,17 @@ def changed(**values: Any) -> SearchConfig:
 
 FIELDS: dict[str, list[Any]] = {
     "weight_decay": [0.0, 1e-4],
-    "schedule": list(strategies.SCHEDULES),
+    "schedule": list(attacker.SCHEDULES),
     "batch_size": [1, 64],
-    "scope": list(strategies.SCOPES),
-    "head": list(strategies.HEADS),
+    "scope": list(attacker.SCOPES),
+    "head": list(attacker.HEADS),
     "probe_steps": [7, 70],
     "probe_lr": [0.125, 0.25],
-    "augmentation": list(strategies.AUGMENTATIONS),
+    "augmentation": list(attacker.AUGMENTATIONS),
     "data_budget": [None, 100],
     "ema": [0.0, 0.99],
     "max_norm": [None, 1.0],
-    "batch_norm": list(strategies.BATCH_NORMS),
+    "batch_norm": list(attacker.BATCH_NORMS),
     "blocks": [2, 3],
     "lora_rank": [1, 4],
     "lora_layers": ["linears", "convolutions"],
@@ -130,7 +130,7 @@ FIELDS: dict[str, list[Any]] = {
 
 @given(
     ranges=st.dictionaries(
-        st.sampled_from(sorted(strategies.OPTIMIZERS)),
+        st.sampled_from(sorted(attacker.OPTIMIZERS)),
         st.tuples(st.floats(1e-9, 1e3), st.floats(1.0, 1e6)).map(lambda pair: [pair[0], pair[0] * pair[1]]),
         min_size=1,
     ),

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.audit import runner as module
 from sophon.audit.verdict import ROLES
 from sophon.audit.workers import run_jobs
 from sophon.domains import Domain, ImageSet
-from sophon.strategies import FineTuneStrategy
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (

@@ -3,10 +3,10 @@ import math
 
 import pytest
 
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit.metrics import summarise
 from sophon.audit.verdict import describe, format_difference, format_value
 from sophon.audit.verdict import verdict as words_of
-from sophon.strategies import FineTuneStrategy, Operation
 from tests.audit.records import ACCURACY, CONTEXT, MSE, attempt, benign, lasting, search, trio
 
 

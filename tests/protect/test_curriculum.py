@@ -13,17 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sophon.attacker import HEADS, OPTIMIZERS, FineTuneStrategy, fields_outside
 from sophon.config import Config, MethodConfig
 from sophon.errors import UserError
 from sophon.protect.curriculum import RECENT, TEMPERATURE, Curriculum
-from sophon.strategies import (
-    HEADS,
-    OPTIMIZERS,
-    FineTuneStrategy,
-    SamplerConfig,
-    StrategySampler,
-    fields_outside,
-)
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.validation import validate
 
 Found = list[tuple[FineTuneStrategy, float]]

@@ -31,7 +31,7 @@ from sophon.protect.fts import FTS
 from sophon.protect.ntr import NTR
 from sophon.protect.state import STATE_FILE, read_state
 from sophon.protect.trainer import Trainer
-from sophon.strategies import SamplerConfig, StrategySampler
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors, write_tensors
 from sophon.tracking import Tracker

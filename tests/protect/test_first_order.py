@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy, learning_rate
+from sophon.optimizers import build_optimizer
 from sophon.protect.first_order import first_order
 from sophon.protect.inner_loop import Past, Simulation, frozen_statistics, query_weights
-from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, TinyNet, state_of, tiny_batches, tiny_model, tiny_spec, tiny_task
 
@@ -253,7 +254,8 @@ from sophon.domains import Batch
 from sophon.models import ModelSpec, build
 from sophon.protect.first_order import first_order
 from sophon.protect.inner_loop import query_weights
-from sophon.strategies import FineTuneStrategy, build_optimizer
+from sophon.attacker import FineTuneStrategy
+from sophon.optimizers import build_optimizer
 from sophon.tasks import ClassificationTask
 torch.set_num_threads(1)
 torch.manual_seed(0)

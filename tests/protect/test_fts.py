@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
 from sophon.domains import Batch, Domain, ImageSet, batches
 from sophon.errors import UserError
@@ -20,8 +21,8 @@ from sophon.protect import attackers as making
 from sophon.protect import fts as fts_module
 from sophon.protect.fts import ENGINES, FTS
 from sophon.protect.inner_loop import Simulation, query_weights
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.seeds import derive_seed
-from sophon.strategies import FineTuneStrategy, SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task
 

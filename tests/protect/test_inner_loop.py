@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy, learning_rate
+from sophon.optimizers import build_optimizer
 from sophon.protect.first_order import first_order
 from sophon.protect.fts import ENGINES
 from sophon.protect.inner_loop import GAMMAS, query_weights
 from sophon.protect.second_order import second_order
-from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
 from tests.tiny import tiny_batches, tiny_model, tiny_task
 
 STEPS = 4

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sophon.attacker import FineTuneStrategy, learning_rate
+from sophon.optimizers import build_optimizer
 from sophon.protect import differentiable
 from sophon.protect.fts import ENGINES
 from sophon.protect.inner_loop import Simulation, query_weights
-from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from tests.tiny import tiny_batches, tiny_denoising, tiny_unet
 
 STEPS = 3

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.config import ClampConfig, MethodConfig
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.losses import ill_conditioning
+from sophon.optimizers import build_optimizer
 from sophon.protect.clamp import Clamp
 from sophon.protect.first_order import first_order
 from sophon.protect.fts import engine_of
@@ -31,7 +33,6 @@ from sophon.protect.inner_loop import (
     standing_at,
 )
 from sophon.protect.objectives import PLAIN, Condition, SharpSuppression, Suppression, objectives_of
-from sophon.strategies import FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.tiny import assert_same_state, state_of, tiny_batches, tiny_denoising, tiny_model, tiny_task, tiny_unet
 

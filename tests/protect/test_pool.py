@@ -16,15 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy
 from sophon.config import Config, MethodConfig
 from sophon.domains import Batch, Domain, ImageSet
 from sophon.errors import UserError
+from sophon.optimizers import build_optimizer
 from sophon.protect import attackers as making
 from sophon.protect.distributed import Ranks
 from sophon.protect.fts import FTS
 from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.protect.pool import Member, Pool
-from sophon.strategies import OPTIMIZERS, FineTuneStrategy, SamplerConfig, StrategySampler, build_optimizer
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors, write_tensors
 from sophon.validation import validate

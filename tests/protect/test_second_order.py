@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy, learning_rate
+from sophon.optimizers import build_optimizer
 from sophon.protect.differentiable import DifferentiableAttacker, innerloop
 from sophon.protect.first_order import first_order
 from sophon.protect.inner_loop import Simulation, frozen_statistics, query_weights
 from sophon.protect.second_order import second_order
-from sophon.strategies import OPTIMIZERS, FineTuneStrategy, build_optimizer, learning_rate
 from sophon.tasks import Task
 from tests.tiny import (
     TinyNet,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import Operation, operations_from
 from sophon.errors import UserError
 from sophon.protect.starts import check_simulated, start
-from sophon.strategies import Operation, operations_from
 from sophon.surgery import OPERATIONS, Means, operate
 from sophon.surgery import means as means_module
 from tests.surgery.surgical import build_also, fresh_state, means_for, resnet, unet

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.attacker import SCHEDULES, FineTuneStrategy
 from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Domain, ImageSet
 from sophon.errors import GuardError, UserError
@@ -25,7 +26,7 @@ from sophon.finetune import fine_tune
 from sophon.protect.fts import FTSStep
 from sophon.protect.state import STATE_FILE, last_good
 from sophon.protect.trainer import Trainer
-from sophon.strategies import SCHEDULES, FineTuneStrategy, SamplerConfig, StrategySampler
+from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask, DenoisingTask, Metric
 from sophon.tensor_files import read_tensors, write_tensors
 from sophon.tracking import Tracker

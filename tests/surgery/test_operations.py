@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, GroupNorm1, LayerNorm2d
 from torch import Tensor, nn
 
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.domains import Batch, batches
 from sophon.errors import UserError
 from sophon.finetune import fine_tune, flops_per_step
-from sophon.strategies import FineTuneStrategy, Operation
 from sophon.surgery import means as means_module
 from sophon.surgery import operations as surgery
 from sophon.surgery.means import Means

@@ -12,10 +12,10 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
-from sophon.strategies import FineTuneStrategy
 from sophon.surgery import means as means_module
 from sophon.surgery.means import Means
 from sophon.surgery.renormalise import Per, norms, renormalise, scale_free

@@ -13,22 +13,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon import strategies
-from sophon.domains import AUGMENTATIONS
-from sophon.errors import UserError
-from sophon.strategies import (
+from sophon import attacker
+from sophon.attacker import (
     HEADS,
     OPTIMIZERS,
     SCHEDULES,
     SCOPES,
     FineTuneStrategy,
     Operation,
-    SamplerConfig,
-    StrategySampler,
-    build_optimizer,
     fields_outside,
     learning_rate,
 )
+from sophon.domains import AUGMENTATIONS
+from sophon.errors import UserError
+from sophon.optimizers import build_optimizer
+from sophon.sampler import SamplerConfig, StrategySampler
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -425,4 +424,4 @@ def test_every_field_decides_but_the_probing() -> None:
 
 def test_augmentation_names_are_those_that_exist() -> None:
     """The names stand in a lower room than the functions; neither may know one that the other does not."""
-    assert set(strategies.AUGMENTATIONS) == set(AUGMENTATIONS)
+    assert set(attacker.AUGMENTATIONS) == set(AUGMENTATIONS)

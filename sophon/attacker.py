@@ -1,23 +1,21 @@
-"""`FineTuneStrategy`, the one vocabulary of an attacker, and the distributions that training samples it from.
+"""`FineTuneStrategy`, the one vocabulary of an attacker, and whether protection has seen one.
 
 The protection samples strategies and simulates them; the audit takes strategies from its configuration and runs them.
 Because both speak of the same dataclass, whether an attack was seen during protection is a question with an answer:
 `fields_outside` compares a strategy, field by field, with the support that the checkpoint's manifest stores.
+
+Help and refusals read this module: it does not wait for torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from sophon.errors import UserError, choose
-
-if TYPE_CHECKING:  # the vocabulary serves help and refusals, which must not wait for torch
-    import torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,19 @@ class FineTuneStrategy:
 
 
 SCOPES = ("all", "head", "first_blocks", "last_blocks", "attention", "lora")
+
+
 BATCH_NORMS = ("trained", "frozen", "restated")
+
+
 LORA_LAYERS = ("all", "convolutions", "linears", "attention")
+
+
 HEADS = ("kept", "fresh", "probed")
+
+
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
+
 
 # Every optimizer an attacker may use: its class in torch.optim, with the settings that its name implies. Both engines
 # of the simulation and the audit build it from here; all defaults not named are torch's own.
@@ -147,32 +154,6 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adadelta": ("Adadelta", {}),
     "rmsprop": ("RMSprop", {}),
 }
-
-
-# Whose fused kernels were measured to be faster than torch's default, by device: on the CPU that of SGD is not.
-_FUSED: dict[str, tuple[str, ...]] = {"cpu": ("Adam", "AdamW", "Adagrad")}
-
-
-def build_optimizer(
-    strategy: FineTuneStrategy, parameters: Iterable[Tensor], *, fused: bool = False
-) -> torch.optim.Optimizer:
-    """Make the strategy's torch optimizer over ``parameters`` at its peak learning rate.
-
-    Args:
-        strategy: says which, and its settings.
-        parameters: what it steps.
-        fused: take torch's fused kernel where it is faster. In float32 its steps differ from the default's by rounding:
-            by less than 1e-5 of a step, and the last bit of a weight. The kernel takes gradients and moments to lie in
-            memory as the parameters do, and does not check: leave gradients to ``backward()``, which sees to it.
-    """
-    import torch
-
-    name, settings = OPTIMIZERS[strategy.optimizer]
-    owned = list(parameters)
-    if fused and all(name in _FUSED.get(parameter.device.type, ()) for parameter in owned):
-        settings = {**settings, "fused": True}
-    optimizer: type[torch.optim.Optimizer] = getattr(torch.optim, name)
-    return optimizer(owned, lr=strategy.lr, weight_decay=strategy.weight_decay, **settings)  # type: ignore[call-arg]
 
 
 def _warmup(step: int, steps: int) -> float:
@@ -234,125 +215,11 @@ def check_field(key: str, name: str, value: Any) -> None:
         raise UserError(f"{key}: {value} is not allowed; it must be {allowed}")
 
 
-@dataclass
-class SamplerConfig:
-    """The distribution Phi over strategies that protection simulates.
-
-    Attributes:
-        optimizers: learning-rate range [low, high] of each optimizer; rates are drawn log-uniformly in it, optimizers
-            uniformly among the keys. An entry set to null is left out.
-        batch_sizes: drawn uniformly.
-        steps: [fewest, most] inner steps K, drawn uniformly, ends included.
-        heads: drawn uniformly; repeat one to weigh it.
-        scopes: drawn uniformly.
-        weight_decays: drawn uniformly.
-        schedules: drawn uniformly.
-        augmentations: drawn uniformly.
-        surgeries: drawn uniformly; repeat one to weigh it. Each is a list of operations on the weights as
-            `FineTuneStrategy.surgery` takes it, empty for none; those of `sophon.surgery.OPERATIONS` are simulated.
-    """
-
-    optimizers: dict[str, list[float] | None] = field(default_factory=dict)
-    batch_sizes: list[int] = field(default_factory=lambda: [128])
-    steps: list[int] = field(default_factory=lambda: [20, 20])
-    heads: list[str] = field(default_factory=lambda: ["kept", "fresh", "probed"])
-    scopes: list[str] = field(default_factory=lambda: ["all"])
-    weight_decays: list[float] = field(default_factory=lambda: [0.0])
-    schedules: list[str] = field(default_factory=lambda: ["constant"])
-    augmentations: list[str] = field(default_factory=lambda: ["none"])
-    surgeries: list[Any] = field(default_factory=lambda: [[]])
-
-
-_LISTS = {
-    "batch_size": "batch_sizes",
-    "head": "heads",
-    "scope": "scopes",
-    "weight_decay": "weight_decays",
-    "schedule": "schedules",
-    "augmentation": "augmentations",
-}
-
-
-class StrategySampler:
-    """Draws strategies from a `SamplerConfig`.
-
-    Args:
-        config: the distribution.
-        where: the configuration key of its optimizers, for messages.
-
-    Raises:
-        UserError: a range or a list is empty, reversed or names something unknown.
-    """
-
-    def __init__(self, config: SamplerConfig, where: str = "sampler.optimizers") -> None:
-        self.where = where
-        self.ranges = {name: limits for name, limits in config.optimizers.items() if limits is not None}
-        self.config = config
-        self._validate()
-        self.surgeries = [
-            operations_from(f"sampler.surgeries[{index}]", entries) for index, entries in enumerate(config.surgeries)
-        ]
-
-    def _validate(self) -> None:
-        if not self.ranges:
-            raise UserError(f"{self.where}: empty; give at least one optimizer with its range of learning rates")
-        for name, limits in self.ranges.items():
-            choose(self.where, name, OPTIMIZERS)
-            if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
-                raise UserError(f"{self.where}.{name}: {limits} is not a range; give [low, high], 0 < low <= high")
-        for key in (*_LISTS.values(), "surgeries"):
-            if not getattr(self.config, key):
-                raise UserError(f"sampler.{key}: empty; give at least one value")
-        steps = self.config.steps
-        if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
-            raise UserError(f"sampler.steps: {steps} is not a range; give [fewest, most], 1 <= fewest <= most")
-        for name, key in _LISTS.items():
-            for value in getattr(self.config, key):
-                check_field(f"sampler.{key}", name, value)
-        if "lora" in self.config.scopes:
-            raise UserError("sampler.scopes: 'lora' is not simulated; it is for audits")
-
-    def sample(self, generator: torch.Generator) -> FineTuneStrategy:
-        """Draw one strategy; ``generator`` (on the CPU) is the only source of randomness."""
-        import torch
-
-        def pick(values: list[Any]) -> Any:
-            return values[int(torch.randint(len(values), (), generator=generator))]
-
-        optimizer = pick(sorted(self.ranges))
-        low, high = (math.log(limit) for limit in self.ranges[optimizer])
-        lr = math.exp(low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64)))
-        steps = self.steps(generator)
-        choices = self.choices()
-        surgeries = choices.pop("surgery")
-        drawn = {name: pick(values) for name, values in choices.items()}
-        # last, and no draw without a choice: a sampler without surgery draws what it drew before there was any
-        surgery = surgeries[0] if len(surgeries) == 1 else pick(surgeries)
-        return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=steps, surgery=surgery, **drawn)
-
-    def steps(self, generator: torch.Generator) -> int:
-        """Draw a number of steps."""
-        import torch
-
-        fewest, most = self.config.steps
-        return int(torch.randint(fewest, most + 1, (), generator=generator))
-
-    def choices(self) -> dict[str, list[Any]]:
-        """Return the values of each field that is drawn from a list, as a strategy has them; repeats weigh."""
-        return {name: list(getattr(self.config, key)) for name, key in _LISTS.items()} | {"surgery": self.surgeries}
-
-    def support(self) -> dict[str, Any]:
-        """Return what can be drawn, as plain JSON data: the form that a checkpoint's manifest stores."""
-        lists = {name: sorted(set(getattr(self.config, key))) for name, key in _LISTS.items()}
-        ranges = {name: [float(limit) for limit in limits] for name, limits in sorted(self.ranges.items())}
-        surgeries = [[operation.plain() for operation in each] for each in dict.fromkeys(self.surgeries)]
-        rest = {"data_budget": [None], "ema": [0.0], "surgery": surgeries}
-        return {"optimizer": ranges, "steps": list(self.config.steps), **lists, **rest}
-
-
 # How long an attacker probes before it fine-tunes has no counterpart in the simulation, whose probed head is the
 # defender's own: it does not decide whether an attack was seen.
 _NOT_SAMPLED = ("probe_steps", "probe_lr")
+
+
 # What decides only where the scope asks for it.
 OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_rank": ("lora",), "lora_layers": ("lora",)}
 
