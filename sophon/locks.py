@@ -39,17 +39,30 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[No
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     file = _locked(path, kind if wait else kind | fcntl.LOCK_NB)
+    _held.add(file)
     try:
         if not shared:
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        # the last one to leave takes the file away, while nobody else can hold it
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        os.close(file)
+        if file in _held:  # else this is a child, and it is not its lock
+            _held.discard(file)
+            with contextlib.suppress(OSError):  # the last one to leave takes the file away, while nobody can hold it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            os.close(file)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)  # else a child that outlives its parent would keep the lock
 
 
 def _locked(path: Path, kind: int) -> int:

@@ -186,6 +186,15 @@ def test_who_waits_comes_next_and_locks_never_overlap(tmp_path: Path) -> None:
     assert not (tmp_path / "lock").exists()
 
 
+def test_a_child_does_not_keep_the_lock_of_a_parent_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with held("owned(Path('run')) as _, __import__('contextlib').nullcontext(__import__('os').fork())") as process:
+        process.kill()
+        process.wait()
+        with owned("run"):
+            pass
+
+
 def test_without_locks_the_work_goes_on_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

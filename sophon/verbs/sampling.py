@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from sophon.audit.gallery import image_grid
 from sophon.config import Config
 from sophon.devices import resolve_device
@@ -18,6 +20,13 @@ from sophon.verbs.common import default, required, run_dir, task_of
 
 def sample(config: Config) -> None:
     """Draw ``n`` images from a generating model; write them as one grid, ``run_dir/samples.png``."""
+    with owned(run_dir(config)) as folder:
+        path = folder / "samples.png"
+        write_bytes(path, image_grid(_drawn(config)))
+    print(f"{path}: {config.n} images, {config.task.sample_steps} DDIM steps")
+
+
+def _drawn(config: Config) -> Tensor:
     device = resolve_device(config.device)
     checkpoint = read_checkpoint(required(config.checkpoint or str(default(config, "protect")), "checkpoint"))
     settings = replace(config.task, name=kind_of(checkpoint.spec))  # what the checkpoint is, needs no saying
@@ -25,7 +34,4 @@ def sample(config: Config) -> None:
     images = task.sample(checkpoint.model.to(device), config.n, derive_seed(config.seed, "sample"))
     if images is None:
         raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")
-    with owned(run_dir(config)) as folder:
-        path = folder / "samples.png"
-        write_bytes(path, image_grid(images))
-    print(f"{path}: {config.n} images, {config.task.sample_steps} DDIM steps")
+    return images
