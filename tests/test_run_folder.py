@@ -22,7 +22,8 @@ from sophon.run_folder import owned, owned_place, run_folder
 
 IDENTITY: dict[str, Any] = {"seed": 1, "model": {"architecture": "resnet18", "args": [1, 2]}}
 HOLD = """
-import sys
+import os, sys
+from contextlib import nullcontext
 from pathlib import Path
 from sophon.run_folder import owned, owned_place, run_folder
 with {block}:
@@ -188,7 +189,7 @@ def test_who_waits_comes_next_and_locks_never_overlap(tmp_path: Path) -> None:
 
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with held("owned(Path('run')) as _, __import__('contextlib').nullcontext(__import__('os').fork())") as process:
+    with held("owned(Path('run')) as _, nullcontext(os.fork() or os._exit(len(sys.stdin.read())))") as process:
         process.kill()
         process.wait()
         with owned("run"):
