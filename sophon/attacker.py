@@ -180,7 +180,7 @@ def learning_rate(strategy: FineTuneStrategy, step: int) -> float:
 
 def check_field(key: str, name: str, value: Any) -> None:
     """Raise a `UserError` that names ``key`` unless ``value`` is one that the strategy's field ``name`` can have."""
-    choices = {
+    choices: dict[str, Iterable[str]] = {
         "optimizer": OPTIMIZERS,
         "schedule": SCHEDULES,
         "scope": SCOPES,

@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 import os
 import sys
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sophon.attacker import AUGMENTATIONS, HEADS, SCHEDULES, FineTuneStrategy
 from sophon.config import (
     AttackConfig,
-    ComposedConfig,
     Config,
+    DomainConfig,
     DomainsConfig,
     MethodConfig,
     StrategyConfig,
     keyed,
 )
-from sophon.errors import UserError, choose
+from sophon.config.keys import keys
+from sophon.errors import UserError, choose, likely
 from sophon.sampler import SamplerConfig, StrategySampler
 
 
@@ -32,10 +34,19 @@ def from_omegaconf(config: DictConfig) -> Config:
         UserError: a key is missing, a value is outside its range, or torchrun started what does not spread over ranks.
     """
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(_schema(Config), _with_listed_domains(config)))
+        data: Any = OmegaConf.to_container(config, resolve=True)
+        if isinstance(data.get("domain"), dict) and isinstance(data["domain"].get("restricted"), dict):
+            data["domain"]["restricted"] = _by_name(data["domain"]["restricted"])
+        # merged anew: a key appended with `+` has slipped past the types of the composed configuration
+        merged = OmegaConf.merge(_schema(Config), data)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{key}: missing; give a value")
+        typed = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{key or 'configuration'}: {str(error).splitlines()[0]}") from error
+        name = getattr(error, "full_key", None) or "configuration"
+        if isinstance(error, ConfigKeyError):
+            raise UserError(f"{name}: no such key{likely(name, keys())}") from error
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
     if not isinstance(typed, Config):
         raise UserError("the configuration is not a whole sophon configuration")
     typed.pretrain = strategy_from("pretrain", vars(typed.pretrain))
@@ -56,24 +67,19 @@ def _schema(kind: type) -> DictConfig:
     return schema
 
 
-def _with_listed_domains(config: DictConfig) -> Any:
-    """Return the configuration as plain data in which ``domain.restricted`` is a list, in whichever form it came."""
-    # a key appended with `+` has slipped past the types of the composed configuration
-    data: Any = OmegaConf.to_container(config, resolve=True)
-    listed = isinstance(data.get("domain"), dict) and isinstance(data["domain"].get("restricted"), list)
-    if not listed:  # typed first, so that what is wrong is named by the key that was given
-        data = OmegaConf.to_container(OmegaConf.merge(_schema(ComposedConfig), data))
-    domains = data["domain"]
-    several, chosen = domains.pop("several", {}), domains.pop("chosen", None)
-    for key in sorted(OmegaConf.missing_keys(config)):
-        if not (several and key.startswith("domain.restricted.")):
-            raise UserError(f"{key}: missing; give a value")
-    for key in chosen or ():
-        choose("domain.chosen", key, several)
-    if not listed:
-        one = [domains["restricted"]]
-        domains["restricted"] = [several[key] for key in (several if chosen is None else chosen)] if several else one
-    return data
+def _by_name(given: dict[str, Any]) -> dict[str, Any]:
+    """Return restricted domains by name: the one whose keys stand there, then those that stand there by name."""
+    own = {part.name for part in fields(DomainConfig)}
+    one = {key: value for key, value in given.items() if key in own}
+    named = {key: value for key, value in given.items() if key not in own}
+    for key, value in named.items():
+        if not isinstance(value, dict):
+            raise UserError(f"domain.restricted.{key}: no such key{likely(key, own)}; a further domain is a mapping")
+        value.setdefault("name", key)
+    name = one.get("name", MISSING)
+    if name in named:
+        raise UserError(f"domain.restricted: the name '{name}' is given 2 times; names must differ")
+    return named if name == MISSING and named else {name: one, **named}
 
 
 def strategy_from(key: str, values: Any) -> FineTuneStrategy:
@@ -154,9 +160,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_domains(domains: DomainsConfig) -> None:
-    if not domains.restricted:
-        raise UserError("domain.restricted: [] is not allowed; give one domain or more")
-    names = [each.name for each in domains.restricted]
+    names = [each.name for each in domains.restricted.values()]
     for name in names if len(names) > 1 else ():
         if names.count(name) > 1:
             raise UserError(

@@ -75,14 +75,14 @@ class Result:
     err: str
 
 
-def sophon(folder: Path, *arguments: str) -> Result:
-    """Run ``sophon arguments...`` in ``folder``, and undo what the command line does to this process."""
+def sophon(folder: Path | None, *arguments: str) -> Result:
+    """Run ``sophon arguments...`` in ``folder`` (None: what writes nothing); undo what it does to this process."""
     argv, environment, threads = sys.argv, dict(os.environ), torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err = io.StringIO(), io.StringIO()
     try:
         sys.argv = ["sophon"]
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.chdir(folder or Path()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli._main(list(arguments))
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 1
@@ -102,7 +102,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start ``sophon arguments...`` as a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "sophon.cli", *arguments],
+        [sys.executable, "-m", "sophon", *arguments],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,

@@ -11,13 +11,10 @@ from typing import Any
 import hydra
 import pytest
 import torch
-import yaml
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from sophon.cli import conf_dir, with_several_domains
+from sophon.cli import conf_dir
 from sophon.config import Config, DomainConfig, plain
-from sophon.errors import UserError
 from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
 from sophon.validation import from_omegaconf
 from sophon.verbs.common import with_pseudo_labels
@@ -37,75 +34,69 @@ from tests.cli_helpers import (
 )
 from tests.tiny import tiny_denoising, tiny_domain, tiny_model, tiny_task, tiny_unet
 
-DIGITS = "{name: digits, source: bundled, dataset: mnist, classes: ['0', '1', '2', '3', '4'], per_class: 40}"
-LIST = f"domain.restricted=[fashion_shoes_bags, {DIGITS}]"
-TWO = (LIST, "domain.several.fashion_shoes_bags.per_class=40", "domain.several.digits.test_per_class=20")
+DIGITS = (
+    "+domain.restricted.digits="
+    "{source: bundled, dataset: mnist, classes: ['0', '1', '2', '3', '4'], per_class: 40, test_per_class: 20}"
+)
 NAMES = ["fashion_shoes_bags", "digits"]
 FLAT = ("domain.restricted.labels=none", "domain.restricted.clusters=5")
 
 
 def of_several(command: tuple[str, ...]) -> tuple[str, ...]:
     """Return a command of `tests.cli_helpers` for both domains."""
-    return (*(word for word in command if not word.startswith("domain.restricted.")), *TWO)
+    return (*command, DIGITS)
 
 
 # ---- the configuration ----------------------------------------------------------------------------------------------
 
 
 def typed(*overrides: str) -> Config:
-    GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return from_omegaconf(hydra.compose("config", overrides=with_several_domains(["verb=protect", *overrides])))
+        return from_omegaconf(hydra.compose("config", overrides=["verb=protect", *overrides]))
 
 
-def test_a_list_names_files_and_holds_mappings_in_its_own_order() -> None:
-    mapping = r"{name: 'it\'s', source: imagefolder, root: 'a, b', classes: [x, y], per_class: null, download: true}"
-    config = typed(f"domain.restricted=[{mapping}, objects_b]", "domain.several.objects_b.per_class=7")
-    first, second = config.domain.restricted
-    assert first == DomainConfig("it's", "imagefolder", root="a, b", classes=["x", "y"], download=True)
-    assert (second.name, second.root, second.per_class) == ("objects_b", "data/objects_b", 7)
+def also(name: str) -> str:
+    return f"+domain@domain.restricted.{name}={name}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["domain@domain.restricted=mnist"], ["mnist"]),
+        (["domain@domain.restricted=mnist", also("svhn")], ["mnist", "svhn"]),
+        (["domain@domain.restricted=mnist", also("svhn"), also("people")], ["mnist", "svhn", "people"]),
+        (["domain@domain.restricted=mnist", DIGITS, also("svhn")], ["mnist", "svhn", "digits"]),
+        (["experiment=paper", also("svhn"), "domain.restricted.svhn.root=x"], ["cifar10", "svhn"]),
+        (["~domain@domain.restricted", also("svhn")], ["svhn"]),
+        (["~domain@domain.restricted", also("svhn"), also("people")], ["svhn", "people"]),
+    ],
+)
+def test_restricted_domains_are_one_and_further_ones_by_name(overrides: list[str], names: list[str]) -> None:
+    config = typed(*overrides)
+    assert [*config.domain.restricted] == [each.name for each in config.domain.restricted.values()] == names
     assert from_omegaconf(OmegaConf.create(plain(config))) == config
 
 
-@pytest.mark.parametrize("prefix", ["", "+", "++"])
-def test_a_list_takes_the_place_of_an_experiments_domain(prefix: str) -> None:
-    config = typed("experiment=paper", f"{prefix}domain.restricted=[stl10,svhn]")
-    assert [each.name for each in config.domain.restricted] == ["stl10", "svhn"]
-    assert config.name == "paper_caformer_m36_stl10+svhn"
-
-
-def test_a_list_of_one_is_that_one() -> None:
-    assert typed("domain.restricted=[mnist]").domain == typed("domain@domain.restricted=mnist").domain
-
-
-def test_a_defaults_list_may_name_several_and_the_command_line_choose() -> None:
-    several = [f"+domain@domain.several.{name}={name}" for name in ("mnist", "svhn")]
-    assert [each.name for each in typed(*several).domain.restricted] == ["mnist", "svhn"]
-    assert [each.name for each in typed(*several, "domain.chosen=[svhn]").domain.restricted] == ["svhn"]
-
-
-def test_one_domain_is_written_as_it_was_given() -> None:
-    written = plain(typed("domain@domain.restricted=mnist", "domain.restricted.per_class=100"))["domain"]["restricted"]
-    assert (written["name"], written["per_class"]) == ("mnist", 100)
+def test_the_keys_of_each_are_its_own() -> None:
+    one, other = typed(
+        "domain@domain.restricted=mnist", "domain.restricted.per_class=7", DIGITS
+    ).domain.restricted.values()
+    assert (one.dataset, one.per_class, one.test_per_class) == ("mnist", 7, None)
+    assert other == DomainConfig("digits", "bundled", "mnist", classes=[*"01234"], per_class=40, test_per_class=20)
 
 
 WRONG = {
-    "unknown name": (("domain.restricted=[mnist,nope]",), ["domain/nope", "objects_a", "svhn"]),
-    "the same twice": (("domain.restricted=[mnist,mnist]",), ["domain.restricted", "each once"]),
-    "the same name": (("domain.restricted=[mnist,svhn]", "domain.several.svhn.name=mnist"), ["'mnist'", "2 times"]),
-    "no folder's name": (("domain.restricted=[mnist,svhn]", "domain.several.svhn.name=a/b"), ["'a/b'", "folder"]),
-    "none": (("domain.restricted=[]",), ["domain.restricted", "one domain or more"]),
-    "a number": (("domain.restricted=[mnist,3]",), ["domain.restricted", "3", "conf/domain"]),
-    "without a name": (("domain.restricted=[{source: bundled}]",), ["domain.restricted", "bundled", "name"]),
-    "without a source": (("domain.restricted=[{name: a}]",), ["domain.several.a.source", "missing"]),
-    "unknown key": (("domain.restricted=[{name: a, sourc: b}]",), ["sourc", "DomainConfig"]),
-    "wrong type": (("domain.restricted=[{name: a, per_class: many}]",), ["per_class", "many"]),
-    "half a list": (("domain.restricted=[mnist",), ["domain.restricted=[mnist"]),
-    "a sweep": (("domain.restricted=[mnist],[svhn]",), ["sweep"]),
-    "beside a key": ((LIST, "domain.restricted.per_class=3"), ["domain.restricted.per_class=3", "domain.several"]),
-    "beside a choice": ((LIST, "domain@domain.restricted=mnist"), ["domain@domain.restricted=mnist"]),
-    "beside a list": ((LIST, "domain.restricted=[mnist]"), ["domain.restricted=[mnist]"]),
-    "not among them": (("domain.chosen=[svhn]", "+domain@domain.several.a=mnist"), ["domain.chosen", "svhn", "a"]),
+    "unknown name": ((also("nope"),), ["domain: 'nope'", "objects_a", "svhn"]),
+    "the same name": ((also("svhn"), "domain.restricted.svhn.name=mnist", also("mnist")), ["'mnist'", "2 times"]),
+    "the name of the first": (("domain@domain.restricted=svhn", also("svhn")), ["'svhn'", "2 times"]),
+    "no folder's name": ((also("svhn"), "domain.restricted.svhn.name=a/b"), ["'a/b'", "folder"]),
+    "none": (("~domain@domain.restricted",), ["domain.restricted.name", "missing"]),
+    "a number": (("+domain.restricted.a=3",), ["domain.restricted.a", "no such key"]),
+    "a key a letter off": (("+domain.restricted.rot=x",), ["domain.restricted.rot", "did you mean root?"]),
+    "without a source": (("+domain.restricted.a={root: b}",), ["domain.restricted.a.source", "missing"]),
+    "unknown key": (("+domain.restricted.a={sourc: b}",), ["domain.restricted.a", "sourc"]),
+    "wrong type": (("+domain.restricted.a={per_class: many}",), ["domain.restricted.a.per_class", "many"]),
+    "a list": (("domain.restricted=[mnist,svhn]",), ["domain.restricted=[mnist,svhn]"]),
     "labels": (("domain.restricted.labels=some",), ["domain.restricted.labels", "some", "given, none"]),
     "one cluster": (("domain.restricted.clusters=1",), ["domain.restricted.clusters", "1", ">= 2"]),
     "original labels": (("domain.original.labels=none",), ["domain.original.labels", "none"]),
@@ -113,60 +104,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["domain.restricted=[]"], "give one domain or more, and each once"),
-        (["domain.restricted=[a,b,a]"], "give one domain or more, and each once"),
-        (["domain.restricted=[a,[b]]"], "['b'] is not allowed"),
-        (["domain.restricted=[a,{source: b}]"], "is not allowed; name files"),
-        (["domain.restricted=[a],[b]"], "a sweep over lists"),
-        (["domain.restricted=[a"], "domain.restricted=[a: "),
-        (["domain.restricted=[a]", "~domain@domain.restricted"], "not allowed beside domain.restricted=[a]"),
-        (["domain.restricted.root=b", "+domain.restricted=[a]"], "not allowed beside +domain.restricted=[a]"),
-    ],
-)
-def test_a_list_that_cannot_be_said_in_hydras_terms(overrides: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        with_several_domains(overrides)
-    assert "\n" not in str(caught.value)
-
-
-def test_other_overrides_stay_as_they_are() -> None:
-    overrides = ["verb=audit", "domain@domain.restricted=mnist", "domain.restricted.classes=['1','2']", "seed=1,2"]
-    assert with_several_domains(overrides) == overrides
-    assert with_several_domains([*overrides[::3], "domain.restricted=[a]"])[-2:] == ["verb=audit", "seed=1,2"]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_what_makes_no_domains_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     overrides, words = WRONG[case]
-    message = refused(tmp_path, "protect", "tracking=disabled", *overrides)
+    message = refused(tmp_path, "protect", *overrides)
     for word in words:
         assert word in message
-
-
-@pytest.mark.slow
-def test_cfg_prints_the_domains_and_runs_nothing(tmp_path: Path) -> None:
-    result = sophon(tmp_path, *of_several(PROTECT), "--cfg", "job")
-    assert result.code == 0
-    domains = yaml.safe_load(result.out)["domain"]
-    assert domains["chosen"] == NAMES
-    assert {name: each["per_class"] for name, each in domains["several"].items()} == dict.fromkeys(NAMES, 40)
-    assert not tree(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_list_is_no_sweep(tmp_path: Path) -> None:
-    """The sweep's first job has both domains, and is refused for want of a reference."""
-    result = sophon(tmp_path, *of_several(PROTECT), "--multirun", "seed=0,1")
-    assert result.code == 2
-    jobs = [line for line in result.err.splitlines() if line.startswith("Error executing job")]
-    assert len(jobs) == 1
-    assert "seed=0" in jobs[0]
-    assert "fashion_shoes_bags" in jobs[0]
-    assert "digits" in jobs[0]
 
 
 # ---- without labels -------------------------------------------------------------------------------------------------
@@ -270,7 +213,7 @@ def test_the_manifest_and_the_card_name_both(made: Path) -> None:
     manifest = load(checkpoint / "sophon.json")
     restricted = manifest["domains"]["restricted"]
     assert [each["name"] for each in restricted] == NAMES
-    assert [each["name"] for each in manifest["config"]["domain"]["restricted"]] == NAMES
+    assert [*manifest["config"]["domain"]["restricted"]] == NAMES
     digests = [digest for each in restricted for digest in each["hashes"].values()]
     assert len(set(digests)) == len(digests) == 10
     card = (checkpoint / "README.md").read_text()
@@ -285,8 +228,10 @@ def test_a_protection_goes_on_only_with_the_same_domains_in_the_same_order(made:
     assert "already done" in sophon(folder, *of_several(PROTECT)).out
     assert sophon(folder, *of_several(PROTECT), "run_dir=again").code == 0
     assert weights_sha256(folder / "again" / "checkpoint") == digest
-    turned = [word for word in of_several(PROTECT) if word != LIST]
-    assert "order" in refused(folder, *turned, f"domain.restricted=[{DIGITS}, fashion_shoes_bags]")
+    shoes = [word.replace("restricted.", "restricted.fashion_shoes_bags.") for word in PROTECT if "restricted." in word]
+    first = [DIGITS.removeprefix("+").replace("restricted.digits={", "restricted={name: digits, ")]
+    turned = [*first, also("fashion_shoes_bags"), *(f"++{word}" for word in shoes)]
+    assert "order" in refused(folder, *(word for word in PROTECT if "restricted." not in word), *turned)
     assert "restricted" in refused(folder, *PROTECT)
 
 
@@ -313,10 +258,10 @@ def audited(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_audit_of_one_of_them_is_the_same_by_itself(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "copied"))
-    one = f"domain.restricted=[{DIGITS}]"
+    one = ("~domain@domain.restricted", DIGITS)
     command = [word for word in AUDIT if not word.startswith("domain.restricted.")]
     reuse = f"attack.reuse=[{RUNS / 'audit' / 'digits'}]"
-    result = sophon(folder, *command, one, "domain.several.digits.test_per_class=20", "run_dir=alone", reuse)
+    result = sophon(folder, *command, *one, "run_dir=alone", reuse)
     assert result.code == 0, result
     alone, both = load(folder / "alone" / "audit.json"), load(folder / RUNS / "audit" / "digits" / "audit.json")
     assert alone["attacks"] == both["attacks"]
@@ -324,7 +269,7 @@ def test_the_audit_of_one_of_them_is_the_same_by_itself(made: Path, tmp_path: Pa
         path.name for path in (folder / RUNS / "audit" / "digits" / "attempts").iterdir()
     }
     assert "one domain" in refused(folder, *of_several(AUDIT), "run_dir=alone")
-    assert "run.json" in refused(folder, *command, one, f"run_dir={RUNS / 'audit'}")
+    assert "run.json" in refused(folder, *command, *one, f"run_dir={RUNS / 'audit'}")
 
 
 @pytest.mark.slow
@@ -363,15 +308,7 @@ def test_an_audit_killed_in_its_second_domain_goes_on(made: Path, tmp_path: Path
 @pytest.mark.slow
 def test_nothing_is_begun_if_one_of_them_does_not_fit(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "copied"))
-    wrong = "domain.several.digits.classes=[zero]"
+    wrong = "domain.restricted.digits.classes=[zero]"
     message = refusal(sophon(folder, *of_several(AUDIT), "run_dir=new", wrong))
-    assert message.startswith("domain.several.digits.classes: ")
+    assert message.startswith("domain.restricted.digits.classes: ")
     assert not (folder / "new").exists()
-
-
-def test_two_domains_of_one_name_are_refused_from_python() -> None:
-    config = typed("domain.restricted=[mnist,svhn]")
-    data = plain(config)
-    data["domain"]["restricted"][1]["name"] = "mnist"
-    with pytest.raises(UserError, match=r"^domain\.restricted: the name 'mnist' is given 2 times"):
-        from_omegaconf(OmegaConf.create(data))

@@ -46,9 +46,9 @@ def test_contracts_of_pyproject_hold(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert re.search(r"[1-9]\d* kept, 0 broken", output)
 
 
-@pytest.mark.parametrize(("package", "only"), [("hydra", "cli.py"), ("wandb", "tracking.py")])
+@pytest.mark.parametrize(("package", "only"), [("hydra", "cli"), ("wandb", "tracking.py")])
 def test_one_importer_each(package: str, only: str) -> None:
-    assert importers(package) == {only}
+    assert {path.split("/")[0] for path in importers(package)} == {only}
 
 
 def test_losses_import_nothing_of_ours() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -49,6 +50,7 @@ else:
             for part in fields(FineTuneStrategy)
         ],
     )
+    StrategyConfig.__doc__ = FineTuneStrategy.__doc__
 
 
 @dataclass
@@ -111,7 +113,7 @@ class TrackingConfig:
         progress: show progress bars (plain lines where the output is not a terminal).
     """
 
-    wandb: str = "offline"
+    wandb: str = "disabled"
     project: str = "sophon"
     entity: str | None = None
     progress: bool = True
@@ -140,8 +142,15 @@ class Config:
             ``run_dir/profile.txt``, and the trace ``profile.json.gz``. The results stay the same.
         runs: run directories of audits that ``report compare`` sets side by side.
         task: the model kind.
+        domain: the data sets, and which part each plays.
+        model: what ``pretrain`` makes, and what an ``audit`` takes weights for that sophon did not make.
         pretrain: how ``pretrain`` trains the reference on the original domain; ``steps=0`` takes ``model.weights`` as
             they are.
+        method: how ``protect`` makes the model hard to fine-tune.
+        sampler: the attackers that ``protect`` simulates.
+        guard: how much of the original work may be lost.
+        attack: what ``audit`` runs.
+        tracking: where a run reports to.
     """
 
     verb: str = MISSING
@@ -169,11 +178,12 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def keyed(restricted: list[DomainConfig]) -> dict[str, DomainConfig]:
+def keyed(restricted: Mapping[str, DomainConfig]) -> dict[str, DomainConfig]:
     """Return restricted domains by the configuration keys that messages give them."""
     if len(restricted) == 1:
-        return {"domain.restricted": restricted[0]}
-    return {f"domain.several.{each.name}": each for each in restricted}
+        [one] = restricted.values()
+        return {"domain.restricted": one}
+    return {f"domain.restricted.{name}": each for name, each in restricted.items()}
 
 
 @dataclass
@@ -184,10 +194,10 @@ class ComposedConfig(Config):
 
 
 def plain(config: Config, *keys: str) -> dict[str, Any]:
-    """Return the configuration, or only the parts named by ``keys``, as plain JSON data; one domain is no list."""
+    """Return the configuration, or only the parts named by ``keys``, as plain JSON data: that of a command line."""
     everything = asdict(config)
     if len(config.domain.restricted) == 1:
-        everything["domain"]["restricted"] = everything["domain"]["restricted"][0]
+        [everything["domain"]["restricted"]] = everything["domain"]["restricted"].values()
     everything["pretrain"] = config.pretrain.plain()
     everything["attack"]["strategies"] = {name: each.plain() for name, each in config.attack.strategies.items()}
     return {key: everything[key] for key in keys or everything}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -55,30 +56,20 @@ class DomainsConfig:
 
     Attributes:
         original: what the model was made for.
-        restricted: what it must not be fine-tuned for, one domain or more. In files and on the command line it is the
-            keys of one; for several see `ComposedDomains`.
+        restricted: what it must not be fine-tuned for, one domain or more by name. In files and on the command line it
+            is the keys of one, ``domain.restricted.root=DIR``; further ones stand there under a name each,
+            ``+domain@domain.restricted.people=people``.
         benign: what it may be fine-tuned for, for the audit to see that this is not harmed; null for none. Split as a
             restricted domain.
     """
 
     original: DomainConfig = field(default_factory=DomainConfig)
-    restricted: list[DomainConfig] = field(default_factory=lambda: [DomainConfig()])
+    restricted: dict[str, DomainConfig] = field(default_factory=dict)
     benign: DomainConfig | None = None
 
 
 @dataclass
 class ComposedDomains(DomainsConfig):
-    """The domains as files and the command line give them; `sophon.validation` makes a `DomainsConfig` of them.
+    """The domains as files and the command line give them; `sophon.validation` makes a `DomainsConfig` of them."""
 
-    ``domain.restricted=[a, b]`` on the command line fills in ``several`` and ``chosen``; in a file's defaults list
-    ``/domain@domain.several.a: a`` does.
-
-    Attributes:
-        restricted: the restricted domain, where there is one.
-        several: restricted domains, each under a key of its own, which take the place of ``restricted``.
-        chosen: keys of those that count, in this order; null for all of them.
-    """
-
-    restricted: DomainConfig = field(default_factory=DomainConfig)  # type: ignore[assignment]
-    several: dict[str, DomainConfig] = field(default_factory=dict)
-    chosen: list[str] | None = None
+    restricted: dict[str, Any] = field(default_factory=lambda: vars(DomainConfig()))

@@ -95,7 +95,7 @@ def _parts(config: Config) -> dict[Path, Config]:
     folder, domains, parts = run_dir(config), config.domain, {}
     if len(domains.restricted) == 1:
         return {folder: config}
-    for each in domains.restricted:
+    for name, each in domains.restricted.items():
         inside = [
             str(path) if is_folder(path := Path(other) / each.name, "attack.reuse") else other
             for other in config.attack.reuse
@@ -103,7 +103,7 @@ def _parts(config: Config) -> dict[Path, Config]:
         parts[folder / each.name] = replace(
             config,
             run_dir=str(folder / each.name),
-            domain=replace(domains, restricted=[each]),
+            domain=replace(domains, restricted={name: each}),
             attack=replace(config.attack, reuse=inside),
         )
     return parts

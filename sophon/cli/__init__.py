@@ -1,0 +1,152 @@
+"""The command line: the only room that imports Hydra, and the one that turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sophon import __version__
+from sophon.cli import overrides as said
+from sophon.cli.completion import BASH, complete
+from sophon.cli.follow import following
+from sophon.cli.groups import conf_dir, groups
+from sophon.cli.help import USAGE, explain
+from sophon.cli.messages import one_line
+from sophon.config import ComposedConfig
+from sophon.config.keys import keys
+from sophon.errors import GuardError, UserError, likely
+from sophon.paths import unexpected
+from sophon.streams import make_unfailing
+from sophon.validation import from_omegaconf
+from sophon.verbs import VERBS, action
+
+ConfigStore.instance().store(name="schema", node=ComposedConfig)
+said.mend_hydra()
+
+
+@hydra.main(  # type: ignore[untyped-decorator]
+    version_base="1.3", config_path=str(conf_dir()), config_name="config"
+)
+def _run(config: DictConfig) -> None:
+    try:
+        typed = from_omegaconf(config)
+        run = action(typed.verb)
+        if typed.threads:
+            import torch
+
+            torch.set_num_threads(typed.threads)
+        run(typed)
+    except (UserError, GuardError, OSError, KeyboardInterrupt) as error:
+        # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise
+        _failed.append(error)
+
+
+_failed: list[BaseException] = []
+
+
+def main() -> None:
+    """Run ``sophon VERB overrides...`` and exit with the code that `USAGE` states."""
+    make_unfailing()
+    sys.exit(_main(sys.argv[1:]))
+
+
+def _main(arguments: list[str]) -> int:
+    match arguments:
+        case [] | ["-h" | "--help"]:
+            print(USAGE)
+            return 0 if arguments else 2
+        case ["--version"]:
+            print(__version__)
+            return 0
+        case ["--completion", "bash"]:
+            print(BASH)
+            return 0
+        case ["--complete", line]:
+            print(*complete(line), sep="\n")
+            return 0
+        case ["report", "compare", *rest]:
+            return _command("compare", _runs_as_override(rest))
+        case [verb, *rest] if verb in VERBS:
+            return _command(verb, rest)
+    verb = arguments[0]
+    return _fail(f"'{verb}' is not a verb{likely(verb, VERBS)}; allowed: {', '.join(VERBS)}", 2)
+
+
+def _command(verb: str, arguments: list[str]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own and exits with 1
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what runs in its background with SIGINT ignored
+        signal.signal(number, _interrupt)
+    _failed.clear()
+    searched: list[str] = []
+    try:
+        if arguments[:1] in (["--help"], ["-h"]) and len(arguments) == 2:
+            print(explain(arguments[1]))
+            return 0
+        overrides, flags, options = _parted([f"verb={verb}", *arguments])
+        searched += [options.config_dir] if options.config_dir else []
+        known = groups(searched)
+        overrides = said.of_a_model([said.as_typed(each, known, options.multirun) for each in overrides])
+        if not (options.help or options.multirun):
+            overrides = [*following(overrides, searched), *overrides]
+        sys.argv = [sys.argv[0], *overrides, *flags]
+        _run()
+        for error in _failed:
+            raise error
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        return _fail(one_line(error, searched), 2)
+    except GuardError as error:
+        return _fail(str(error), 3)
+    except OSError as error:
+        return _fail(unexpected(error), 2)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; the same command {'begins anew' if verb == 'pretrain' else 'goes on'}", 130)
+    return 0
+
+
+def _runs_as_override(arguments: list[str]) -> list[str]:
+    """Turn the folders among ``arguments`` into the key that names them; Hydra takes overrides only."""
+    rest = [each for each in arguments if each.startswith("-") or said.named([each]) & set(keys())]
+    folders = ",".join(said.text(each) for each in arguments if each not in rest)
+    return [*rest, f"runs=[{folders}]"]
+
+
+def _parted(arguments: list[str]) -> tuple[list[str], list[str], Namespace]:
+    """Part overrides from flags; Hydra's parser takes the former from one place only, and answers with its usage."""
+    parser = get_args_parser()
+    parser.error = _refuse
+    options = parser.parse_intermixed_args(arguments)
+    modes = [f"--{mode}" for mode in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(options, mode)]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)}: not allowed together; give one of them")
+    flags = list(arguments)
+    for override in options.overrides:
+        flags.remove(override)
+    return options.overrides, flags, options
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; `sophon VERB --help` shows what is allowed")
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # the ranks of one run fail alike; one speaks for all
+        print(f"sophon: {message}", file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

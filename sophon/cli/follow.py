@@ -1,0 +1,65 @@
+"""What a command leaves open follows from the model: a denoiser gets a denoiser's task, loss, attackers and guard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sophon.cli.groups import conf_dir
+from sophon.cli.overrides import named
+from sophon.paths import is_file
+
+# The choice of conf/config.yaml, and what takes its place for a denoiser.
+_OF_A_DENOISER = {
+    "task": ("classification", "denoising"),
+    "pretrain": ("sgd", "adam_ema"),
+    "method": ("sophon_klu", "sophon_dos"),
+    "sampler": ("mixed", "denoiser"),
+    "guard": ("points", "relative"),
+}
+# Which key names the checkpoint of a verb, and which verb makes it.
+_STARTS_FROM = {
+    "protect": ("reference", "pretrain"),
+    "audit": ("checkpoint", "protect"),
+    "sample": ("checkpoint", "protect"),
+}
+
+
+def following(overrides: Sequence[str], searched: Sequence[str]) -> list[str]:
+    """Return the group choices that follow from the run's model where neither the command nor its files chose.
+
+    Args:
+        overrides: of one run, as Hydra takes them.
+        searched: folders of configuration groups besides the shipped ones.
+    """
+    chosen = named(overrides)
+    if {"task", "task.name"} & chosen:
+        return []
+    folders = json.dumps([f"file://{Path(each).resolve()}" for each in searched])
+    # what does not resolve is refused where it is run
+    with suppress(OmegaConfBaseException), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("config", [*overrides, f"hydra.searchpath={folders}"], return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        if choices["task"] == _OF_A_DENOISER["task"][0] and _is_denoiser(config):
+            usual = {group for group, (choice, _) in _OF_A_DENOISER.items() if choices[group] == choice}
+            return [f"{group}={choice}" for group, (_, choice) in _OF_A_DENOISER.items() if group in usual - chosen]
+    return []
+
+
+def _is_denoiser(config: DictConfig) -> bool:
+    """Return whether the run's model is a denoiser: by its checkpoint, where it starts from one that is there."""
+    if config.verb in _STARTS_FROM:
+        key, maker = _STARTS_FROM[config.verb]
+        folder = Path(config[key] or f"runs/{config.name}/seed{config.seed}/{maker}").expanduser()
+        if is_file(folder / "model_index.json", key):
+            return True
+        for manifest in (folder / "sophon.json", folder / "checkpoint" / "sophon.json"):
+            with suppress(OSError, ValueError, LookupError, TypeError):  # what is wrong with it, the verb says
+                return bool(json.loads(manifest.read_bytes())["model"]["library"] == "diffusers")
+    return bool(config.model.library == "diffusers")

@@ -1,0 +1,30 @@
+"""The configuration groups: folders of files, of which a command chooses one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+ROLES = ("original", "restricted", "benign")  # what a domain can be: `domain@domain.original=NAME`
+
+
+def conf_dir() -> Path:
+    """Return the folder of the shipped configuration: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def groups(searched: Iterable[str] = ()) -> list[str]:
+    """Return the names of the groups, such as ``attack/family``, also of those in the folders ``searched``."""
+    names = {path.parent.relative_to(root).as_posix() for root in _roots(searched) for path in root.rglob("*.yaml")}
+    return sorted(names - {"."})
+
+
+def choices(group: str, searched: Iterable[str] = ()) -> list[str]:
+    """Return the names of a group's files."""
+    return sorted({path.stem for root in _roots(searched) for path in (root / group).glob("*.yaml")})
+
+
+def _roots(searched: Iterable[str]) -> list[Path]:
+    return [conf_dir(), *map(Path, searched)]

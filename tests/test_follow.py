@@ -1,0 +1,76 @@
+"""What a command leaves open follows from the run's model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cli_helpers import sophon
+
+DENOISER = {"task": "denoising", "method": "sophon_dos", "relative": True, "optimizer": "adam"}
+CLASSIFIER = {"task": "classification", "method": "sophon_klu", "relative": False, "optimizer": "nesterov"}
+
+
+def composed(folder: Path, *arguments: str) -> dict[str, Any]:
+    result = sophon(folder, *arguments, "--cfg", "job")
+    assert result.code == 0, result
+    config = yaml.safe_load(result.out)
+    return {
+        "task": config["task"]["name"],
+        "method": config["method"]["name"],
+        "relative": config["guard"]["relative"],
+        "optimizer": config["pretrain"]["optimizer"],
+    }
+
+
+def checkpoint(folder: Path, library: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "sophon.json").write_text(json.dumps({"model": {"library": library}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "model=unet16_tiny"],
+        ["pretrain", "model.library=diffusers", "model.architecture=UNet2DModel"],
+        ["protect", "reference=denoiser"],
+        ["protect", "reference=a run"],
+        ["protect", "name=mine", "seed=3"],
+        ["protect", "reference=pipeline"],
+        ["audit", "checkpoint=denoiser"],
+        ["sample", "checkpoint=denoiser"],
+    ],
+    ids=" ".join,
+)
+def test_a_denoisers_task_loss_guard_and_pretraining_follow(tmp_path: Path, arguments: list[str]) -> None:
+    checkpoint(tmp_path / "denoiser", "diffusers")
+    checkpoint(tmp_path / "a run" / "checkpoint", "diffusers")
+    checkpoint(tmp_path / "runs" / "mine" / "seed3" / "pretrain" / "checkpoint", "diffusers")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").touch()
+    assert composed(tmp_path, *arguments) == DENOISER
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["protect", "reference=denoiser", "method=dos_pool"], DENOISER | {"method": "dos_pool"}),
+        (["protect", "reference=denoiser", "guard=points"], DENOISER | {"relative": False}),
+        (["protect", "reference=denoiser", "task=classification"], CLASSIFIER),
+        (["protect", "reference=classifier"], CLASSIFIER),
+        (["protect", "reference=classifier", "model=unet16_tiny"], CLASSIFIER),
+        (["protect", "reference=nowhere"], CLASSIFIER),
+        (["protect", "reference=broken"], CLASSIFIER),
+        (["pretrain"], CLASSIFIER),
+    ],
+)  # fmt: skip
+def test_what_is_chosen_stays(tmp_path: Path, arguments: list[str], expected: dict[str, Any]) -> None:
+    checkpoint(tmp_path / "denoiser", "diffusers")
+    checkpoint(tmp_path / "classifier", "timm")
+    checkpoint(tmp_path / "broken", "timm").joinpath("sophon.json").write_text("{")
+    assert composed(tmp_path, *arguments) == expected
