@@ -79,7 +79,11 @@ def _by_name(given: dict[str, Any]) -> dict[str, Any]:
     name = one.get("name", MISSING)
     if name in named:
         raise UserError(f"domain.restricted: the name '{name}' is given 2 times; names must differ")
-    return named if name == MISSING and named else {name: one, **named}
+    if named and one.items() <= vars(DomainConfig()).items():
+        return named
+    if name == MISSING:
+        raise UserError("domain.restricted.name: missing; give a value")
+    return {name: one, **named}
 
 
 def strategy_from(key: str, values: Any) -> FineTuneStrategy:

@@ -228,10 +228,10 @@ def test_a_protection_goes_on_only_with_the_same_domains_in_the_same_order(made:
     assert "already done" in sophon(folder, *of_several(PROTECT)).out
     assert sophon(folder, *of_several(PROTECT), "run_dir=again").code == 0
     assert weights_sha256(folder / "again" / "checkpoint") == digest
-    shoes = [word.replace("restricted.", "restricted.fashion_shoes_bags.") for word in PROTECT if "restricted." in word]
-    first = [DIGITS.removeprefix("+").replace("restricted.digits={", "restricted={name: digits, ")]
-    turned = [*first, also("fashion_shoes_bags"), *(f"++{word}" for word in shoes)]
-    assert "order" in refused(folder, *(word for word in PROTECT if "restricted." not in word), *turned)
+    digits = ("name=digits", "dataset=mnist", "classes=[0,1,2,3,4]")
+    shoes = ("fashion_shoes_bags.per_class=40", "fashion_shoes_bags.test_per_class=20")
+    turned = (also("fashion_shoes_bags"), *(f"domain.restricted.{word}" for word in (*digits, *shoes)))
+    assert "order" in refused(folder, *PROTECT, *turned)
     assert "restricted" in refused(folder, *PROTECT)
 
 

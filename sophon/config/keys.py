@@ -88,8 +88,8 @@ def _keys(kind: type, prefix: str) -> Iterator[Key]:
 def _inside(kind: Any, name: str) -> Iterator[Key]:
     if is_dataclass(kind) and isinstance(kind, type):
         yield from _keys(kind, f"{name}.")
-    elif get_origin(kind) is dict and is_dataclass(each := content(get_args(kind)[1])):
-        yield Key(f"{name}.{ANY}", each, MISSING, inspect.getdoc(each).splitlines()[0])  # type: ignore[union-attr, arg-type]
+    elif get_origin(kind) is dict and isinstance(each := content(get_args(kind)[1]), type) and is_dataclass(each):
+        yield Key(f"{name}.{ANY}", each, MISSING, (inspect.getdoc(each) or "").splitlines()[0])
         yield from _keys(each, f"{name}.{ANY}.")
     elif get_origin(kind) is dict:
         yield Key(f"{name}.{ANY}", get_args(kind)[1], MISSING, "")
