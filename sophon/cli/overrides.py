@@ -43,7 +43,7 @@ def as_typed(override: str, groups: Collection[str], sweeps: bool) -> str:
         return override
     plus, key, value = parts
     if key.split("@")[0] in groups:
-        kind: Any = list[str] | None if value.startswith("[") else str | None
+        kind: Any = list[str] if value.startswith("[") else str
     elif (known := find(key)) is not None:
         kind = known.type
     else:

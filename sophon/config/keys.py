@@ -10,8 +10,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from sophon.attacker import FineTuneStrategy
 from sophon.config import ComposedConfig, DomainConfig
-from sophon.strategies import FineTuneStrategy
 
 ANY = "NAME"  # stands for every key of a mapping
 # Types that the composed configuration leaves out: adding a strategy takes no more than what differs from the defaults,
