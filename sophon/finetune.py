@@ -142,7 +142,7 @@ def rehearse(
     """
     thaw(model, strategy, task)
     objective = loss or task.attacker_loss
-    few = images.take(torch.arange(2) % len(images))
+    few = images.batch(torch.arange(2) % len(images))
 
     def failure(count: int, zoom: int = 1) -> str | None:
         pixels = few.images[:count].repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)

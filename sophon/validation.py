@@ -164,6 +164,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_domains(domains: DomainsConfig) -> None:
+    _within("domain.memory_gb", domains.memory_gb, 0)
     names = [each.name for each in domains.restricted.values()]
     for name in names if len(names) > 1 else ():
         if names.count(name) > 1:

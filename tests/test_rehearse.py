@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import GuardConfig
-from sophon.domains import Domain, ImageSet
+from sophon.domains import ImageSet, LoadedDomain, MemoryImages
 from sophon.errors import UserError
 from sophon.finetune import rehearse
 from sophon.models import ModelSpec, build
@@ -123,7 +123,7 @@ def test_auxiliary_heads_are_no_obstacle_but_may_need_larger_images(
     architecture: str, size: int, larger: int | None
 ) -> None:
     spec = ModelSpec("torchvision", architecture, CLASSES, 3, size, (0.5,) * 3, (0.25,) * 3, {"init_weights": False})
-    images = ImageSet(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), CLASSES)
+    images = MemoryImages(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), CLASSES)
     model, task = build(spec), ClassificationTask(spec)
     if larger is None:
         rehearse(model, strategy(), task, images, "k")
@@ -167,7 +167,7 @@ def taught(images: ImageSet) -> nn.Module:
 
 
 def test_a_model_that_guesses_is_doubted_and_one_that_knows_is_not() -> None:
-    domain = Domain("d", CLASSES, {"val": tiny_images(3)}, {})
+    domain = LoadedDomain("d", CLASSES, {"val": tiny_images(3)}, {})
     model = taught(tiny_images(2))
     assert doubt(tiny_task(), model, domain, "reference") is None
     constant = copy.deepcopy(model)
@@ -185,7 +185,7 @@ def test_a_model_that_guesses_is_doubted_and_one_that_knows_is_not() -> None:
 
 def test_chance_is_the_commonest_class_within_the_binomial_error() -> None:
     labels = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)
-    images = ImageSet(torch.zeros(12, 1, SIZE, SIZE, dtype=torch.uint8), labels, CLASSES)
+    images = MemoryImages(torch.zeros(12, 1, SIZE, SIZE, dtype=torch.uint8), labels, CLASSES)
     assert tiny_task().chance(images) == pytest.approx((50.0, 100 * math.sqrt(0.25 / 12), 12))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from sophon.domains import Batch, Domain, ImageSet
+from sophon.domains import Batch, ImageSet, LoadedDomain, MemoryImages
 from sophon.models import ModelSpec, build
 from sophon.tasks import ClassificationTask, DenoisingTask
 
@@ -102,24 +102,24 @@ def tiny_images(seed: int, per_class: int = 12, noise: int = 60) -> ImageSet:
     images = torch.randint(0, noise, (len(labels), 1, SIZE, SIZE), generator=generator)
     for index, label in enumerate(labels.tolist()):
         images[index, 0, 2 * label : 2 * label + 2] += 120
-    return ImageSet(images.to(torch.uint8), labels, CLASSES)
+    return MemoryImages(images.to(torch.uint8), labels, CLASSES)
 
 
-def tiny_domain(name: str, splits: Iterator[str] | tuple[str, ...], seed: int = 0) -> Domain:
+def tiny_domain(name: str, splits: Iterator[str] | tuple[str, ...], seed: int = 0) -> LoadedDomain:
     images = {split: tiny_images(seed + index) for index, split in enumerate(splits)}
-    return Domain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
+    return LoadedDomain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
 
 
 def tiny_bands(
     name: str, splits: tuple[str, ...], seed: int = 0, *, across: bool = False, per_class: int = 12
-) -> Domain:
+) -> LoadedDomain:
     """Return a domain like `tiny_domain`; ``across`` turns its bands upright, which makes it another task."""
     images = {}
     for index, split in enumerate(splits):
         part = tiny_images(seed + index, per_class)
         pixels = part.images.transpose(2, 3).contiguous() if across else part.images
-        images[split] = ImageSet(pixels, part.labels, part.classes)
-    return Domain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
+        images[split] = MemoryImages(pixels, part.labels, part.classes)
+    return LoadedDomain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import DomainConfig
-from sophon.domains import Batch, Domain, ImageSet, load_original, load_restricted
+from sophon.domains import Batch, ImageSet, LoadedDomain, load_original, load_restricted
 from sophon.errors import UserError
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
@@ -40,7 +40,7 @@ def add_attack_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def original_domain(name: str, spec: ModelSpec) -> Domain:
+def original_domain(name: str, spec: ModelSpec) -> LoadedDomain:
     """Load the original domain of a file of conf/domain, for a model's images.
 
     Raises:
@@ -49,7 +49,7 @@ def original_domain(name: str, spec: ModelSpec) -> Domain:
     return load_original(_domain(name, "--original"), image_size=spec.image_size, channels=spec.channels)
 
 
-def restricted_domain(name: str, spec: ModelSpec) -> Domain:
+def restricted_domain(name: str, spec: ModelSpec) -> LoadedDomain:
     """Load a restricted domain; as `original_domain`."""
     config = _domain(name, "--restricted")
     return load_restricted(config, image_size=spec.image_size, channels=spec.channels, where="--restricted")
@@ -101,7 +101,7 @@ def grow(
             raise UserError(f"--lr: the loss stopped being finite at {options.lr}; lower it")
 
 
-def compare(task: ClassificationTask, original: Domain, models: dict[str, nn.Module]) -> None:
+def compare(task: ClassificationTask, original: LoadedDomain, models: dict[str, nn.Module]) -> None:
     """Print the accuracy of each model on ``val`` and ``test``."""
     for name, model in models.items():
         values = ", ".join(f"{split} {task.evaluate(model, original[split]):.1f} %" for split in ("val", "test"))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sophon.attacker import FineTuneStrategy
-from sophon.domains import Batch, Domain, batches
+from sophon.domains import Batch, LoadedDomain, batches
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
 from sophon.models import build, load_weights
@@ -40,7 +40,7 @@ STEPS, BATCH, BATCHES = 200, 32, 20
 
 
 def attacked(
-    model: nn.Module, task: ClassificationTask, domain: Domain, optimizer: str, lr: float, seed: int
+    model: nn.Module, task: ClassificationTask, domain: LoadedDomain, optimizer: str, lr: float, seed: int
 ) -> tuple[float, float, float, float]:
     """Fine-tune a copy; return the loss of the first and of the last 20 steps, and accuracy as trained and restated."""
     seed_all(seed)

@@ -27,7 +27,7 @@ from growth import add_attack_options, restricted_domain
 from normalised_head import restate
 from torch import Tensor, nn
 
-from sophon.domains import Batch, Domain, batches
+from sophon.domains import Batch, LoadedDomain, batches
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
 from sophon.seeds import seed_all
@@ -172,7 +172,7 @@ def _inverse(moments: Tensor, damping: float) -> Tensor:
 def attacked(
     model: nn.Module,
     task: ClassificationTask,
-    domain: Domain,
+    domain: LoadedDomain,
     optimizer: str,
     setting: tuple[float, ...],
     seed: int,

@@ -14,7 +14,7 @@ from torch import nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.audit.adapters import add_adapters
-from sophon.domains import Domain, few_shot
+from sophon.domains import LoadedDomain, few_shot
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.models import ModelSpec
 from sophon.seeds import derive_seed, seed_all
@@ -76,13 +76,13 @@ class Attacker:
         model: nn.Module,
         strategy: FineTuneStrategy,
         task: Task,
-        restricted: Domain,
+        restricted: LoadedDomain,
         *,
         spec: ModelSpec,
         seed: int,
         eval_points: int,
-        original: Domain | None = None,
-        benign: Domain | None = None,
+        original: LoadedDomain | None = None,
+        benign: LoadedDomain | None = None,
         read_test: bool = True,
         at_point: Callable[[nn.Module, int, float], None] = lambda model, step, value: None,
     ) -> None:
@@ -135,7 +135,9 @@ class Attacker:
         return restate(copy.deepcopy(self.model), replace(self._means, generator=generator))
 
 
-def attack(model: nn.Module, strategy: FineTuneStrategy, task: Task, restricted: Domain, **options: Any) -> Outcome:
+def attack(
+    model: nn.Module, strategy: FineTuneStrategy, task: Task, restricted: LoadedDomain, **options: Any
+) -> Outcome:
     """Fine-tune ``model`` (in place) on the restricted domain's ``attack`` split as ``strategy`` says.
 
     The arguments are those of `Attacker`.

@@ -7,7 +7,7 @@ gives the features; its distances compare models within one audit and mean nothi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
-from sophon.domains import Domain, ImageSet
+from sophon.domains import ImageSet, LoadedDomain, evaluation_batches, joined
 from sophon.errors import UserError
 from sophon.files import sha256_file
 from sophon.finetune import fine_tune
@@ -51,16 +51,16 @@ class Fidelity:
         self._metric = metric.to(device)
         self._channels = channels
         self._device = device
-        self._real: Tensor | None = None
+        self._real: ImageSet | None = None
 
-    def distance(self, generated: Tensor, real: Tensor) -> float:
+    def distance(self, generated: Tensor, real: ImageSet) -> float:
         """Return the squared Frechet distance between Gaussians fitted to the features of two sets of images.
 
-        The features of ``real`` are kept and used again as long as the same tensor is given.
+        The features of ``real`` are kept and used again as long as the same set is given.
 
         Args:
             generated: uint8 [N, C, H, W] on any device, N >= 2.
-            real: uint8 [M, C, H, W] on any device, M >= 2.
+            real: M images of the same shape, M >= 2.
 
         Returns:
             >= 0, up to rounding 0 for a set and itself. It falls as the sets grow: compare equal N and M only.
@@ -75,20 +75,19 @@ class Fidelity:
             self._metric.reset_real_features = True
             self._metric.reset()
             self._metric.reset_real_features = False
-            self._add(real, real=True)
+            self._add((batch.images for batch in evaluation_batches(real, _BATCH)), real=True)
             self._real = real
         self._metric.reset()
-        self._add(generated, real=False)
+        self._add(torch.split(generated, _BATCH), real=False)
         return max(0.0, float(self._metric.compute()))
 
-    def _add(self, images: Tensor, *, real: bool) -> None:
-        for part in torch.split(images, _BATCH):
-            part = part.to(self._device)
-            self._metric.update(part.expand(-1, self._channels, -1, -1), real=real)
+    def _add(self, parts: Iterable[Tensor], *, real: bool) -> None:
+        for part in parts:
+            self._metric.update(part.to(self._device).expand(-1, self._channels, -1, -1), real=real)
 
 
 def feature_network(
-    original: Domain, restricted: Domain, *, seed: int, folder: Path, device: torch.device, steps: int = 300
+    original: LoadedDomain, restricted: LoadedDomain, *, seed: int, folder: Path, device: torch.device, steps: int = 300
 ) -> Fidelity:
     """Choose the features to measure by: Inception's if they are at hand, else those of a network trained here.
 
@@ -121,7 +120,7 @@ def feature_network(
     features = _trained(original, restricted, seed, folder / CACHE, device, steps)
     name = f"small ResNet trained here on {original.name} and {restricted.name}, {features.num_features} features"
     metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
-    return Fidelity(name, metric, original["train"].images.shape[1], device)
+    return Fidelity(name, metric, original["train"].shape[0], device)
 
 
 @contextmanager
@@ -155,11 +154,11 @@ class _Features(nn.Module):
 
 
 def _trained(
-    original: Domain, restricted: Domain, seed: int, path: Path, device: torch.device, steps: int
+    original: LoadedDomain, restricted: LoadedDomain, seed: int, path: Path, device: torch.device, steps: int
 ) -> _Features:
     """Return the network that lies at ``path``, or train it and leave it there."""
     images = _together(original, restricted).to(device)
-    channels, size = images.images.shape[1:3]
+    channels, size, _ = images.shape
     spec = ModelSpec("timm", "resnet18", images.classes, channels, size, (0.5,) * channels, (0.5,) * channels, _NETWORK)
     task = ClassificationTask(spec)
     strategy = FineTuneStrategy("adam", lr=3e-3, schedule="warmup_cosine", steps=steps)
@@ -193,9 +192,8 @@ def _cached(path: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _together(original: Domain, restricted: Domain) -> ImageSet:
+def _together(original: LoadedDomain, restricted: LoadedDomain) -> ImageSet:
     """Return the defender's training images of both domains as one set, whose classes are those of both."""
     first, second = original["train"], restricted["adapt"]
     names = [f"{domain.name}: {name}" for domain in (original, restricted) for name in domain.classes]
-    labels = torch.cat([first.labels, second.labels + len(original.classes)])
-    return ImageSet(torch.cat([first.images, second.images]), labels, tuple(names))
+    return joined(first, second.relabelled(second.labels + len(original.classes), tuple(names)), classes=tuple(names))

@@ -25,7 +25,7 @@ from sophon.audit.attacks import Attacker
 from sophon.audit.scores import Array
 from sophon.audit.verdict import ROLES
 from sophon.config import MaskingConfig
-from sophon.domains import Batch, Domain, batches
+from sophon.domains import Batch, LoadedDomain, batches
 from sophon.errors import UserError
 from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
@@ -54,7 +54,7 @@ class _Start(NamedTuple):
 
     spec: ModelSpec
     task: Task
-    restricted: Domain
+    restricted: LoadedDomain
     draws: Sequence[Batch]
     layers: Mapping[str, int | None]
     seed: int
@@ -64,7 +64,7 @@ def measure(
     models: Mapping[str, nn.Module],
     spec: ModelSpec,
     task: Task,
-    restricted: Domain,
+    restricted: LoadedDomain,
     config: MaskingConfig,
     seed: int,
 ) -> dict[str, Any] | None:
@@ -129,8 +129,7 @@ def measure(
 
 
 def _hidden_layers(model: nn.Module, means: Means) -> dict[str, int | None]:
-    few = means.relabelled(means.images.take(torch.arange(min(_FEW, len(means.images)))), model)
-    loss = partial(means.task.attacker_loss, model, Batch(few.images, few.labels))
+    loss = partial(means.task.attacker_loss, model, means.relabelled(means.images, model).first(_FEW))
     return {found.name: found.axis for found in scale_free(model, loss, per="channel")}
 
 

@@ -19,7 +19,7 @@ from sophon.attacker import OF_SCOPE, FineTuneStrategy, Operation
 from sophon.audit.adapters import add_adapters
 from sophon.audit.verdict import ORACLE, ROLES
 from sophon.config import AttackConfig, SearchConfig
-from sophon.domains import Domain, few_shot
+from sophon.domains import LoadedDomain, few_shot
 from sophon.errors import UserError, choose
 from sophon.finetune import rehearse
 from sophon.models import ModelSpec
@@ -48,9 +48,9 @@ class Scene:
     models: Mapping[str, nn.Module]
     spec: ModelSpec
     task: Task
-    restricted: Domain
-    original: Domain | None = None
-    benign: Domain | None = None
+    restricted: LoadedDomain
+    original: LoadedDomain | None = None
+    benign: LoadedDomain | None = None
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     support: Mapping[str, Any] | None = None
 
@@ -148,7 +148,7 @@ def _combine(parts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+")
 
 
-def unfit(strategy: FineTuneStrategy, scene: Scene, domain: Domain) -> str | None:
+def unfit(strategy: FineTuneStrategy, scene: Scene, domain: LoadedDomain) -> str | None:
     """Return why a strategy cannot be tried on these models and this domain: no layers of its scope, too few images, a
     head of another size; None if it can.
     """
@@ -238,7 +238,7 @@ class Plan:
             yield from (Attempt(oracle, longer, ORACLE, seed) for seed in range(self.config.seeds))
 
     def _fitting(
-        self, named: Mapping[str, FineTuneStrategy], domain: Domain, where: str = ""
+        self, named: Mapping[str, FineTuneStrategy], domain: LoadedDomain, where: str = ""
     ) -> dict[str, FineTuneStrategy]:
         reasons = {name: unfit(strategy, self.scene, domain) for name, strategy in named.items()}
         self.left_out |= {f"{name}{where}": reason for name, reason in reasons.items() if reason is not None}
@@ -281,7 +281,7 @@ def _length(job: Job) -> int:
     return job.config.steps * job.cost if isinstance(job, Search) else job.strategy.steps
 
 
-def oracle_data(strategy: FineTuneStrategy, restricted: Domain) -> tuple[int, float]:
+def oracle_data(strategy: FineTuneStrategy, restricted: LoadedDomain) -> tuple[int, float]:
     """Return how many images the attacker has, and how many times as many the oracle: ten, or all that there are."""
     own = strategy.data_budget or len(restricted["attack"])
     everything = sum(len(restricted[split]) for split in ORACLE_SPLITS)

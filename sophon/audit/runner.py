@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy, fields_outside
@@ -18,7 +17,7 @@ from sophon.audit.gallery import image_grid
 from sophon.audit.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
 from sophon.audit.verdict import ORACLE, format_value
 from sophon.config import AttackConfig
-from sophon.domains import Domain, ImageSet
+from sophon.domains import LoadedDomain, joined
 from sophon.errors import UserError
 from sophon.files import read_json, write_bytes, write_json
 from sophon.models import build
@@ -196,7 +195,7 @@ class Runner:
             "attempts": winners,
         }
 
-    def _attack(self, victim: nn.Module, strategy: FineTuneStrategy, domain: Domain, **options: Any) -> Outcome:
+    def _attack(self, victim: nn.Module, strategy: FineTuneStrategy, domain: LoadedDomain, **options: Any) -> Outcome:
         scene = self.scene
         return attack(
             victim,
@@ -259,7 +258,7 @@ class Runner:
         outside = None if support is None else fields_outside(support, strategy)
         return {"exposure": exposure(outside), "outside": list(outside or ())}
 
-    def _domain(self, attempt: Attempt) -> Domain:
+    def _domain(self, attempt: Attempt) -> LoadedDomain:
         scene = self.scene
         if attempt.role == ORACLE:
             return with_more_data(scene.restricted)
@@ -268,7 +267,7 @@ class Runner:
             return scene.benign
         return scene.restricted
 
-    def _details(self, model: nn.Module, domain: Domain) -> dict[str, float]:
+    def _details(self, model: nn.Module, domain: LoadedDomain) -> dict[str, float]:
         details = self.scene.task.details(model, domain["test"])
         if self.frechet is not None and domain is self.scene.restricted:
             images = self.scene.task.sample(model, self.config.frechet_samples, derive_seed(self.seed, "frechet"))
@@ -295,12 +294,10 @@ def _picture(key: str, step: int) -> str:
     return f"samples/{key}-{step}.png"
 
 
-def with_more_data(restricted: Domain) -> Domain:
+def with_more_data(restricted: LoadedDomain) -> LoadedDomain:
     """Return the domain with the defender's images added to the attacker's."""
-    parts = [restricted[split] for split in ORACLE_SPLITS]
-    images = torch.cat([part.images for part in parts])
-    labels = torch.cat([part.labels for part in parts])
-    return replace(restricted, splits={**restricted.splits, "attack": ImageSet(images, labels, restricted.classes)})
+    attack = joined(*(restricted[split] for split in ORACLE_SPLITS))
+    return replace(restricted, splits={**restricted.splits, "attack": attack})
 
 
 def _finite(value: float) -> float | None:

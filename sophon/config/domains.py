@@ -61,11 +61,14 @@ class DomainsConfig:
             ``+domain@domain.restricted.people=people``.
         benign: what it may be fine-tuned for, for the audit to see that this is not harmed; null for none. Split as a
             restricted domain.
+        memory_gb: a data set whose decoded images take more than so many 10^9 bytes is read from disk whenever it is
+            needed; a smaller one lives on the device. The results do not depend on it.
     """
 
     original: DomainConfig = field(default_factory=DomainConfig)
     restricted: dict[str, DomainConfig] = field(default_factory=dict)
     benign: DomainConfig | None = None
+    memory_gb: float = 8.0
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Batches of device-resident images, and how they are augmented.
+"""Batches of images on the device, and how they are augmented.
 
 Every random number is drawn on the CPU, and augmentation is integer arithmetic and indexing; so a generator's seed
 gives the same batches on any device.
@@ -7,6 +7,7 @@ gives the same batches on any device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -32,18 +33,24 @@ def batch_indices(count: int, batch_size: int, generator: torch.Generator) -> It
     Raises:
         ValueError: ``count`` or ``batch_size`` is below 1.
     """
+    _check(count, batch_size)
+    return chain.from_iterable(_epochs(count, batch_size, generator))
+
+
+def _check(count: int, batch_size: int) -> None:
     if count < 1 or batch_size < 1:
         raise ValueError(f"cannot draw batches of {batch_size} from {count} images; both must be >= 1")
-    return _shuffled(count, batch_size, generator)
 
 
-def _shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[list[Tensor]]:
+    """Give the batches that are known without drawing again: what an epoch adds."""
     pending = torch.empty(0, dtype=torch.int64)
     while True:
         while len(pending) < batch_size:
             pending = torch.cat([pending, torch.randperm(count, generator=generator)])
-        yield pending[:batch_size]
-        pending = pending[batch_size:]
+        whole = len(pending) - len(pending) % batch_size
+        yield list(torch.split(pending[:whole], batch_size))
+        pending = pending[whole:]
 
 
 def batches(
@@ -66,8 +73,10 @@ def batches(
     """
     choose("augmentation", augmentation, AUGMENTATIONS)
     augment = AUGMENTATIONS[augmentation]
-    drawn = (images.take(indices) for indices in batch_indices(len(images), batch_size, generator))
-    return (Batch(augment(part.images, generator), part.labels) for part in drawn)
+    _check(len(images), batch_size)
+    # An epoch at a time: what is read ahead must not draw from the generator before the augmentation of what is due.
+    drawn = chain.from_iterable(map(images.stream, _epochs(len(images), batch_size, generator)))
+    return (Batch(augment(batch.images, generator), batch.labels) for batch in drawn)
 
 
 def evaluation_batches(images: ImageSet, batch_size: int) -> Iterator[Batch]:
@@ -78,8 +87,7 @@ def evaluation_batches(images: ImageSet, batch_size: int) -> Iterator[Batch]:
     """
     if batch_size < 1:
         raise ValueError(f"cannot make batches of {batch_size} images; it must be >= 1")
-    starts = range(0, len(images), batch_size)
-    return (Batch(images.images[at : at + batch_size], images.labels[at : at + batch_size]) for at in starts)
+    return images.stream(torch.split(torch.arange(len(images)), batch_size)) if len(images) else iter(())
 
 
 def _unchanged(images: Tensor, generator: torch.Generator) -> Tensor:

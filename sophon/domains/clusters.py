@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sophon.domains.batches import evaluation_batches
-from sophon.domains.types import Domain, ImageSet
+from sophon.domains.types import ImageSet, LoadedDomain
 from sophon.errors import UserError
 from sophon.seeds import derive_seed
 
@@ -20,8 +20,8 @@ _BATCH, _STARTS, _ITERATIONS = 250, 5, 50
 
 
 def with_clusters(
-    domain: Domain, features: Callable[[Tensor], Tensor], clusters: int, *, seed: int, where: str
-) -> Domain:
+    domain: LoadedDomain, features: Callable[[Tensor], Tensor], clusters: int, *, seed: int, where: str
+) -> LoadedDomain:
     """Label a domain's images by the cluster that their features fall in.
 
     The clusters are those of ``adapt``: k-means (Lloyd, 1982) from centres drawn as k-means++ does (Arthur and
@@ -54,8 +54,8 @@ def with_clusters(
     classes = tuple(f"cluster_{index}" for index in range(clusters))
     splits = {}
     for name, images in domain.splits.items():
-        labels = torch.from_numpy(vq(points[name], centres)[0].astype(np.int64)).to(images.labels.device)
-        splits[name] = ImageSet(images.images, labels, classes)
+        labels = torch.from_numpy(vq(points[name], centres)[0].astype(np.int64))
+        splits[name] = images.relabelled(labels, classes)
     return replace(
         domain, classes=classes, splits=splits, hashes={name: images.sha256() for name, images in splits.items()}
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from PIL import Image
-
 from sophon.domains.names import few, in_natural_order
 
 
@@ -22,6 +20,7 @@ class Notes:
         read: how many images were decoded.
         resized: how many of them had another size.
         stretched: how many of them had another aspect ratio.
+        streamed: the size of the decoded images in 10^9 bytes where they are read from disk again and again, else 0.
     """
 
     size: int
@@ -31,12 +30,13 @@ class Notes:
     read: int = 0
     resized: int = 0
     stretched: int = 0
+    streamed: float = 0.0
 
-    def saw(self, image: Image.Image) -> None:
-        """Count an image that was decoded, before it is resized."""
+    def saw(self, size: tuple[int, int]) -> None:
+        """Count an image that was decoded, by its own width and height."""
         self.read += 1
-        self.resized += image.size != (self.size, self.size)
-        self.stretched += image.width != image.height
+        self.resized += size != (self.size, self.size)
+        self.stretched += size[0] != size[1]
 
     def saw_unreadable(self, why: str) -> None:
         """Count an image that cannot be read and is left out."""
@@ -62,4 +62,6 @@ class Notes:
                 f"classes in the order of their characters, as torchvision's ImageFolder: {few(self.order)}; "
                 f"by number it would be {few(in_natural_order(self.order))}"
             )
+        if self.streamed:
+            texts.append(f"read from disk as needed: {self.streamed:.3g} GB, more than domain.memory_gb")
         return texts

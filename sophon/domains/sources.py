@@ -7,7 +7,10 @@ the limits of a `DomainConfig` are applied first, and a large folder costs no mo
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -20,8 +23,9 @@ from sophon.domains.folder import image_folder
 from sophon.domains.names import few
 from sophon.domains.notes import Notes
 from sophon.domains.part import Part, UnreadableError
+from sophon.domains.streamed import GROUP, StreamedImages, read_ahead
 from sophon.domains.torchvision_sets import torchvision_sets
-from sophon.domains.types import ImageSet
+from sophon.domains.types import ImageSet, MemoryImages, fingerprint
 from sophon.errors import UserError, choose
 
 SOURCES: dict[str, Callable[[DomainConfig, str], tuple[Part, Part]]] = {
@@ -39,7 +43,9 @@ class Loaded(NamedTuple):
     notes: Notes
 
 
-def load_source(config: DomainConfig, *, image_size: int, channels: int, where: str) -> Loaded:
+def load_source(
+    config: DomainConfig, *, image_size: int, channels: int, where: str, memory_gb: float = math.inf
+) -> Loaded:
     """Load what ``config`` asks for of a data set.
 
     Args:
@@ -47,10 +53,11 @@ def load_source(config: DomainConfig, *, image_size: int, channels: int, where: 
         image_size: height and width in pixels that every image is stretched to (bilinear, antialiased).
         channels: 1 or 3; grey images are repeated, colour ones reduced to their luminance (ITU-R 601).
         where: the configuration key of ``config``, for messages, such as ``domain.restricted``.
+        memory_gb: decode the images whenever they are read if they take more than so many 10^9 bytes; inf for never.
 
     Returns:
         The images in the data set's own order. Class k is the k-th of ``config.classes``, or of the data set's own
-        classes.
+        classes. Every image has been decoded once, so that what cannot be read is known.
 
     Raises:
         UserError: a value is not allowed, or the data is missing or damaged.
@@ -61,11 +68,24 @@ def load_source(config: DomainConfig, *, image_size: int, channels: int, where: 
     notes = Notes(image_size)
     if config.classes is None:
         notes.saw_classes(parts["train"].classes)
-    selections = {side: _select(part, config, side, where) for side, part in parts.items()}
+    shape = (channels, image_size, image_size)
+    kept = {side: _select(part, config, side, where) for side, part in parts.items()}
+    size = sum(len(numbers) for numbers, _ in kept.values()) * channels * image_size**2
+    memory = None if size <= memory_gb * 1e9 else int(memory_gb * 1e9)
+    if memory is not None:
+        notes.streamed = size / 1e9
     train, test = (
-        _decode(part, side, *selections[side], config, (channels, image_size, image_size), notes, where)
+        _read(
+            _Decoder(part, shape, config.skip_unreadable, where),
+            *kept[side],
+            _kept_classes(part, config),
+            memory,
+            notes,
+        )
         for side, part in parts.items()
     )
+    for side, images in (("train", train), ("test", test)):
+        _require_classes(images.labels, images.classes, side, where)
     return Loaded(train, test, notes)
 
 
@@ -102,35 +122,58 @@ def _select(part: Part, config: DomainConfig, side: str, where: str) -> tuple[Te
     return indices, chosen[indices]
 
 
-def _decode(
-    part: Part,
-    side: str,
-    indices: Tensor,
-    labels: Tensor,
-    config: DomainConfig,
-    shape: tuple[int, int, int],
-    notes: Notes,
-    where: str,
-) -> ImageSet:
-    notes.left_out.update(part.left_out)
-    images = torch.empty((len(indices), *shape), dtype=torch.uint8)
-    readable = torch.ones(len(indices), dtype=torch.bool)
-    for row, index in enumerate(indices.tolist()):
+class _Unreadable(NamedTuple):
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Decodes a part's images at the model's size; see `streamed.Decoder`."""
+
+    part: Part
+    shape: tuple[int, int, int]
+    skip_unreadable: bool
+    where: str
+
+    def __call__(self, index: int) -> Tensor:
+        """Decode one image."""
         try:
-            image = part.read(index)
+            return to_tensor(self.part.read(index), self.shape)
         except UnreadableError as error:
-            if not config.skip_unreadable:
-                raise UserError(f"{where}.root: {error}; {where}.skip_unreadable=true leaves such out") from error
-            notes.saw_unreadable(str(error))
+            raise UserError(f"{self.where}.root: {error}") from error
+
+    def measured(self, index: int) -> tuple[Tensor, tuple[int, int]] | _Unreadable:
+        """Decode one image for the first time; return also its own size."""
+        try:
+            image = self.part.read(index)
+        except UnreadableError as error:
+            if self.skip_unreadable:
+                return _Unreadable(str(error))
+            raise UserError(f"{self.where}.root: {error}; {self.where}.skip_unreadable=true leaves such out") from error
+        return to_tensor(image, self.shape), image.size
+
+
+def _read(
+    decoder: _Decoder, numbers: Tensor, labels: Tensor, classes: tuple[str, ...], memory: int | None, notes: Notes
+) -> ImageSet:
+    """Decode images once, and keep them, or with a limit to ``memory`` only what tells them apart."""
+    notes.left_out.update(decoder.part.left_out)
+    kept = torch.empty((len(numbers), *((32,) if memory is not None else decoder.shape)), dtype=torch.uint8)
+    readable = torch.ones(len(numbers), dtype=torch.bool)
+    groups = (group.tolist() for group in torch.split(numbers, GROUP))
+    for row, decoded in enumerate(chain.from_iterable(read_ahead(decoder.measured, groups))):
+        if isinstance(decoded, _Unreadable):
+            notes.saw_unreadable(decoded.reason)
             readable[row] = False
         else:
-            notes.saw(image)
-            images[row] = to_tensor(image, shape)
-    decoded = ImageSet(images, labels, _kept_classes(part, config))
-    if readable.all():
-        return decoded
-    _require_classes(labels[readable], decoded.classes, side, where)
-    return decoded.take(readable.nonzero().flatten())
+            image, size = decoded
+            notes.saw(size)
+            kept[row] = image if memory is None else fingerprint(image)
+    if not readable.all():
+        kept, numbers, labels = kept[readable], numbers[readable], labels[readable]
+    if memory is None:
+        return MemoryImages(kept, labels, classes)
+    return StreamedImages(decoder, numbers, labels, classes, kept, memory)
 
 
 def _require_classes(labels: Tensor, classes: tuple[str, ...], side: str, where: str) -> None:

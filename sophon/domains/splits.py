@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from sophon.config import DomainConfig
-from sophon.domains.sources import class_generator, load_source
-from sophon.domains.types import Domain, ImageSet
+from sophon.domains.sources import Loaded, class_generator, load_source
+from sophon.domains.types import ImageSet, LoadedDomain
 from sophon.errors import UserError
 
 RESTRICTED_SPLITS = ("adapt", "query", "attack", "select")
 UNLABELLED = ("unlabelled",)
 
 
-def load_original(config: DomainConfig, *, image_size: int, channels: int, where: str = "domain.original") -> Domain:
+def load_original(
+    config: DomainConfig, *, image_size: int, channels: int, where: str = "domain.original", memory_gb: float = math.inf
+) -> LoadedDomain:
     """Load an original domain.
 
     Its training images are split, class by class, into ``train`` and ``val``; the data set's test images are ``test``.
@@ -28,6 +30,7 @@ def load_original(config: DomainConfig, *, image_size: int, channels: int, where
         image_size: see `load_source`.
         channels: see `load_source`.
         where: the configuration key of ``config``, for messages.
+        memory_gb: see `load_source`.
 
     Returns:
         The domain, on the CPU, with the splits ``train``, ``val`` and ``test``.
@@ -38,12 +41,18 @@ def load_original(config: DomainConfig, *, image_size: int, channels: int, where
     if not 0 < config.val_fraction < 1:
         raise UserError(f"{where}.val_fraction: {config.val_fraction} is not allowed; it must be > 0 and < 1")
     fractions = {"train": 1 - config.val_fraction, "val": config.val_fraction}
-    return _load(config, fractions, image_size, channels, where)
+    loaded = load_source(config, image_size=image_size, channels=channels, where=where, memory_gb=memory_gb)
+    return _split(loaded, config, fractions, where)
 
 
 def load_restricted(
-    config: DomainConfig, *, image_size: int, channels: int, where: str = "domain.restricted"
-) -> Domain:
+    config: DomainConfig,
+    *,
+    image_size: int,
+    channels: int,
+    where: str = "domain.restricted",
+    memory_gb: float = math.inf,
+) -> LoadedDomain:
     """Load a restricted domain.
 
     Its training images are split, class by class, into ``adapt`` and ``query`` (the defender's), ``attack`` and
@@ -54,6 +63,7 @@ def load_restricted(
         image_size: see `load_source`.
         channels: see `load_source`.
         where: the configuration key of ``config``, for messages.
+        memory_gb: see `load_source`.
 
     Returns:
         The domain, on the CPU, with the splits ``adapt``, ``query``, ``attack``, ``select`` and ``test``. Without
@@ -74,7 +84,8 @@ def load_restricted(
             raise UserError(f"{where}.fractions.{name}: {fraction} is not allowed; it must be > 0")
     if not sum(fractions.values()) <= 1 + 1e-9:
         raise UserError(f"{where}.fractions: their sum is {sum(fractions.values()):g}; it must be <= 1")
-    return _load(config, {name: fractions[name] for name in RESTRICTED_SPLITS}, image_size, channels, where)
+    loaded = load_source(config, image_size=image_size, channels=channels, where=where, memory_gb=memory_gb)
+    return _split(loaded, config, {name: fractions[name] for name in RESTRICTED_SPLITS}, where)
 
 
 def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -> ImageSet:
@@ -95,7 +106,7 @@ def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -
         UserError: ``budget`` is smaller than the number of classes or larger than the number of images.
     """
     if budget is None:
-        return images
+        return images.in_memory()
     if not len(images.classes) <= budget <= len(images):
         raise UserError(
             f"data_budget: {budget} is not allowed; it must be {len(images.classes)} (one image a class) "
@@ -107,11 +118,11 @@ def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -
     for label in range(len(images.classes)):
         members = labels == label
         rank[members] = torch.arange(int(members.sum()))
-    return images.take(order[rank.argsort(stable=True)[:budget]])
+    return images.take(order[rank.argsort(stable=True)[:budget]]).in_memory()
 
 
-def _load(config: DomainConfig, fractions: Mapping[str, float], image_size: int, channels: int, where: str) -> Domain:
-    everything, test, notes = load_source(config, image_size=image_size, channels=channels, where=where)
+def _split(loaded: Loaded, config: DomainConfig, fractions: Mapping[str, float], where: str) -> LoadedDomain:
+    everything, test, notes = loaded
     train = _without_duplicates(everything, test)
     if len(train) < len(everything):
         notes.left_out["repeated"] += len(everything) - len(train)
@@ -121,24 +132,20 @@ def _load(config: DomainConfig, fractions: Mapping[str, float], image_size: int,
     if config.labels == "none":
         splits = {name: _without_labels(images) for name, images in splits.items()}
     classes, hashes = splits["test"].classes, {name: images.sha256() for name, images in splits.items()}
-    return Domain(config.name, classes, splits, hashes, tuple(notes.texts()))
+    return LoadedDomain(config.name, classes, splits, hashes, tuple(notes.texts()))
 
 
 def _without_labels(images: ImageSet) -> ImageSet:
-    return ImageSet(images.images, torch.zeros_like(images.labels), UNLABELLED)
+    return images.relabelled(torch.zeros_like(images.labels), UNLABELLED)
 
 
 def _without_duplicates(train: ImageSet, test: ImageSet) -> ImageSet:
-    seen, kept = set(_fingerprints(test)), []
-    for index, fingerprint in enumerate(_fingerprints(train)):
+    seen, kept = set(map(bytes, test.fingerprints().numpy())), []
+    for index, fingerprint in enumerate(map(bytes, train.fingerprints().numpy())):
         if fingerprint not in seen:
             seen.add(fingerprint)
             kept.append(index)
-    return train.take(torch.tensor(kept, dtype=torch.int64))
-
-
-def _fingerprints(images: ImageSet) -> Iterator[bytes]:
-    return (hashlib.sha256(image.numpy().tobytes()).digest() for image in images.images)
+    return train.take(torch.tensor(kept, dtype=torch.int64)) if len(kept) < len(train) else train
 
 
 def _stratified(train: ImageSet, fractions: Mapping[str, float], seed: int, key: str) -> dict[str, Tensor]:

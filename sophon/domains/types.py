@@ -1,9 +1,10 @@
-"""What the other rooms know of a domain: labelled images in memory, and named splits of them."""
+"""What the other rooms know of a domain: labelled images, wherever they are kept, and named splits of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,8 +21,67 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+class ImageSet(ABC):
+    """Labelled images of one size. Batches of them come on the device that they were sent `to`.
+
+    Attributes:
+        labels: int64 [N], each in 0 .. len(classes) - 1.
+        classes: the class names, in the order of the labels.
+    """
+
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """An image's shape: (C, H, W)."""
+
+    @abstractmethod
+    def batch(self, indices: Tensor) -> Batch:
+        """Return the images at ``indices`` (int64 [M])."""
+
+    @abstractmethod
+    def take(self, indices: Tensor) -> ImageSet:
+        """Return the set of the images at ``indices`` (int64 [M]), which may repeat."""
+
+    @abstractmethod
+    def relabelled(self, labels: Tensor, classes: tuple[str, ...]) -> ImageSet:
+        """Return the same images with other labels (int64 [N]) of other classes."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> ImageSet:
+        """Return the same images on ``device``."""
+
+    @abstractmethod
+    def fingerprints(self) -> Tensor:
+        """Return the sha256 of every image's pixels: uint8 [N, 32] on the CPU."""
+
+    def first(self, count: int) -> Batch:
+        """Return the first ``count`` images, all if there are fewer."""
+        return self.batch(torch.arange(min(count, len(self))))
+
+    def stream(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
+        """Give a batch for each of ``parts`` (int64 [M] each), which may be drawn before they are needed."""
+        return map(self.batch, parts)
+
+    def in_memory(self) -> ImageSet:
+        """Return the same images in memory if they fit there, for who walks through them again and again."""
+        return self
+
+    def sha256(self) -> str:
+        """Hash pixels, labels and class names: equal hashes mean the same images in the same order."""
+        digest = hashlib.sha256(repr((len(self), self.shape, self.classes)).encode())
+        digest.update(self.fingerprints().numpy().tobytes())
+        digest.update(self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
-class ImageSet:
+class MemoryImages(ImageSet):
     """Labelled images held whole in memory or on the device.
 
     Attributes:
@@ -34,28 +94,45 @@ class ImageSet:
     labels: Tensor
     classes: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """An image's shape: (C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
-    def to(self, device: torch.device) -> ImageSet:
-        """Return the same images on ``device``."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
-
-    def take(self, indices: Tensor) -> ImageSet:
+    def batch(self, indices: Tensor) -> Batch:
         """Return the images at ``indices`` (int64 [M])."""
         indices = indices.to(self.labels.device)
-        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+        return Batch(self.images[indices], self.labels[indices])
 
-    def sha256(self) -> str:
-        """Hash pixels, labels and class names: equal hashes mean the same images in the same order."""
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
-        digest.update(self.images.cpu().numpy().tobytes())
-        digest.update(self.labels.cpu().numpy().tobytes())
-        return digest.hexdigest()
+    def take(self, indices: Tensor) -> MemoryImages:
+        """Return copies of the images at ``indices`` (int64 [M])."""
+        return MemoryImages(*self.batch(indices), self.classes)
+
+    def relabelled(self, labels: Tensor, classes: tuple[str, ...]) -> MemoryImages:
+        """Return the same images with other labels (int64 [N]) of other classes."""
+        return MemoryImages(self.images, labels.to(self.labels.device), classes)
+
+    def to(self, device: torch.device) -> MemoryImages:
+        """Return the same images on ``device``."""
+        return MemoryImages(self.images.to(device), self.labels.to(device), self.classes)
+
+    def fingerprints(self) -> Tensor:
+        """Return the sha256 of every image's pixels: uint8 [N, 32] on the CPU."""
+        prints = torch.empty(len(self), 32, dtype=torch.uint8)
+        for row, image in enumerate(self.images):
+            prints[row] = fingerprint(image)
+        return prints
+
+
+def fingerprint(image: Tensor) -> Tensor:
+    """Return the sha256 of an image's pixels (uint8 [C, H, W]): uint8 [32] on the CPU."""
+    pixels = image.cpu().contiguous().numpy().tobytes()
+    return torch.frombuffer(bytearray(hashlib.sha256(pixels).digest()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
-class Domain:
+class LoadedDomain:
     """A domain with its disjoint splits.
 
     Attributes:
@@ -82,6 +159,6 @@ class Domain:
     def __getitem__(self, split: str) -> ImageSet:
         return self.splits[split]
 
-    def to(self, device: torch.device) -> Domain:
+    def to(self, device: torch.device) -> LoadedDomain:
         """Return the same domain with every split on ``device``."""
         return replace(self, splits={name: images.to(device) for name, images in self.splits.items()})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
-from sophon.domains import Batch, Domain, batches
+from sophon.domains import Batch, LoadedDomain, batches
 from sophon.protect.first_order import first_order
 from sophon.protect.starts import Factors, start
 from sophon.seeds import derive_seed
@@ -41,11 +41,11 @@ class Attackers:
         self,
         model: nn.Module,
         task: Task,
-        restricted: Sequence[Domain],
+        restricted: Sequence[LoadedDomain],
         heads: set[str],
         config: MethodConfig,
         seed: int,
-        original: Domain | None = None,
+        original: LoadedDomain | None = None,
     ) -> None:
         self.model = model
         self.task = task

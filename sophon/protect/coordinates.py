@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sophon.domains import ImageSet
+from sophon.domains import ImageSet, evaluation_batches
 from sophon.errors import UserError
 from sophon.models.channels import Interface, channels, interfaces
 from sophon.seeds import derive_seed
@@ -221,7 +221,7 @@ class _Measured:
 
     def __init__(self, task: Task, images: ImageSet) -> None:
         self._task = task
-        self._parts = torch.split(images.images[:STATISTICS], _BATCH)
+        self._images = images.take(torch.arange(min(STATISTICS, len(images)))).in_memory()
 
     def moments(
         self, model: nn.Module, layer: nn.Module, of: Callable[[Tensor, Tensor], Tensor]
@@ -229,8 +229,8 @@ class _Measured:
         """Return mean and variance by channel, float64, of what ``of`` makes of a layer's input and output."""
 
         def run() -> None:
-            for part in self._parts:
-                self._task.features(model, part)
+            for batch in evaluation_batches(self._images, _BATCH):
+                self._task.features(model, batch.images)
 
         return channel_moments(layer, run, of)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
-from sophon.domains import Domain
+from sophon.domains import LoadedDomain
 from sophon.protect.attackers import Attackers
 from sophon.protect.curriculum import Curriculum
 from sophon.protect.distributed import ALONE, Ranks
@@ -102,12 +102,12 @@ class FTS:
         self,
         model: nn.Module,
         task: Task,
-        restricted: Sequence[Domain],
+        restricted: Sequence[LoadedDomain],
         sampler: StrategySampler,
         config: MethodConfig,
         seed: int,
         ranks: Ranks = ALONE,
-        original: Domain | None = None,
+        original: LoadedDomain | None = None,
     ) -> None:
         self.model = model
         self.task = task

@@ -15,12 +15,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sophon.attacker import SCHEDULES
 from sophon.config import GuardConfig, MethodConfig
-from sophon.domains import Batch, Domain
+from sophon.domains import LoadedDomain
 from sophon.errors import GuardError, UserError
 from sophon.protect.coordinates import BlindReaders
 from sophon.protect.distributed import ALONE, Ranks
@@ -59,8 +58,8 @@ class Trainer:
         model: nn.Module,
         reference: nn.Module,
         task: Task,
-        original: Domain,
-        restricted: Sequence[Domain],
+        original: LoadedDomain,
+        restricted: Sequence[LoadedDomain],
         sampler: StrategySampler,
         method: MethodConfig,
         guard: GuardConfig,
@@ -82,10 +81,9 @@ class Trainer:
         self.state_path = folder / STATE_FILE
         self.fts = FTS(model, task, restricted, sampler, method, seed, ranks, original)
         self.ntr = NTR(model, reference, task, original["train"], method, seed, ranks)
-        few = original["train"].take(torch.arange(min(8, len(original["train"]))))
         self.kept: list[FixedNorms | BlindReaders] = []
         if method.fixed_norms != "none":
-            fixed = FixedNorms(model, task, Batch(few.images, few.labels), method.fixed_norms)
+            fixed = FixedNorms(model, task, original["train"].first(8), method.fixed_norms)
             self.kept.append(fixed)
             if not fixed.names:
                 tracker.say("method.fixed_norms: no layer of this model feeds a normalisation alone; none is held")

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sophon import domains
 from sophon.arguments import Limits
-from sophon.domains import Batch
 from sophon.surgery.means import Means
 from sophon.surgery.moments import channel_moments
 from sophon.surgery.renormalise import ScaleFree, scale_free
@@ -40,8 +39,7 @@ def centre(
 
 def centre_channels(model: nn.Module, means: Means, *, outweighs: float = 3.0) -> dict[str, Tensor | float]:
     """Do what `centre` does; return what parameters were multiplied with at first, 0 for those replaced."""
-    few = means.relabelled(means.images.take(torch.arange(min(8, len(means.images)))), model)
-    batch = Batch(few.images, few.labels)
+    batch = means.relabelled(means.images, model).first(8)
     factors: dict[str, Tensor | float] = {}
     for found in scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel"):
         norm = found.norm

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sophon.attacker import FineTuneStrategy
-from sophon.domains import Domain, ImageSet
+from sophon.domains import ImageSet, LoadedDomain
 from sophon.errors import UserError
 from sophon.finetune import Loss, fine_tune, flops_per_step
 from sophon.models import ModelSpec, build
@@ -36,8 +36,8 @@ class Means:
     classes: tuple[str, ...]
     images: ImageSet
     generator: torch.Generator
-    original: Domain | None = None
-    benign: Domain | None = None
+    original: LoadedDomain | None = None
+    benign: LoadedDomain | None = None
     batch_size: int = 128
     flops: float = 0.0
 
@@ -61,7 +61,7 @@ class Means:
     def relabelled(self, images: ImageSet, model: nn.Module) -> ImageSet:
         """Wrap labels around to those that the model's own head has, for uses where they only have to be allowed."""
         count = self.classes_of(model) or len(images.classes)
-        return ImageSet(images.images, images.labels % count, images.classes)
+        return images.relabelled(images.labels % count, images.classes)
 
     def train(
         self, model: nn.Module, strategy: FineTuneStrategy, images: ImageSet | None = None, loss: Loss | None = None
@@ -81,13 +81,13 @@ class Means:
         self.flops += strategy.steps * flops_per_step(model, strategy, self.task, images, loss)
         return fine_tune(model, strategy, self.task, images, self.generator, loss=loss)
 
-    def domain(self, name: str, where: str) -> Domain:
+    def domain(self, name: str, where: str) -> LoadedDomain:
         """Return the ``original`` or the ``benign`` domain.
 
         Raises:
             UserError: the audit has no such domain.
         """
-        found: Domain | None = getattr(self, name)
+        found: LoadedDomain | None = getattr(self, name)
         if found is None:
             raise UserError(f"{where}: the audit was given no {name} domain; set domain.{name}")
         return found

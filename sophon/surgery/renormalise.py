@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from sophon.domains import Batch
 from sophon.surgery.means import Means
 from sophon.tasks.task import evaluating
 
@@ -61,8 +60,7 @@ def renormalise(model: nn.Module, means: Means, *, per: Per = "layer") -> nn.Mod
 def rescale_to_fresh(model: nn.Module, means: Means, *, per: Per = "layer") -> dict[str, Tensor]:
     """Do what `renormalise` does; return what was multiplied, as `rescale` does, of all layers."""
     fresh = means.fresh(model)
-    few = means.relabelled(means.images.take(torch.arange(min(8, len(means.images)))), model)
-    batch = Batch(few.images, few.labels)
+    batch = means.relabelled(means.images, model).first(8)
     factors: dict[str, Tensor] = {}
     for found in scale_free(model, lambda: means.task.attacker_loss(model, batch), per=per):
         factors |= rescale(found, norms(fresh.get_submodule(found.name), found.axis))

@@ -243,8 +243,8 @@ class DenoisingTask:
         timesteps = torch.randperm(count, generator=generator) * len(self._signal) // count
         shape = (count, self.spec.channels, self.spec.image_size, self.spec.image_size)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        for part in torch.split(torch.arange(count), self.evaluation_batch_size):
-            batch = images.take(chosen[part])
+        parts = torch.split(torch.arange(count), self.evaluation_batch_size)
+        for part, batch in zip(parts, images.stream(chosen[part] for part in parts), strict=True):
             clean = self.prepare(batch.images)
             yield self.noised(clean, timesteps[part].to(clean.device), noise[part].to(clean)), batch.labels
 

@@ -21,7 +21,7 @@ from sophon.audit.runner import Frechet, Runner
 from sophon.audit.workers import run_jobs
 from sophon.config import Config, keyed, plain
 from sophon.devices import resolve_device
-from sophon.domains import Domain, load_restricted
+from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
 from sophon.files import read_json, write_json
@@ -55,7 +55,7 @@ class _Stage:
 
     protected: Checkpoint
     reference: Checkpoint
-    original: Domain
+    original: LoadedDomain
     scene: Scene
 
 
@@ -200,7 +200,11 @@ def _stages(config: Config) -> list[_Stage]:
     benign = None
     if config.domain.benign is not None:
         benign = load_restricted(
-            config.domain.benign, image_size=spec.image_size, channels=spec.channels, where="domain.benign"
+            config.domain.benign,
+            image_size=spec.image_size,
+            channels=spec.channels,
+            where="domain.benign",
+            memory_gb=config.domain.memory_gb,
         ).to(device)
     models: dict[str, nn.Module] = {
         "protected": protected.model.to(device),
@@ -224,7 +228,7 @@ def _runner(config: Config, stage: _Stage) -> Runner:
 def _frechet(stage: _Stage, features: Fidelity | None) -> Frechet | None:
     if features is None:
         return None
-    return Frechet(features.name, partial(features.distance, real=stage.scene.restricted["test"].images))
+    return Frechet(features.name, partial(features.distance, real=stage.scene.restricted["test"]))
 
 
 def _features(config: Config, stage: _Stage, folder: Path) -> Fidelity | None:
@@ -274,8 +278,8 @@ def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]
     grids = {f"{role} model, not attacked": images for role, images in drawn.items() if images is not None}
     if not grids:
         return None
-    test = scene.restricted["test"].images
-    real = test[torch.linspace(0, len(test) - 1, min(count, len(test))).long()].cpu()
+    test = scene.restricted["test"]
+    real = test.batch(torch.linspace(0, len(test) - 1, min(count, len(test))).long()).images.cpu()
     return write_gallery(folder, {f"real images of {scene.restricted.name}": real, **grids})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sophon.audit.verdict import format_value
 from sophon.config import Config, DomainConfig, keyed, plain
-from sophon.domains import Domain, load_original, load_restricted, with_clusters
+from sophon.domains import LoadedDomain, load_original, load_restricted, with_clusters
 from sophon.domains.names import few
 from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint
@@ -64,7 +64,12 @@ def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
     if is_ours(path):
         return read_checkpoint(path, key)
     model = config.model
-    original = load_original(config.domain.original, image_size=model.image_size, channels=model.channels)
+    original = load_original(
+        config.domain.original,
+        image_size=model.image_size,
+        channels=model.channels,
+        memory_gb=config.domain.memory_gb,
+    )
     return open_foreign(path, model, original.classes, key)
 
 
@@ -96,27 +101,29 @@ def asked_precision(config: Config) -> dict[str, str]:
     return {"amp": config.amp} if config.amp == "all" else {}
 
 
-def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Domain, tuple[Domain, ...]]:
+def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[LoadedDomain, tuple[LoadedDomain, ...]]:
     """Load the original and the restricted domains as the model takes them.
 
     Raises:
         UserError: the original domain's classes are not the model's, or a domain cannot be loaded.
     """
-    size, channels = spec.image_size, spec.channels
-    original = load_original(config.domain.original, image_size=size, channels=channels)
+    size, channels, memory_gb = spec.image_size, spec.channels, config.domain.memory_gb
+    original = load_original(config.domain.original, image_size=size, channels=channels, memory_gb=memory_gb)
     if original.classes != spec.classes:
         raise UserError(
             f"domain.original: its {len(original.classes)} classes ({few(original.classes)}) are not the "
             f"{len(spec.classes)} that the reference tells apart ({few(spec.classes)})"
         )
     restricted = (
-        load_restricted(each, image_size=size, channels=channels, where=key)
+        load_restricted(each, image_size=size, channels=channels, where=key, memory_gb=memory_gb)
         for key, each in keyed(config.domain.restricted).items()
     )
     return original.to(device), tuple(each.to(device) for each in restricted)
 
 
-def with_pseudo_labels(domain: Domain, config: DomainConfig, where: str, task: Task, model: nn.Module) -> Domain:
+def with_pseudo_labels(
+    domain: LoadedDomain, config: DomainConfig, where: str, task: Task, model: nn.Module
+) -> LoadedDomain:
     """Give a domain without labels those that simulated attackers can learn: clusters of the reference's features.
 
     It stays as it is if it has labels, if the model has no use for them, or if it has no features to go by; a model
@@ -131,13 +138,13 @@ def with_pseudo_labels(domain: Domain, config: DomainConfig, where: str, task: T
             return task.features(model, images)
 
     needless = config.labels == "given" or not task.head_names(model)
-    if needless or features(domain["adapt"].images[:1]) is None:
+    if needless or features(domain["adapt"].first(1).images) is None:
         return domain
     of_any = cast(Callable[[Tensor], Tensor], features)
     return with_clusters(domain, of_any, config.clusters, seed=config.split_seed, where=where)
 
 
-def say_domains(*domains: Domain | None) -> None:
+def say_domains(*domains: LoadedDomain | None) -> None:
     """Print what each domain holds and what is worth noting of how it was read, a line each."""
     for domain in filter(None, domains):
         print(domain)
@@ -162,7 +169,7 @@ def tracker_of(config: Config, folder: Path) -> Iterator[Tracker]:
         tracker.close()
 
 
-def measured(task: Task, model: nn.Module, original: Domain, split: str, key: str) -> float:
+def measured(task: Task, model: nn.Module, original: LoadedDomain, split: str, key: str) -> float:
     """Return the task's metric on a split of the original domain.
 
     Raises:
@@ -174,7 +181,7 @@ def measured(task: Task, model: nn.Module, original: Domain, split: str, key: st
     return value
 
 
-def doubt(task: Task, model: nn.Module, original: Domain, key: str) -> str | None:
+def doubt(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> str | None:
     """Return a line of warning if a model does no better on ``val`` than a guess, within two standard errors.
 
     Raises:

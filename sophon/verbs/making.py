@@ -20,7 +20,7 @@ from sophon.attacker import FineTuneStrategy
 from sophon.audit.verdict import format_value
 from sophon.config import ClampConfig, Config, GuardConfig, MethodConfig, keyed, plain
 from sophon.devices import resolve_device
-from sophon.domains import Domain, load_original
+from sophon.domains import LoadedDomain, load_original
 from sophon.errors import GuardError, UserError
 from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.files import read_json
@@ -65,7 +65,10 @@ def pretrain(config: Config) -> None:
     """Train the unprotected reference on the original domain; write ``run_dir/checkpoint``."""
     device = resolve_device(config.device)
     original = load_original(
-        config.domain.original, image_size=config.model.image_size, channels=config.model.channels
+        config.domain.original,
+        image_size=config.model.image_size,
+        channels=config.model.channels,
+        memory_gb=config.domain.memory_gb,
     ).to(device)
     say_domains(original)
     if config.pretrain.steps == 0 and config.model.weights is None and not config.model.pretrained:
@@ -89,7 +92,9 @@ def pretrain(config: Config) -> None:
             _pretrain(config, model, spec, task, original, folder)
 
 
-def _pretrain(config: Config, model: nn.Module, spec: ModelSpec, task: Task, original: Domain, folder: Path) -> None:
+def _pretrain(
+    config: Config, model: nn.Module, spec: ModelSpec, task: Task, original: LoadedDomain, folder: Path
+) -> None:
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "pretrain", "batches"))
     with tracker_of(config, folder) as tracker, tracker.progress("pretrain", config.pretrain.steps) as advance:
 
@@ -144,8 +149,8 @@ class _Stage:
     """What a protection starts from, read and ready."""
 
     reference: Checkpoint
-    original: Domain
-    restricted: tuple[Domain, ...]
+    original: LoadedDomain
+    restricted: tuple[LoadedDomain, ...]
     task: Task
     identity: dict[str, Any]
 
@@ -169,7 +174,9 @@ def _stage(config: Config, device: torch.device) -> _Stage:
     return _Stage(reference, original, restricted, task, identity)
 
 
-def _rehearse(config: Config, task: Task, reference: nn.Module, original: Domain, restricted: Sequence[Domain]) -> None:
+def _rehearse(
+    config: Config, task: Task, reference: nn.Module, original: LoadedDomain, restricted: Sequence[LoadedDomain]
+) -> None:
     """Refuse now, rather than with a folder begun, what the model and its simulated attackers cannot do."""
     method, sampler = config.method, config.sampler
     step = FineTuneStrategy(batch_size=method.ntr_batch_size)
@@ -186,7 +193,7 @@ def _rehearse(config: Config, task: Task, reference: nn.Module, original: Domain
 
 def _domains(
     config: Config, reference: Checkpoint, task: Task, device: torch.device
-) -> tuple[Domain, tuple[Domain, ...]]:
+) -> tuple[LoadedDomain, tuple[LoadedDomain, ...]]:
     """Load the domains, and put the reference where they are: it says what to learn of those without labels."""
     configs, loss = keyed(config.domain.restricted), config.method.suppression_loss
     for key, each in configs.items():
@@ -202,7 +209,7 @@ def _domains(
     return original, tuple(restricted)
 
 
-def _hashes(original: Domain, restricted: Sequence[Domain]) -> dict[str, Any]:
+def _hashes(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dict[str, Any]:
     """Return what says of which images a run is; of several restricted domains also their order."""
     if len(restricted) == 1:
         return {"original": original.hashes, "restricted": restricted[0].hashes}
@@ -249,7 +256,7 @@ def _start(config: Config, reference: nn.Module) -> nn.Module:
     return coordinates.linear(reference) if config.method.gains else copy.deepcopy(reference)
 
 
-def _released(config: Config, model: nn.Module, reference: nn.Module, task: Task, original: Domain) -> nn.Module:
+def _released(config: Config, model: nn.Module, reference: nn.Module, task: Task, original: LoadedDomain) -> nn.Module:
     """Return the model to release of what the loops have made.
 
     Raises:
@@ -313,7 +320,7 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
 
 
 def _manifest(
-    config: Config, verb: str, parent: str | None, original: Domain, restricted: Sequence[Domain] = ()
+    config: Config, verb: str, parent: str | None, original: LoadedDomain, restricted: Sequence[LoadedDomain] = ()
 ) -> dict[str, Any]:
     several = [_facts(each) for each in restricted]
     more = {"restricted": several[0] if len(several) == 1 else several} if several else {}
@@ -330,7 +337,7 @@ def _manifest(
     }
 
 
-def _facts(domain: Domain) -> dict[str, Any]:
+def _facts(domain: LoadedDomain) -> dict[str, Any]:
     return {"name": domain.name, "classes": list(domain.classes), "hashes": dict(domain.hashes)}
 
 
@@ -340,8 +347,8 @@ def _write_protected(
     reference: Checkpoint,
     model: nn.Module,
     task: Task,
-    original: Domain,
-    restricted: Sequence[Domain],
+    original: LoadedDomain,
+    restricted: Sequence[LoadedDomain],
     position: Position,
 ) -> None:
     """Measure what the protection cost the original domain, ``test`` read once, and write the checkpoint."""
@@ -375,7 +382,7 @@ def lost_on_test(guard: GuardConfig, task: Task, before: float, after: float) ->
     return f"test lost {loss:.3g}{unit}, more than guard.tolerance={guard.tolerance:g}{unit}, which val keeps"
 
 
-def _both_splits(task: Task, model: nn.Module, original: Domain, key: str) -> dict[str, float]:
+def _both_splits(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> dict[str, float]:
     return {split: measured(task, model, original, split, key) for split in ("val", "test")}
 
 

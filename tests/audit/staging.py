@@ -21,7 +21,7 @@ from sophon.audit.plan import Scene
 from sophon.audit.runner import Runner
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig, SearchConfig
-from sophon.domains import Domain
+from sophon.domains import LoadedDomain
 from sophon.errors import UserError
 from sophon.models import ModelSpec
 from sophon.sampler import SamplerConfig, StrategySampler
@@ -32,7 +32,7 @@ from tests.tiny import TinyNet, tiny_bands, tiny_model, tiny_spec, tiny_task
 RESTRICTED = tiny_bands("restricted", ("attack", "select", "test", "adapt", "query"), seed=40, across=True)
 BENIGN = tiny_bands("benign", ("attack", "select", "test"), seed=60)
 ORIGINAL = tiny_bands("original", ("train", "val", "test"), seed=80)
-TWO = Domain("two", ("a", "b"), RESTRICTED.splits, {})
+TWO = LoadedDomain("two", ("a", "b"), RESTRICTED.splits, {})
 
 FRESH = FineTuneStrategy(optimizer="adam", lr=0.01, batch_size=8, steps=4, head="fresh")
 KEPT = replace(FRESH, head="kept", steps=6)

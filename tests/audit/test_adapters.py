@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import LORA_LAYERS, FineTuneStrategy
 from sophon.audit.adapters import add_adapters
-from sophon.domains import ImageSet
+from sophon.domains import ImageSet, MemoryImages
 from sophon.errors import UserError
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.models import ModelSpec, build
@@ -51,7 +51,7 @@ def classifier(architecture: str, size: int, **arguments: object) -> Case:
     with torch.no_grad():
         for parameter in model.parameters():  # timm starts some at zero, through which no gradient passes
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return Case(model, ClassificationTask(spec), ImageSet(large, images.labels, CLASSES))
+    return Case(model, ClassificationTask(spec), MemoryImages(large, images.labels, CLASSES))
 
 
 def resnet() -> Case:

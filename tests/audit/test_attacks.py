@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sophon.attacker import OPTIMIZERS, FineTuneStrategy
 from sophon.audit import attacks
 from sophon.audit.attacks import Outcome, attack, linear_probe
-from sophon.domains import Batch, Domain, ImageSet
+from sophon.domains import Batch, ImageSet, LoadedDomain
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
 from sophon.surgery import means
@@ -28,7 +28,7 @@ RESTRICTED = tiny_bands("restricted", SPLITS, seed=40, across=True)
 PLAN = FineTuneStrategy(optimizer="adam", lr=0.02, batch_size=8, steps=10, head="kept")
 
 
-class Reading(Domain):
+class Reading(LoadedDomain):
     """Remembers which splits were asked for; it has the attacker's only."""
 
     def __getitem__(self, split: str) -> ImageSet:
@@ -284,7 +284,7 @@ def test_data_budget_that_the_split_cannot_meet(budget: int) -> None:
 
 
 def test_kept_head_needs_the_same_classes() -> None:
-    narrow = Domain("two", ("a", "b"), RESTRICTED.splits, {})
+    narrow = LoadedDomain("two", ("a", "b"), RESTRICTED.splits, {})
     with pytest.raises(UserError, match="head: 'kept'"):
         attack(tiny_model(), PLAN, tiny_task(), narrow, spec=tiny_spec(), seed=0, eval_points=2)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sophon.audit.runner import Frechet, with_more_data
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
-from sophon.domains import Batch, Domain, ImageSet
+from sophon.domains import Batch, ImageSet, LoadedDomain
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (
@@ -83,7 +83,7 @@ def test_benign_attempts_run_on_the_benign_domain(tmp_path: Path) -> None:
 def test_another_benign_domain_changes_only_the_attempts_on_it(tmp_path: Path, attacked: list[Any]) -> None:
     config = replace(CONFIG, seeds=1, benign=["fresh"])
     attempts_of(staged(tmp_path, config, benign=BENIGN))
-    other = Domain("other", BENIGN.classes, BENIGN.splits, {"attack": "another"})
+    other = LoadedDomain("other", BENIGN.classes, BENIGN.splits, {"attack": "another"})
     assert len(attacked) == 9
     attempts_of(staged(tmp_path, config, benign=other))
     assert len(attacked) == 12

@@ -16,7 +16,7 @@ from sophon.audit.masking import measure
 from sophon.audit.metrics import summarise
 from sophon.audit.undone import undone
 from sophon.config import MaskingConfig
-from sophon.domains import Batch, Domain, batches
+from sophon.domains import Batch, LoadedDomain, batches
 from sophon.models import ModelSpec
 from sophon.seeds import derive_seed
 from tests.audit.records import CONTEXT, trio
@@ -36,7 +36,7 @@ from tests.tiny import (
 
 CONVOLUTIONS = ("conv1", "conv2")
 # nothing but what an attacker trains on: whatever else were read would be missed
-ATTACKED = Domain("restricted", CLASSES, {"attack": tiny_images(3)}, {})
+ATTACKED = LoadedDomain("restricted", CLASSES, {"attack": tiny_images(3)}, {})
 HEADS = MaskingConfig(heads=["fresh", "kept"], steps=2, batches=1)
 KEPT = MaskingConfig(heads=["kept"], steps=0, batches=1)
 
@@ -263,7 +263,7 @@ def test_the_same_seed_gives_the_same_and_models_stay_as_they_are() -> None:
 
 
 def test_a_head_of_another_size_is_left_out_with_the_reason() -> None:
-    two = Domain("two", CLASSES[:2], {"attack": tiny_images(3)}, {})
+    two = LoadedDomain("two", CLASSES[:2], {"attack": tiny_images(3)}, {})
     two.splits["attack"].labels.remainder_(2)
     found = measured(tiny_model(1), tiny_model(2), restricted=two)
     assert [moment["head"] for moment in found["moments"]] == ["fresh", "fresh"]

@@ -14,7 +14,7 @@ from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit.plan import Attempt, Job, Plan, Search, oracle_data, strategies, unfit
 from sophon.audit.verdict import ROLES
 from sophon.config import AttackConfig, SearchConfig
-from sophon.domains import Domain
+from sophon.domains import LoadedDomain
 from sophon.errors import UserError
 from tests.audit.staging import BENIGN, CONFIG, FRESH, KEPT, RESTRICTED, SEARCH, TWO, scene
 from tests.tiny import assert_same_state, state_of, tiny_denoising, tiny_unet, tiny_unet_spec
@@ -295,7 +295,7 @@ def test_looking_whether_an_attack_fits_leaves_no_trace(strategy: FineTuneStrate
 
 
 def test_a_head_that_surgery_replaced_cannot_be_kept_for_other_classes() -> None:
-    pair = Domain("pair", ("a", "b"), TWO.splits, {})
+    pair = LoadedDomain("pair", ("a", "b"), TWO.splits, {})
     named = {"a": replace(KEPT, surgery=(HEAL_BENIGN,)), "b": replace(FRESH, surgery=(HEAL_BENIGN,))}
     assert not plan_of(AttackConfig(strategies=named), benign=BENIGN).left_out
     plan = plan_of(AttackConfig(strategies=named), benign=pair)

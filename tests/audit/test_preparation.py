@@ -16,7 +16,7 @@ from sophon.audit import attacks
 from sophon.audit import runner as module
 from sophon.audit.attacks import Outcome, attack
 from sophon.config import AttackConfig
-from sophon.domains import Batch, Domain, ImageSet
+from sophon.domains import Batch, ImageSet, LoadedDomain
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
 from sophon.surgery import means
@@ -228,7 +228,7 @@ def test_surgery_on_other_domains_makes_these_part_of_the_name(tmp_path: Path) -
         found = staged(tmp_path, config, **{"benign": BENIGN, **changes}).jobs
         return {path.name.split("-")[0]: path.name for path in found}
 
-    other = Domain("other", BENIGN.classes, BENIGN.splits, {"attack": "another hash"})
+    other = LoadedDomain("other", BENIGN.classes, BENIGN.splits, {"attack": "another hash"})
     for changes in ({"benign": other}, {"original": other}):
         changed = names(**changes)
         assert changed["plain"] == names()["plain"]

@@ -16,7 +16,7 @@ from sophon.attacker import FineTuneStrategy
 from sophon.audit import runner as module
 from sophon.audit.verdict import ROLES
 from sophon.audit.workers import run_jobs
-from sophon.domains import Domain, ImageSet
+from sophon.domains import ImageSet, LoadedDomain, MemoryImages
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (
@@ -78,7 +78,7 @@ def test_a_search_beside_named_attacks(tmp_path: Path) -> None:
     assert sorted(path.stem for path in (tmp_path / "attempts").iterdir()) == sorted(a["id"] for a in attempts)
 
 
-class Reading(Domain):
+class Reading(LoadedDomain):
     """Remembers which splits were asked for."""
 
     def __getitem__(self, split: str) -> ImageSet:
@@ -188,8 +188,11 @@ def test_choices_that_do_not_fit_together_fail_as_a_trial(tmp_path: Path, attack
     """A head made for two benign classes cannot be kept for three, though either choice fits by itself."""
     heal = {"operation": "heal", "domain": "benign", "steps": 1}
     search = replace(SEARCH, trials=8, sampler="random", choices={"head": ["kept", "fresh"], "surgery": [[], [heal]]})
-    pair = Domain(
-        "pair", ("a", "b"), {"attack": ImageSet(BENIGN["attack"].images, BENIGN["attack"].labels % 2, ("a", "b"))}, {}
+    pair = LoadedDomain(
+        "pair",
+        ("a", "b"),
+        {"attack": MemoryImages(BENIGN["attack"].images, BENIGN["attack"].labels % 2, ("a", "b"))},
+        {},
     )
     stage = staged(tmp_path, replace(SEARCHING, search={"tuned": search}), benign=pair)
     assert not stage.plan.left_out

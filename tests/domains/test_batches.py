@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon.domains import AUGMENTATIONS, Batch, ImageSet, batch_indices, batches, evaluation_batches
+from sophon.domains import AUGMENTATIONS, Batch, ImageSet, MemoryImages, batch_indices, batches, evaluation_batches
 from sophon.errors import UserError
 
 
@@ -19,7 +19,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def some_images(count: int = 6, channels: int = 3, size: int = 16) -> ImageSet:
     images = torch.randint(0, 256, (count, channels, size, size), generator=seeded(1), dtype=torch.uint8)
-    return ImageSet(images, torch.arange(count) % 2, ("a", "b"))
+    return MemoryImages(images, torch.arange(count) % 2, ("a", "b"))
 
 
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(0, 99))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sophon.config import DomainConfig
-from sophon.domains import Domain, ImageSet, load_restricted, with_clusters
+from sophon.domains import LoadedDomain, MemoryImages, load_restricted, with_clusters
 from sophon.errors import UserError
 from tests.tiny import tiny_bands
 
@@ -27,7 +27,9 @@ def pixels(images: Tensor) -> Tensor:
     return images.flatten(1).double()
 
 
-def clustered(domain: Domain = BANDS, features: Callable[[Tensor], Tensor] = pixels, clusters: int = 3) -> Domain:
+def clustered(
+    domain: LoadedDomain = BANDS, features: Callable[[Tensor], Tensor] = pixels, clusters: int = 3
+) -> LoadedDomain:
     return with_clusters(domain, features, clusters, seed=0, where="domain.restricted")
 
 
@@ -108,8 +110,8 @@ def test_every_image_belongs_to_the_nearest_mean(count: int, clusters: int, seed
     """A fixed point of Lloyd's algorithm, in float64 and by brute force, and none of the clusters is empty."""
     generator = torch.Generator().manual_seed(seed)
     points = torch.randint(0, 256, (count, 1, 1, 2), generator=generator, dtype=torch.uint8)
-    adapt = ImageSet(points, torch.zeros(count, dtype=torch.int64), ("any",))
-    domain = Domain("points", ("any",), {"adapt": adapt}, {})
+    adapt = MemoryImages(points, torch.zeros(count, dtype=torch.int64), ("any",))
+    domain = LoadedDomain("points", ("any",), {"adapt": adapt}, {})
     if len(pixels(points).unique(dim=0)) < clusters:
         return
     labels = clustered(domain, clusters=clusters)["adapt"].labels
@@ -141,7 +143,7 @@ def test_features_are_asked_for_in_batches_and_without_gradients() -> None:
 
 
 def test_more_clusters_than_images_tell_apart_are_refused() -> None:
-    alike = ImageSet(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64), ("any",))
+    alike = MemoryImages(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64), ("any",))
     for clusters, images in ((2, alike), (37, BANDS["adapt"])):
         with pytest.raises(UserError, match=rf"^domain\.restricted\.clusters: {clusters} is not allowed; .* fewer$"):
-            clustered(Domain("d", images.classes, {"adapt": images}, {}), clusters=clusters)
+            clustered(LoadedDomain("d", images.classes, {"adapt": images}, {}), clusters=clusters)

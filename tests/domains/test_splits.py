@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophon.config import DomainConfig
-from sophon.domains import Domain, ImageSet, few_shot, load_original, load_restricted, splits
+from sophon.domains import ImageSet, LoadedDomain, MemoryImages, few_shot, load_original, load_restricted, splits
 from sophon.domains.notes import Notes
 from sophon.domains.sources import Loaded
 from sophon.errors import UserError
@@ -25,10 +25,10 @@ def images_of(labels: list[int], first: int = 0) -> ImageSet:
     numbers = torch.arange(first, first + len(labels))
     pixels = torch.stack([numbers % 256, numbers // 256, torch.zeros_like(numbers), torch.zeros_like(numbers)], 1)
     classes = tuple(f"class {label}" for label in range(max(labels) + 1))
-    return ImageSet(pixels.to(torch.uint8).view(-1, 1, 2, 2), torch.tensor(labels), classes)
+    return MemoryImages(pixels.to(torch.uint8).view(-1, 1, 2, 2), torch.tensor(labels), classes)
 
 
-def loaded(load: object, train: ImageSet, test: ImageSet, config: DomainConfig = CONFIG) -> Domain:
+def loaded(load: object, train: ImageSet, test: ImageSet, config: DomainConfig = CONFIG) -> LoadedDomain:
     with mock.patch.object(splits, "load_source", return_value=Loaded(train, test, Notes(2))):
         return load(config, image_size=2, channels=1)  # type: ignore[operator]
 
@@ -89,7 +89,7 @@ def test_hashes_are_those_of_the_splits_and_change_with_one_pixel() -> None:
     train, test = images_of([0] * 20), images_of([0] * 4, first=20)
     before = loaded(load_original, train, test)
     assert dict(before.hashes) == {name: images.sha256() for name, images in before.splits.items()}
-    changed = ImageSet(test.images.clone(), test.labels, test.classes)
+    changed = MemoryImages(test.images.clone(), test.labels, test.classes)
     changed.images[2, 0, 1, 1] = 1
     after = loaded(load_original, train, changed)
     assert after.hashes["test"] != before.hashes["test"]
@@ -100,7 +100,7 @@ def test_duplicates_reach_one_split_only() -> None:
     distinct, test = images_of([0, 1] * 10), images_of([0, 1], first=20)
     pixels = torch.cat([distinct.images, distinct.images[:6], test.images])
     labels = torch.cat([distinct.labels, 1 - distinct.labels[:6], test.labels])
-    domain = loaded(load_restricted, ImageSet(pixels, labels, distinct.classes), test)
+    domain = loaded(load_restricted, MemoryImages(pixels, labels, distinct.classes), test)
     assert dict(domain.hashes) == dict(loaded(load_restricted, distinct, test).hashes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sophon.domains import ImageSet
+from sophon.domains import ImageSet, MemoryImages
 from sophon.errors import UserError
 from sophon.models import ModelSpec, build
 from sophon.models.channels import channels, interfaces
@@ -49,7 +49,7 @@ def noise_images(count: int) -> Tensor:
 
 
 def image_set(count: int = 64) -> ImageSet:
-    return ImageSet(noise_images(count), torch.arange(count) % 3, ("a", "b", "c"))
+    return MemoryImages(noise_images(count), torch.arange(count) % 3, ("a", "b", "c"))
 
 
 def trained(model: nn.Module, task: ClassificationTask) -> nn.Module:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon.config import GuardConfig, MethodConfig
-from sophon.domains import Batch, ImageSet
+from sophon.domains import Batch, ImageSet, MemoryImages
 from sophon.errors import GuardError, UserError
 from sophon.protect.batch_norm import WholeBatch
 from sophon.protect.distributed import ALONE, Ranks, join, require_work
@@ -292,7 +292,7 @@ def refusals(ranks: Ranks) -> dict[str, str]:
     with noted("enough"):
         require_work(METHOD, ranks)
     with noted("not finite"):
-        spoilt = ImageSet(IMAGES.images, IMAGES.labels, IMAGES.classes)
+        spoilt = MemoryImages(IMAGES.images, IMAGES.labels, IMAGES.classes)
         task = Spoilt(tiny_spec(), dtype=torch.float64)
         task.spoil = ranks.rank == other
         NTR(tiny_model(), tiny_model(), task, spoilt, METHOD, 0, ranks).run(1, 0)

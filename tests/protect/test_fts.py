@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
-from sophon.domains import Batch, Domain, ImageSet, batches
+from sophon.domains import Batch, LoadedDomain, MemoryImages, batches
 from sophon.errors import UserError
 from sophon.protect import attackers as making
 from sophon.protect import fts as fts_module
@@ -363,8 +363,8 @@ def test_other_classes_than_the_original(classes: int) -> None:
     splits = {}
     for split, part in RESTRICTED.splits.items():
         labels = torch.arange(len(part)) % classes
-        splits[split] = ImageSet(part.images, labels, names)
-    domain = Domain("other", names, splits, {})
+        splits[split] = MemoryImages(part.images, labels, names)
+    domain = LoadedDomain("other", names, splits, {})
     model = tiny_model()
     before = parameters_of(model)
     with pytest.raises(UserError, match=f"the model has 3 and the restricted domain {classes}"):
@@ -511,8 +511,8 @@ def test_gradients_come_back_through_surgery(simulated: list[tuple[FineTuneStrat
 @pytest.mark.parametrize("pool", [0, 3])
 def test_attackers_of_several_domains(pool: int) -> None:
     """Each fine-tunes on the images of its own domain, from a head of its own domain."""
-    other = Domain("other", ("v", "w"), {
-        split: ImageSet(255 - part.images, torch.arange(len(part)) % 2, ("v", "w"))
+    other = LoadedDomain("other", ("v", "w"), {
+        split: MemoryImages(255 - part.images, torch.arange(len(part)) % 2, ("v", "w"))
         for split, part in RESTRICTED.splits.items()
     }, {})  # fmt: skip
     method = replace(METHOD, pool=pool, chunk=2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import OPTIMIZERS, FineTuneStrategy
 from sophon.config import Config, MethodConfig
-from sophon.domains import Batch, Domain, ImageSet
+from sophon.domains import Batch, ImageSet, LoadedDomain, MemoryImages
 from sophon.errors import UserError
 from sophon.optimizers import build_optimizer
 from sophon.protect import attackers as making
@@ -63,7 +63,7 @@ def make_fts(
     method: MethodConfig = METHOD,
     task: ClassificationTask | None = None,
     seed: int = 0,
-    domain: Domain = RESTRICTED,
+    domain: LoadedDomain = RESTRICTED,
     **changes: Any,
 ) -> FTS:
     return FTS(model, task or tiny_task(), [domain], StrategySampler(replace(SAMPLER, **changes)), method, seed)
@@ -306,10 +306,10 @@ def test_only_a_kept_head_is_displaced_and_learned_from(head: str) -> None:
 def test_heads_of_another_number_of_classes(classes: int) -> None:
     names = tuple("vwxyz"[:classes])
     splits = {
-        name: ImageSet(part.images, torch.arange(len(part)) % classes, names)
+        name: MemoryImages(part.images, torch.arange(len(part)) % classes, names)
         for name, part in RESTRICTED.splits.items()
     }
-    model, domain = tiny_model(), Domain("other", names, splits, {})
+    model, domain = tiny_model(), LoadedDomain("other", names, splits, {})
     before = parameters_of(model)
     fts = make_fts(model, replace(METHOD, pool=2, attackers=2), domain=domain, heads=["fresh", "probed"])
     for turn in range(5):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import SCHEDULES, FineTuneStrategy
 from sophon.config import GuardConfig, MethodConfig
-from sophon.domains import Domain, ImageSet
+from sophon.domains import ImageSet, LoadedDomain
 from sophon.errors import GuardError, UserError
 from sophon.finetune import fine_tune
 from sophon.protect.fts import FTSStep
@@ -683,7 +683,7 @@ def test_a_pool_goes_on_to_the_bit(at: int, how: str, pooled: dict[str, Any], tm
 
 OPERATING = replace(ATTACKERS, surgeries=[[], [{"operation": "reset_affine"}], [{"operation": "prune"}]])
 HARDENED = replace(PERSISTENT, fixed_norms="channel", curriculum="bandit", attackers=2)
-INVERTED = Domain(
+INVERTED = LoadedDomain(
     "inverted",
     RESTRICTED.classes,
     {name: replace(part, images=255 - part.images) for name, part in RESTRICTED.splits.items()},

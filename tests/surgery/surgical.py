@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sophon.config import ModelConfig
-from sophon.domains import Domain, ImageSet
+from sophon.domains import ImageSet, LoadedDomain, MemoryImages
 from sophon.models import ModelSpec, build, create
 from sophon.surgery.means import Means
 from sophon.tasks import ClassificationTask
@@ -47,12 +47,12 @@ def means_for(spec: ModelSpec | None = None, task: Any = None, images: ImageSet 
 
 def wide(images: ImageSet) -> ImageSet:
     """Return the same images with labels of five classes: more than the released head has."""
-    return ImageSet(images.images, torch.arange(len(images)) % len(WIDE), WIDE)
+    return MemoryImages(images.images, torch.arange(len(images)) % len(WIDE), WIDE)
 
 
-def wide_domain(*splits: str) -> Domain:
+def wide_domain(*splits: str) -> LoadedDomain:
     parts = {split: wide(tiny_images(index)) for index, split in enumerate(splits)}
-    return Domain("wide", WIDE, parts, {})
+    return LoadedDomain("wide", WIDE, parts, {})
 
 
 def fresh_state(seed: int, classes: int = len(CLASSES)) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def resnet(seed: int = 0) -> tuple[nn.Module, Means]:
             parameter.add_(0.05 * torch.randn_like(parameter))
         for _ in range(3):
             model(torch.randn(16, 1, 32, 32))
-    images = ImageSet(torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8), torch.arange(24) % 3, CLASSES)
+    images = MemoryImages(torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8), torch.arange(24) % 3, CLASSES)
     return model, means_for(spec, ClassificationTask(spec), images)
 
 

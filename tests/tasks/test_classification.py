@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sophon.config import Config, MethodConfig, TaskConfig
-from sophon.domains import ImageSet
+from sophon.domains import MemoryImages
 from sophon.errors import UserError
 from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES, distillation
 from sophon.models import ModelSpec, build
@@ -59,7 +59,7 @@ def test_accuracy_by_hand_counts_the_short_last_batch() -> None:
     task.evaluation_batch_size = 3
     said = torch.tensor([0, 1, 2, 0, 1, 2, 0], dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 0, 2, 2, 1])  # wrong at 4 and at 6, the only image of the last batch
-    images = ImageSet(said.view(-1, 1, 1, 1), labels, CLASSES)
+    images = MemoryImages(said.view(-1, 1, 1, 1), labels, CLASSES)
     assert task.evaluate(model, images) == pytest.approx(100 * 5 / 7)
     assert model.seen == [3, 3, 1]
     assert model.training

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sophon.config import Config, MethodConfig, TaskConfig
-from sophon.domains import Batch, ImageSet
+from sophon.domains import Batch, ImageSet, MemoryImages
 from sophon.errors import UserError
 from sophon.losses import DENOISING_SUPPRESSION_LOSSES, SUPPRESSION_LOSSES
 from sophon.models import ModelSpec, build
@@ -63,7 +63,7 @@ def images_of(per_class: int = 10, seed: int = 0) -> ImageSet:
     labels = torch.arange(len(CLASSES)).repeat_interleave(per_class)
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (len(labels), 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    return ImageSet(pixels, labels, CLASSES)
+    return MemoryImages(pixels, labels, CLASSES)
 
 
 def batch_of(size: int = 12, seed: int = 1) -> Batch:
@@ -380,7 +380,7 @@ def test_who_knows_the_clean_image_makes_no_error(kind: str, conditional: bool) 
     """Whatever the prediction type: the noise that its answer implies is the true one."""
     levels = (40, 200, 90) if conditional else (77, 77, 77)
     clean = torch.cat([pixel(level) for level in levels])
-    images = ImageSet(clean.repeat_interleave(10, 0), torch.arange(3).repeat_interleave(10), CLASSES)
+    images = MemoryImages(clean.repeat_interleave(10, 0), torch.arange(3).repeat_interleave(10), CLASSES)
     task = task_of(spec(kind, conditional=conditional))
     oracle = Oracle(kind, task.prepare(clean if conditional else clean[:1]))
     assert task.evaluate(oracle, images) == pytest.approx(0, abs=1e-8)
@@ -498,7 +498,7 @@ def test_at_most_so_many_images_spread_over_the_whole_set(per_class: int, limit:
 
 def test_no_image_is_measured_twice() -> None:
     levels = torch.arange(30, dtype=torch.uint8)
-    images = ImageSet(levels.view(-1, 1, 1, 1).expand(30, 1, SIZE, SIZE).contiguous(), levels.long() // 10, CLASSES)
+    images = MemoryImages(levels.view(-1, 1, 1, 1).expand(30, 1, SIZE, SIZE).contiguous(), levels.long() // 10, CLASSES)
     recorder, task = Recorder(), task_of(spec("sample"), evaluation_images=10)
     answers: list[Tensor] = []
     task.prepare = lambda pixels: answers.append(pixels[:, 0, 0, 0]) or pixels.double()  # type: ignore[method-assign]
@@ -530,7 +530,7 @@ def test_a_band_tells_where_the_error_lies() -> None:
         def answer(self, images: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
             return super().answer(images, timesteps, labels) + 2.0 * (timesteps >= 15).view(-1, 1, 1, 1)
 
-    images = ImageSet(pixel(100, 40), torch.zeros(40, dtype=torch.int64), CLASSES)
+    images = MemoryImages(pixel(100, 40), torch.zeros(40, dtype=torch.int64), CLASSES)
     task = task_of(spec())
     found = task.details(Late("epsilon", task.prepare(pixel(100))), images)
     assert list(found) == ["eps-MSE t 0-4", "eps-MSE t 5-9", "eps-MSE t 10-14", "eps-MSE t 15-19"]
