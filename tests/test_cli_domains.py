@@ -13,11 +13,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sophon.api.common import with_pseudo_labels
 from sophon.cli import conf_dir
 from sophon.config import Config, DomainConfig, plain
 from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
 from sophon.validation import from_omegaconf
-from sophon.verbs.common import with_pseudo_labels
 from tests.cli_helpers import (
     AUDIT,
     PRETRAIN,

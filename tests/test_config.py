@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon import config as config_module
+from sophon.api.common import task_of
 from sophon.attacker import SCHEDULES, FineTuneStrategy
 from sophon.audit.plan import strategies
 from sophon.cli.groups import conf_dir
@@ -37,7 +38,6 @@ from sophon.sampler import StrategySampler
 from sophon.tasks import TASKS, make_task
 from sophon.tracking import MODES
 from sophon.validation import from_omegaconf, validate
-from sophon.verbs.common import task_of
 
 CONF = conf_dir()
 MODELS = ("caformer_m36", "resnet50", "resnet34", "resnet18", "vgg13_bn")

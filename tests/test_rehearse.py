@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sophon.api.common import doubt, measured
+from sophon.api.protecting import lost_on_test
 from sophon.attacker import FineTuneStrategy
 from sophon.config import GuardConfig
 from sophon.domains import ImageSet, LoadedDomain, MemoryImages
@@ -19,8 +21,6 @@ from sophon.errors import UserError
 from sophon.finetune import rehearse
 from sophon.models import ModelSpec, build
 from sophon.tasks import ClassificationTask, Task
-from sophon.verbs.common import doubt, measured
-from sophon.verbs.making import lost_on_test
 from tests.tiny import (
     CLASSES,
     SIZE,

@@ -1,17 +1,25 @@
-"""The verbs that judge checkpoints: audit, report, and report compare."""
+"""An audit, from its checkpoints to what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from sophon.api.common import (
+    as_loaded,
+    asked_precision,
+    checkpoint_of,
+    domains_of,
+    measured,
+    metric_of,
+    require_float32,
+    task_of,
+)
 from sophon.audit import metrics
 from sophon.audit.fidelity import Fidelity, feature_network
 from sophon.audit.gallery import write_gallery
@@ -24,34 +32,25 @@ from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
-from sophon.files import read_json, write_json
-from sophon.paths import entries, exists, is_folder
+from sophon.files import write_json
 from sophon.report import single as report
-from sophon.report.compare import write_comparison
-from sophon.run_folder import owned, run_folder
 from sophon.seeds import derive_seed
-from sophon.verbs.common import (
-    as_loaded,
-    asked_precision,
-    checkpoint_of,
-    default,
-    domains_of,
-    doubt,
-    measured,
-    metric_of,
-    require_float32,
-    required,
-    run_dir,
-    say_domains,
-    task_of,
-    tracker_of,
-    warn,
-)
+from sophon.tracking import Tracker
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """An audit's checkpoints and domains, read and ready."""
+class Audit:
+    """An audit's checkpoints and domains, read and ready.
+
+    Attributes:
+        config: the run's, with one restricted domain.
+        protected: the checkpoint that is judged.
+        reference: the unprotected one.
+        original: the domain that both were made for.
+        scene: what the attackers meet.
+    """
+
+    config: Config
 
     protected: Checkpoint
     reference: Checkpoint
@@ -59,130 +58,28 @@ class _Stage:
     scene: Scene
 
 
-def audit(config: Config) -> None:
-    """Attack the checkpoint, its unprotected reference and a fresh model; write the results and the reports.
+class Found(NamedTuple):
+    """What an audit found: ``audit.json``, and every attempt as it is stored."""
 
-    Several restricted domains are audited in turn, each in a folder of its name, and then compared.
+    summary: dict[str, Any]
+    attempts: list[dict[str, Any]]
+
+
+Checkpoints = tuple[Checkpoint, Checkpoint]
+
+
+def named_checkpoints(config: Config) -> Checkpoints:
+    """Read the checkpoints that the configuration names: the protected one and its reference."""
+    return checkpoint_of(config, "checkpoint", "protect"), checkpoint_of(config, "reference", "pretrain")
+
+
+def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> list[Audit]:
+    """Load the domains once, and prepare the audit of each of the restricted ones.
+
+    Raises:
+        UserError: the checkpoints, the domains and the attacks do not go together.
     """
-    _torch_threads(config)
-    parts = _parts(config)
-    stages = dict(zip(parts, _stages(config), strict=True))
-    first = next(iter(stages.values()))
-    say_domains(first.original, *(stage.scene.restricted for stage in stages.values()), first.scene.benign)
-    runners = {path: _runner(parts[path], stage) for path, stage in stages.items()}  # refuses before a folder is begun
-    first = next(iter(stages.values()))
-    for checkpoint, key in ((first.protected, "checkpoint"), (first.reference, "reference")):
-        warn(doubt(first.scene.task, checkpoint.model, first.original, key))
-    if len(parts) > 1 and exists(run_dir(config) / "run.json"):
-        raise UserError(f"run_dir: '{run_dir(config)}' holds an audit of one domain; give another run_dir")
-    with ExitStack() as ownership:
-        if len(parts) > 1:
-            ownership.enter_context(owned(run_dir(config), _shard(config)))
-        for path, part in parts.items():
-            ownership.enter_context(run_folder(path, "audit", _identity(part, stages[path]), _shard(config)))
-        summaries = {path: _audit(part, stages[path], runners[path]) for path, part in parts.items()}
-        if len(parts) > 1 and config.attack.shards == 1:
-            _compare_domains(run_dir(config), summaries)
-
-
-def _shard(config: Config) -> str:
-    """Return which part of the folder is this process's; empty if it is alone."""
-    return f"{config.attack.shard}of{config.attack.shards}" if config.attack.shards > 1 else ""
-
-
-def _parts(config: Config) -> dict[Path, Config]:
-    """Return an audit's parts by their folders: the configuration itself, or one for each of several domains."""
-    folder, domains, parts = run_dir(config), config.domain, {}
-    if len(domains.restricted) == 1:
-        return {folder: config}
-    for name, each in domains.restricted.items():
-        inside = [
-            str(path) if is_folder(path := Path(other) / each.name, "attack.reuse") else other
-            for other in config.attack.reuse
-        ]
-        parts[folder / each.name] = replace(
-            config,
-            run_dir=str(folder / each.name),
-            domain=replace(domains, restricted={name: each}),
-            attack=replace(config.attack, reuse=inside),
-        )
-    return parts
-
-
-def _audit(config: Config, stage: _Stage, runner: Runner) -> dict[str, Any]:
-    """Audit one restricted domain; return what was found, nothing yet if this is only a shard of it."""
-    scene, task = stage.scene, stage.scene.task
-    folder = run_dir(config)
-    gallery = _gallery(config, scene, folder)
-    features = _features(config, stage, folder)
-    runner.measure_with(_frechet(stage, features))
-    with tracker_of(config, folder) as tracker:
-        for name, reason in runner.plan.left_out.items():
-            tracker.say(f"left out: {name} ({reason})")
-        run_jobs(runner, partial(_in_worker, config), config.workers, tracker)
-    if config.attack.shards > 1:
-        print(
-            f"{folder}: shard {config.attack.shard} of {config.attack.shards} is done; audit without shards to finish"
-        )
-        return {}
-    attempts, searches = runner.records()
-    before, after = (
-        {"test": measured(task, scene.models[role], stage.original, "test", key)}
-        for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
-    )
-    context = {
-        "checkpoint": _origin(stage.protected),
-        "reference": _origin(stage.reference),
-        "intactness": {**metric_of(task), "before": before, "after": after},
-        "support": scene.support,
-        "searches": searches,
-        "left_out": runner.plan.left_out,
-        "gallery": gallery,
-        "masking": _masking(config, stage),
-        "feature_network": None if features is None else features.name,
-        "domains": {
-            "original": stage.original.name,
-            "restricted": scene.restricted.name,
-            "benign": None if scene.benign is None else scene.benign.name,
-        },
-        "hashes": {"restricted": dict(scene.restricted.hashes)},
-        "config": _identifying(
-            as_loaded(config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
-        ),
-        "packages": package_versions(),
-    }
-    summary = metrics.summarise(attempts, context)
-    write_json(folder / "audit.json", summary)
-    report.write_curves(folder, attempts)
-    _write_reports(folder, summary, attempts)
-    return summary
-
-
-def _torch_threads(config: Config) -> None:
-    """Give each worker its share of the cores, unless the configuration says how many threads it has."""
-    if config.threads == 0 and config.workers > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
-
-
-def _in_worker(config: Config) -> Runner:
-    """Make the audit's runner again in a process of its own."""
-    import sophon  # noqa: F401  (mends torchvision before anything else imports it)
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    _torch_threads(config)
-    [stage] = _stages(config)
-    runner = _runner(config, stage)
-    runner.measure_with(_frechet(stage, _features(config, stage, run_dir(config))))
-    return runner
-
-
-def _stages(config: Config) -> list[_Stage]:
-    """Read everything once, and set the stage for each of the restricted domains."""
     device = resolve_device(config.device)
-    protected, reference = (
-        checkpoint_of(config, *each) for each in (("checkpoint", "protect"), ("reference", "pretrain"))
-    )
     if reference.spec != protected.spec:
         raise UserError(
             f"reference: its model ({reference.spec.architecture}, {len(reference.spec.classes)} classes) is not built "
@@ -218,44 +115,125 @@ def _stages(config: Config) -> list[_Stage]:
     }
     support = protected.manifest.get("sampler_support")
     scenes = [Scene(models, spec, task, each, original, benign, provenance, support) for each in restricted]
-    return [_Stage(protected, reference, original, scene) for scene in scenes]
+    parts = [
+        replace(config, domain=replace(config.domain, restricted={name: each}))
+        for name, each in config.domain.restricted.items()
+    ]
+    return [Audit(part, protected, reference, original, scene) for part, scene in zip(parts, scenes, strict=True)]
 
 
-def _runner(config: Config, stage: _Stage) -> Runner:
-    return Runner(stage.scene, config.attack, config.seed, run_dir(config))
+def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints | None = None) -> Found | None:
+    """Run what is missing in the runner's folder; return what was found, None if this is only a shard of it.
+
+    Args:
+        audit: one restricted domain's.
+        runner: its attacks.
+        tracker: told of each.
+        checkpoints: what workers attack, the protected one first; None for those that the configuration names.
+    """
+    config, scene, task, folder = audit.config, audit.scene, audit.scene.task, runner.folder
+    gallery = _gallery(config, scene, folder)
+    features = _features(audit, folder)
+    runner.measure_with(_frechet(audit, features))
+    for name, reason in runner.plan.left_out.items():
+        tracker.say(f"left out: {name} ({reason})")
+    run_jobs(runner, partial(_in_worker, config, folder, checkpoints), config.workers, tracker)
+    if config.attack.shards > 1:
+        return None
+    attempts, searches = runner.records()
+    before, after = (
+        {"test": measured(task, scene.models[role], audit.original, "test", key)}
+        for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
+    )
+    context = {
+        "checkpoint": _origin(audit.protected),
+        "reference": _origin(audit.reference),
+        "intactness": {**metric_of(task), "before": before, "after": after},
+        "support": scene.support,
+        "searches": searches,
+        "left_out": runner.plan.left_out,
+        "gallery": gallery,
+        "masking": _masking(audit),
+        "feature_network": None if features is None else features.name,
+        "domains": {
+            "original": audit.original.name,
+            "restricted": scene.restricted.name,
+            "benign": None if scene.benign is None else scene.benign.name,
+        },
+        "hashes": {"restricted": dict(scene.restricted.hashes)},
+        "config": _identifying(
+            as_loaded(config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
+        ),
+        "packages": package_versions(),
+    }
+    summary = metrics.summarise(attempts, context)
+    write_json(folder / "audit.json", summary)
+    report.write_curves(folder, attempts)
+    report.write_reports(folder, summary, attempts)
+    return Found(summary, attempts)
 
 
-def _frechet(stage: _Stage, features: Fidelity | None) -> Frechet | None:
+def share_threads(config: Config) -> None:
+    """Give each worker its share of the cores, unless the configuration says how many threads it has."""
+    if config.threads == 0 and config.workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
+
+
+def _in_worker(config: Config, folder: Path, checkpoints: Checkpoints | None) -> Runner:
+    """Make the audit's runner again in a process of its own."""
+    import sophon  # noqa: F401  (mends torchvision before anything else imports it)
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    share_threads(config)
+    [audit] = prepare(config, *(checkpoints or named_checkpoints(config)))
+    runner = runner_of(audit, folder)
+    runner.measure_with(_frechet(audit, _features(audit, folder)))
+    return runner
+
+
+def runner_of(audit: Audit, folder: Path) -> Runner:
+    """Return the audit's attacks, each to leave its result in ``folder``.
+
+    Raises:
+        UserError: one is not well formed, or none fits the models.
+    """
+    return Runner(audit.scene, audit.config.attack, audit.config.seed, folder)
+
+
+def _frechet(audit: Audit, features: Fidelity | None) -> Frechet | None:
     if features is None:
         return None
-    return Frechet(features.name, partial(features.distance, real=stage.scene.restricted["test"]))
+    return Frechet(features.name, partial(features.distance, real=audit.scene.restricted["test"]))
 
 
-def _features(config: Config, stage: _Stage, folder: Path) -> Fidelity | None:
+def _features(audit: Audit, folder: Path) -> Fidelity | None:
     """Return what generated images are measured with; trained once, then read from the run's folder."""
-    scene, device = stage.scene, resolve_device(config.device)
+    config, scene = audit.config, audit.scene
+    device = resolve_device(config.device)
     if not config.attack.frechet_samples or scene.task.sample(scene.models["protected"], 1, 0) is None:
         return None
-    return feature_network(stage.original, scene.restricted, seed=config.seed, folder=folder, device=device)
+    return feature_network(audit.original, scene.restricted, seed=config.seed, folder=folder, device=device)
 
 
-def _masking(config: Config, stage: _Stage) -> dict[str, Any] | None:
-    scene = stage.scene
+def _masking(audit: Audit) -> dict[str, Any] | None:
+    config, scene = audit.config, audit.scene
     exact = task_of(replace(config, amp="none"), scene.spec, resolve_device(config.device))
     seed = derive_seed(config.seed, "masking")
     return measure_masking(scene.models, scene.spec, exact, scene.restricted, config.attack.masking, seed)
 
 
-def _identity(config: Config, stage: _Stage) -> dict[str, Any]:
-    benign = stage.scene.benign
+def identity_of(audit: Audit) -> dict[str, Any]:
+    """Return everything that decides the results, as plain JSON data."""
+    config, benign = audit.config, audit.scene.benign
     parts = _identifying(config, "seed", "task", "attack")
     del parts["attack"]["masking"]  # looks at what the attacks leave alone
     return {
         **parts,
         **asked_precision(config),
-        "checkpoint": stage.protected.sha256,
-        "reference": stage.reference.sha256,
-        "restricted": stage.scene.restricted.hashes,
+        "checkpoint": audit.protected.sha256,
+        "reference": audit.reference.sha256,
+        "restricted": audit.scene.restricted.hashes,
         **({} if benign is None else {"benign": benign.hashes}),
     }
 
@@ -281,50 +259,6 @@ def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]
     test = scene.restricted["test"]
     real = test.batch(torch.linspace(0, len(test) - 1, min(count, len(test))).long()).images.cpu()
     return write_gallery(folder, {f"real images of {scene.restricted.name}": real, **grids})
-
-
-def render(config: Config) -> None:
-    """Write an audit's reports again from its ``audit.json`` and ``attempts/``."""
-    folder = Path(required(config.run_dir or str(default(config, "audit")), "run_dir"))
-    several = exists(folder / "comparison.html", "run_dir")
-    parts = [each for each in entries(folder, "run_dir") if exists(each / "audit.json")] if several else [folder]
-    with ExitStack() as ownership:
-        for each in {folder, *parts}:
-            ownership.enter_context(owned(each))
-        summaries = {each: _render(each) for each in parts}
-        if several:
-            _compare_domains(folder, summaries)
-
-
-def _render(folder: Path) -> dict[str, Any]:
-    summary = report.read_audit(folder)
-    attempts = [read_json(path) for path in entries(folder / "attempts") if path.suffix == ".json"]
-    _write_reports(folder, summary, attempts)
-    return summary
-
-
-def _compare_domains(folder: Path, summaries: Mapping[Path, dict[str, Any]]) -> None:
-    paths = sorted(summaries)
-    page = write_comparison(paths, folder, "comparison")
-    for path in paths:
-        print(f"{path.name}: {summaries[path]['verdict']}")
-    print(f"comparison: {page}")
-
-
-def compare(config: Config) -> None:
-    """Set audits side by side: ``compare.html`` and ``compare.md`` in ``out``."""
-    if len(config.runs) < 2:
-        raise UserError("report compare: give the run directories of two audits or more")
-    folders: Sequence[Path] = [Path(required(path, "report compare")) for path in config.runs]
-    with owned(config.out or "runs/compare", key="out") as out:
-        print(f"comparison: {write_comparison(folders, out)}")
-
-
-def _write_reports(folder: Path, summary: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
-    report.write_reports(folder, summary, attempts)
-    print(report.table(summary))
-    print(summary["verdict"])
-    print(f"report: {folder / 'report.html'}")
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:

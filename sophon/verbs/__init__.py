@@ -9,14 +9,14 @@ from typing import cast
 from sophon.config import Config
 
 VERBS = {
-    "pretrain": "sophon.verbs.making:pretrain",
-    "protect": "sophon.verbs.making:protect",
-    "export": "sophon.verbs.making:export",
-    "audit": "sophon.verbs.auditing:audit",
-    "sample": "sophon.verbs.sampling:sample",
-    "report": "sophon.verbs.auditing:render",
+    "pretrain": "sophon.verbs.pretrain:pretrain",
+    "protect": "sophon.verbs.protect:protect",
+    "export": "sophon.verbs.export:export",
+    "audit": "sophon.verbs.audit:audit",
+    "sample": "sophon.verbs.sample:sample",
+    "report": "sophon.verbs.report:report",
 }
-_ACTIONS = {**VERBS, "compare": "sophon.verbs.auditing:compare"}  # on the command line `report compare`
+_ACTIONS = {**VERBS, "compare": "sophon.verbs.report:compare"}  # on the command line `report compare`
 
 
 def action(verb: str) -> Callable[[Config], None]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from sophon.api.common import default, required, run_dir, task_of
 from sophon.audit.gallery import image_grid
 from sophon.config import Config
 from sophon.devices import resolve_device
@@ -15,7 +16,6 @@ from sophon.files import write_bytes
 from sophon.run_folder import owned
 from sophon.seeds import derive_seed
 from sophon.tasks import kind_of
-from sophon.verbs.common import default, required, run_dir, task_of
 
 
 def sample(config: Config) -> None:

@@ -1,0 +1,48 @@
+"""What a checkpoint's ``sophon.json`` says of the run that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sophon import __version__
+from sophon.api.common import measured, metric_of
+from sophon.audit.verdict import format_value
+from sophon.config import Config, plain
+from sophon.domains import LoadedDomain
+from sophon.tasks import Task
+
+
+def manifest_of(
+    config: Config, verb: str, parent: str | None, original: LoadedDomain, restricted: Sequence[LoadedDomain] = ()
+) -> dict[str, Any]:
+    """Return the manifest's part that all checkpoints have; ``parent`` is the sha256 of the weights it began with."""
+    several = [_facts(each) for each in restricted]
+    more = {"restricted": several[0] if len(several) == 1 else several} if several else {}
+    return {
+        "sophon": __version__,
+        "verb": verb,
+        "name": config.name,
+        "config": plain(config),
+        "method": None,
+        "sampler_support": None,
+        "domains": {"original": _facts(original), **more},
+        "seed": config.seed,
+        "parent_sha256": parent,
+    }
+
+
+def _facts(domain: LoadedDomain) -> dict[str, Any]:
+    return {"name": domain.name, "classes": list(domain.classes), "hashes": dict(domain.hashes)}
+
+
+def both_splits(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> dict[str, float]:
+    """Return the task's metric on ``val`` and ``test`` of the original domain; messages name ``key``."""
+    return {split: measured(task, model, original, split, key) for split in ("val", "test")}
+
+
+def figures(task: Task, values: dict[str, float]) -> str:
+    """Return values by split as words."""
+    return ", ".join(f"{split} {format_value(value, metric_of(task))}" for split, value in values.items())

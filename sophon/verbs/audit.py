@@ -1,0 +1,79 @@
+"""The verb that audits."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from sophon.api.auditing import Audit, Found, identity_of, named_checkpoints, prepare, run, runner_of, share_threads
+from sophon.api.common import doubt, run_dir, say_domains, tracker_of, warn
+from sophon.audit.runner import Runner
+from sophon.config import Config
+from sophon.errors import UserError
+from sophon.paths import exists, is_folder
+from sophon.run_folder import owned, run_folder
+from sophon.verbs.report import compare_domains, say_found
+
+
+def audit(config: Config) -> None:
+    """Attack the checkpoint, its unprotected reference and a fresh model; write the results and the reports.
+
+    Several restricted domains are audited in turn, each in a folder of its name, and then compared.
+    """
+    share_threads(config)
+    parts = _parts(config)
+    audits = {
+        path: replace(audit, config=parts[path])
+        for path, audit in zip(parts, prepare(config, *named_checkpoints(config)), strict=True)
+    }
+    first = next(iter(audits.values()))
+    say_domains(first.original, *(audit.scene.restricted for audit in audits.values()), first.scene.benign)
+    runners = {path: runner_of(audit, path) for path, audit in audits.items()}  # refuses before a folder is begun
+    for checkpoint, key in ((first.protected, "checkpoint"), (first.reference, "reference")):
+        warn(doubt(first.scene.task, checkpoint.model, first.original, key))
+    if len(parts) > 1 and exists(run_dir(config) / "run.json"):
+        raise UserError(f"run_dir: '{run_dir(config)}' holds an audit of one domain; give another run_dir")
+    with ExitStack() as ownership:
+        if len(parts) > 1:
+            ownership.enter_context(owned(run_dir(config), _shard(config)))
+        for path in parts:
+            ownership.enter_context(run_folder(path, "audit", identity_of(audits[path]), _shard(config)))
+        found = {path: _audit(audits[path], runners[path]) for path in parts}
+        if len(parts) > 1 and config.attack.shards == 1:
+            compare_domains(run_dir(config), {path: each.summary for path, each in found.items() if each})
+
+
+def _shard(config: Config) -> str:
+    """Return which part of the folder is this process's; empty if it is alone."""
+    return f"{config.attack.shard}of{config.attack.shards}" if config.attack.shards > 1 else ""
+
+
+def _parts(config: Config) -> dict[Path, Config]:
+    """Return an audit's parts by their folders: the configuration itself, or one for each of several domains."""
+    folder, domains, parts = run_dir(config), config.domain, {}
+    if len(domains.restricted) == 1:
+        return {folder: config}
+    for name, each in domains.restricted.items():
+        inside = [
+            str(path) if is_folder(path := Path(other) / each.name, "attack.reuse") else other
+            for other in config.attack.reuse
+        ]
+        parts[folder / each.name] = replace(
+            config,
+            run_dir=str(folder / each.name),
+            domain=replace(domains, restricted={name: each}),
+            attack=replace(config.attack, reuse=inside),
+        )
+    return parts
+
+
+def _audit(audit: Audit, runner: Runner) -> Found | None:
+    attack = audit.config.attack
+    with tracker_of(audit.config, runner.folder) as tracker:
+        found = run(audit, runner, tracker)
+    if found is None:
+        print(f"{runner.folder}: shard {attack.shard} of {attack.shards} is done; audit without shards to finish")
+    else:
+        say_found(runner.folder, found.summary)
+    return found

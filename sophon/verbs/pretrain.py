@@ -1,0 +1,79 @@
+"""The verb that makes the unprotected reference."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sophon.api.common import asked_precision, doubt, metric_of, run_dir, say_domains, task_of, tracker_of, warn
+from sophon.api.manifests import both_splits, figures, manifest_of
+from sophon.config import Config, plain
+from sophon.devices import resolve_device
+from sophon.domains import LoadedDomain, load_original
+from sophon.errors import UserError
+from sophon.export import write_checkpoint
+from sophon.finetune import fine_tune, rehearse
+from sophon.models import ModelSpec, create
+from sophon.paths import exists
+from sophon.run_folder import run_folder
+from sophon.seeds import derive_seed, seed_all
+from sophon.tasks import Task
+
+
+def pretrain(config: Config) -> None:
+    """Train the unprotected reference on the original domain; write ``run_dir/checkpoint``."""
+    device = resolve_device(config.device)
+    original = load_original(
+        config.domain.original,
+        image_size=config.model.image_size,
+        channels=config.model.channels,
+        memory_gb=config.domain.memory_gb,
+    ).to(device)
+    say_domains(original)
+    if config.pretrain.steps == 0 and config.model.weights is None and not config.model.pretrained:
+        raise UserError(
+            "pretrain.steps: 0 needs model.weights or model.pretrained=true; a random model is no reference"
+        )
+    identity = {
+        **plain(config, "seed", "task", "model", "pretrain"),
+        **asked_precision(config),
+        "original": original.hashes,
+    }
+    seed_all(derive_seed(config.seed, "pretrain"))
+    model, spec = create(config.model, original.classes)
+    model.to(device)
+    task = task_of(config, spec, device)
+    rehearse(copy.deepcopy(model), config.pretrain, task, original["train"], "pretrain.batch_size")
+    with run_folder(run_dir(config), "pretrain", identity) as folder:
+        if exists(folder / "checkpoint"):
+            print(f"already done: {folder / 'checkpoint'}")
+        else:
+            _pretrain(config, model, spec, task, original, folder)
+
+
+def _pretrain(
+    config: Config, model: nn.Module, spec: ModelSpec, task: Task, original: LoadedDomain, folder: Path
+) -> None:
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "pretrain", "batches"))
+    with tracker_of(config, folder) as tracker, tracker.progress("pretrain", config.pretrain.steps) as advance:
+
+        def after_step(step: int, loss: float) -> None:
+            tracker.log({"loss": loss}, step)
+            advance(f"loss {loss:.3f}")
+
+        if not fine_tune(model, config.pretrain, task, original["train"], generator, after_step):
+            raise UserError(
+                f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it, in a new run_dir"
+            )
+    origin = {key: getattr(config.model, key) for key in ("weights", "pretrained", "strip_prefix")}
+    manifest = manifest_of(replace(config, model=replace(spec.config(), **origin)), "pretrain", None, original)
+    key = "pretrain.lr" if config.pretrain.steps else "model.weights"
+    manifest["intactness"] = {**metric_of(task), "after": both_splits(task, model, original, key)}
+    if config.pretrain.steps == 0:
+        warn(doubt(task, model, original, key))
+    write_checkpoint(folder / "checkpoint", model, spec, manifest)
+    print(f"{folder / 'checkpoint'}: {task.metric.name} {figures(task, manifest['intactness']['after'])}")

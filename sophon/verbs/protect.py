@@ -1,0 +1,64 @@
+"""The verb that protects."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from sophon.api.common import doubt, reference_of, run_dir, say_domains, tracker_of, warn
+from sophon.api.manifests import figures
+from sophon.api.protecting import Released, lost_on_test, prepare, run
+from sophon.config import Config
+from sophon.errors import UserError
+from sophon.paths import exists
+from sophon.protect.distributed import join, require_work
+from sophon.run_folder import run_folder
+from sophon.tasks import Task
+from sophon.tracking import Tracker
+
+
+def protect(config: Config) -> None:
+    """Protect the reference against fine-tuning on the restricted domains; write ``run_dir/checkpoint``.
+
+    Started by torchrun the ranks share the work; the first one alone writes and reports.
+    """
+    ranks, device = join(config.device)
+    with ranks.together():
+        require_work(config.method, ranks)
+        protection = prepare(config, reference_of(config), device)
+        doubted = doubt(protection.task, protection.reference.model, protection.original, "reference")
+    if len({json.dumps(identity) for identity in ranks.gather(protection.identity)}) > 1:
+        raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
+    if ranks.rank == 0:
+        say_domains(protection.original, *protection.restricted)
+    folder = run_dir(config)
+    with ExitStack() as stack:
+
+        def begin() -> bool:
+            stack.enter_context(run_folder(folder, "protect", protection.identity))
+            return not exists(folder / "checkpoint")
+
+        if not ranks.first(begin):
+            if ranks.rank == 0:
+                print(f"already done: {folder / 'checkpoint'}")
+            return
+        if ranks.rank == 0:
+            warn(doubted)
+        with ranks.together():
+            tracker = stack.enter_context(tracker_of(config, folder)) if ranks.rank == 0 else Tracker()
+        released = run(protection, folder, tracker, ranks)
+        if released is not None:
+            released.save(folder / "checkpoint")
+            say_released(folder / "checkpoint", config, protection.task, released)
+
+
+def say_released(out: Path, config: Config, task: Task, released: Released) -> None:
+    """Print where the checkpoint lies and what it cost; warn if ``test`` lost more than the guard lets pass."""
+    rounds, intactness = released.manifest["history"], released.manifest["intactness"]
+    before, after = intactness["before"], intactness["after"]
+    print(
+        f"{out}: round {rounds['good_round']} of {rounds['rounds']}, {task.metric.name} on the original domain "
+        f"{figures(task, before)} before, {figures(task, after)} after"
+    )
+    warn(lost_on_test(config.guard, task, before["test"], after["test"]))
