@@ -1,15 +1,18 @@
-"""Every command in the READMEs of experiments/ composes, from the repository's root."""
+"""Commands in the READMEs of experiments/ compose, from the repository's root; its scripts import what there is."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cli_helpers import REPOSITORY, sophon
 
+SCRIPTS = sorted((REPOSITORY / "experiments").rglob("*.py"))
 READMES = sorted((REPOSITORY / "experiments").rglob("README.md"))
 
 
@@ -38,3 +41,9 @@ def test_a_command_composes(experiment: str, command: str) -> None:
 
 def test_there_are_commands_to_compose() -> None:
     assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
+def test_a_script_imports_what_there_is(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    assert runpy.run_path(str(script), run_name="imported")["__doc__"]
