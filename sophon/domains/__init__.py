@@ -5,6 +5,7 @@ Images stay ``uint8`` until a task normalises them. A set lives on the device wh
 
 from sophon.domains.batches import AUGMENTATIONS, batch_indices, batches, evaluation_batches
 from sophon.domains.clusters import with_clusters
+from sophon.domains.python_data import Domain
 from sophon.domains.sources import SOURCES, load_source
 from sophon.domains.splits import few_shot, load_original, load_restricted
 from sophon.domains.streamed import StreamedImages, joined
@@ -14,6 +15,7 @@ __all__ = [
     "AUGMENTATIONS",
     "SOURCES",
     "Batch",
+    "Domain",
     "ImageSet",
     "LoadedDomain",
     "MemoryImages",

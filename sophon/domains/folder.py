@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sophon.config import DomainConfig
 from sophon.domains.decoding import SUFFIXES, open_image
+from sophon.domains.labels import Side, labelled
+from sophon.domains.metadata import METADATA_FILES, read_metadata
 from sophon.domains.names import escaped, is_writable
 from sophon.domains.part import Part, data_root
 from sophon.errors import UserError
@@ -24,8 +26,9 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     """Open an image folder.
 
     The classes are the folders of ``train`` and of ``test`` (else ``val``, ``valid``), in the order of torchvision's
-    ImageFolder; a class's images are the files at any depth below it whose suffix Pillow reads. Hidden files and
-    folders are no data, and a folder that links lead to again is read once.
+    ImageFolder; a class's images are the files at any depth below it whose suffix Pillow reads. Where both sides have a
+    ``metadata.csv`` or ``metadata.jsonl``, as in Hugging Face's imagefolder, it says what the images and labels are.
+    Hidden files and folders are no data, and a folder that links lead to again is read once.
 
     Raises:
         UserError: a folder is missing or may not be listed, or a name in it cannot be written as UTF-8.
@@ -41,6 +44,9 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     train, test = _Side(root / "train", key), _Side(tests[0], key)
     if config.labels == "none" and not train.folders:
         return train.unlabelled(), test.unlabelled()
+    if train.metadata or test.metadata:
+        train_part, test_part = labelled([train.listed(), test.listed()], None, f"{key}: {root}")
+        return train_part, test_part
     classes = tuple(sorted({*train.folders, *test.folders}))
     if not classes:
         raise UserError(
@@ -84,6 +90,27 @@ class _Side:
                 paths += self._images(self.folders[name])
                 labels += [label] * (len(paths) - len(labels))
         return Part(labels, classes, lambda index: open_image(paths[index]), self.left_out)
+
+    @property
+    def metadata(self) -> Path | None:
+        """The file that lists the images and their labels, if there is one."""
+        return next((self.folder / name for name in METADATA_FILES if name in self._files), None)
+
+    def listed(self) -> Side:
+        """Return the images that a file lists.
+
+        Raises:
+            UserError: there is no such file, or it is malformed.
+        """
+        if self.metadata is None:
+            raise UserError(
+                f"{self._key}: {self.folder} has no {' or '.join(METADATA_FILES)}, which the other side has"
+            )
+        side = read_metadata(self.metadata, self._key)
+        unlisted = set(self._images(str(self.folder))) - set(side.paths)
+        self._skip(f"without a row in {self.metadata.name}", len(unlisted))
+        del self.left_out[self.metadata.suffix]
+        return Side(side.labels, None, lambda index: open_image(side.paths[index]), self.left_out)
 
     def unlabelled(self) -> Part:
         """Return all images as one class."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from sophon.config import DomainConfig
 from sophon.errors import UserError
@@ -32,6 +35,11 @@ class Part:
     read: Callable[[int], Image.Image]
     left_out: Mapping[str, int] = field(default_factory=dict)
 
+    def take(self, mask: Tensor) -> Part:
+        """Return the part of it where ``mask`` (bool [N]) is true; nothing is then left out twice."""
+        numbers = mask.nonzero().flatten().tolist()
+        return Part([self.labels[number] for number in numbers], self.classes, lambda index: self.read(numbers[index]))
+
 
 def data_root(config: DomainConfig, where: str) -> Path:
     """Return ``config.root`` with ``~`` expanded.
@@ -43,3 +51,9 @@ def data_root(config: DomainConfig, where: str) -> Path:
         return Path(config.root).expanduser()
     except RuntimeError as error:
         raise UserError(f"{where}.root: '{config.root}' is not allowed: {error}") from error
+
+
+def class_generator(seed: int, purpose: str, name: str) -> torch.Generator:
+    """Return a CPU generator that depends on all three arguments and nothing else."""
+    digest = hashlib.sha256(repr((seed, purpose, name)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -6,7 +6,6 @@ the limits of a `DomainConfig` are applied first, and a large folder costs no mo
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from sophon.domains.decoding import MODES, to_tensor
 from sophon.domains.folder import image_folder
 from sophon.domains.names import few
 from sophon.domains.notes import Notes
-from sophon.domains.part import Part, UnreadableError
+from sophon.domains.part import Part, UnreadableError, class_generator
+from sophon.domains.python_data import Domain
 from sophon.domains.streamed import GROUP, StreamedImages, read_ahead
 from sophon.domains.torchvision_sets import torchvision_sets
 from sophon.domains.types import ImageSet, MemoryImages, fingerprint
@@ -62,9 +62,8 @@ def load_source(
     Raises:
         UserError: a value is not allowed, or the data is missing or damaged.
     """
-    choose(f"{where}.source", config.source, SOURCES)
     _validate(config, image_size, channels, where)
-    parts = dict(zip(("train", "test"), SOURCES[config.source](config, where), strict=True))
+    parts = dict(zip(("train", "test"), _opened(config, where), strict=True))
     notes = Notes(image_size)
     if config.classes is None:
         notes.saw_classes(parts["train"].classes)
@@ -87,6 +86,13 @@ def load_source(
     for side, images in (("train", train), ("test", test)):
         _require_classes(images.labels, images.classes, side, where)
     return Loaded(train, test, notes)
+
+
+def _opened(config: DomainConfig, where: str) -> tuple[Part, Part]:
+    if isinstance(config, Domain) and config.source == "python":
+        return config.parts()
+    choose(f"{where}.source", config.source, SOURCES)
+    return SOURCES[config.source](config, where)
 
 
 def _validate(config: DomainConfig, image_size: int, channels: int, where: str) -> None:
@@ -181,9 +187,3 @@ def _require_classes(labels: Tensor, classes: tuple[str, ...], side: str, where:
     empty = [f"'{name}'" for name, count in zip(classes, counts, strict=True) if not count]
     if empty:
         raise UserError(f"{where}.classes: there is no {side} image of {few(empty)}; name other classes")
-
-
-def class_generator(seed: int, purpose: str, name: str) -> torch.Generator:
-    """Return a CPU generator that depends on all three arguments and nothing else."""
-    digest = hashlib.sha256(repr((seed, purpose, name)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sophon.config import DomainConfig
-from sophon.domains.sources import Loaded, class_generator, load_source
+from sophon.domains.part import class_generator
+from sophon.domains.sources import Loaded, load_source
 from sophon.domains.types import ImageSet, LoadedDomain
 from sophon.errors import UserError
 

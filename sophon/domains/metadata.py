@@ -1,0 +1,63 @@
+"""``metadata.csv`` and ``metadata.jsonl``: images and labels of a folder, as in Hugging Face's imagefolder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from sophon.errors import UserError
+from sophon.paths import explained
+
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+
+
+class Listed(NamedTuple):
+    """Image files, and their labels as they stand in the list."""
+
+    paths: list[str]
+    labels: list[Any]
+
+
+def read_metadata(file: Path, key: str) -> Listed:
+    """Read which images a folder has, and their labels.
+
+    Args:
+        file: ``metadata.csv`` or ``metadata.jsonl`` beside the images: the columns ``file_name``, a path below the
+            folder, and ``label``, a name or a whole number.
+        key: the configuration key that named the folder, for messages.
+
+    Raises:
+        UserError: the file cannot be read, or has a row without these; the message names the row.
+    """
+    with explained(file, "read", key):
+        try:
+            rows = list(_rows(file.read_text(encoding="utf-8-sig"), file.suffix))
+        except (csv.Error, ValueError) as error:
+            raise UserError(f"{key}: {file} cannot be read: {' '.join(str(error).split())}") from error
+    paths, labels = [], []
+    for number, row in enumerate(rows, 1):
+        name, label = (row.get(column) if isinstance(row, dict) else None for column in ("file_name", "label"))
+        if not isinstance(name, str) or label is None or label == "":
+            raise UserError(f"{key}: row {number} of {file} has no file_name or no label; give both columns")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{key}: row {number} of {file} names an image outside of the folder; give paths below it")
+        paths.append(str(file.parent / name))
+        labels.append(label)
+    return Listed(paths, _numbers(labels) if file.suffix == ".csv" else labels)
+
+
+def _rows(text: str, suffix: str) -> Iterator[Any]:
+    if suffix == ".csv":
+        return iter(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    return (json.loads(line) for line in text.splitlines() if line.strip())
+
+
+def _numbers(labels: Iterable[str]) -> list[Any]:
+    """Return a table's labels as whole numbers if all of them are, for tables have no types."""
+    labels = list(labels)
+    return [int(label) for label in labels] if all(re.fullmatch(r"[0-9]+", label) for label in labels) else labels
