@@ -34,6 +34,7 @@ from tests.cli_helpers import REPOSITORY, sophon
         ("sophon protect domain@domain.original=", choices("domain")),
         ("sophon audit attack/family=lora", ["lora", "lora_attention"]),
         ("sophon protect profile=", ["true", "false"]),
+        ("sophon protect method.engine=", ["first_order", "second_order"]),
         ("sophon protect --help samp", ["sampler", "sampler.heads"]),
         ("sophon protect --mul", ["--multirun"]),
         ("sophon protect nonsense", []),

@@ -56,4 +56,6 @@ def _values(name: str) -> list[str]:
     if group in groups():
         return choices(group)
     key = find(name)
-    return ["true", "false"] if key is not None and content(key.type) is bool else []
+    if key is None:
+        return []
+    return ["true", "false"] if content(key.type) is bool else list(key.choices)

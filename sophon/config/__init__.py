@@ -12,6 +12,8 @@ from sophon.attacker import FineTuneStrategy
 from sophon.config.attack import AttackConfig, MaskingConfig, SearchConfig
 from sophon.config.domains import ComposedDomains, DomainConfig, DomainsConfig
 from sophon.config.protection import ClampConfig, GuardConfig, MethodConfig
+from sophon.errors import UserError
+from sophon.ranges import limited
 from sophon.sampler import SamplerConfig
 
 __all__ = [
@@ -64,8 +66,8 @@ class TaskConfig:
     """
 
     name: str = "classification"
-    evaluation_images: int = 1000
-    sample_steps: int = 25
+    evaluation_images: int = limited(1000, ge=1)
+    sample_steps: int = limited(25, ge=1)
 
 
 @dataclass
@@ -96,7 +98,7 @@ class ModelConfig:
     mean: list[float] = field(default_factory=lambda: [0.5])
     std: list[float] = field(default_factory=lambda: [0.5])
     pretrained: bool = False
-    weights: str | None = None
+    weights: str | None = limited(None, path=True)
     strip_prefix: str = ""
     scheduler: dict[str, Any] = field(default_factory=dict)
     class_conditional: bool = False
@@ -113,7 +115,7 @@ class TrackingConfig:
         progress: show progress bars (plain lines where the output is not a terminal).
     """
 
-    wandb: str = "disabled"
+    wandb: str = limited("disabled", choices=("disabled", "offline", "online"))
     project: str = "sophon"
     entity: str | None = None
     progress: bool = True
@@ -157,16 +159,16 @@ class Config:
     name: str = MISSING
     seed: int = 0
     device: str = "auto"
-    amp: str = "cuda"
-    threads: int = 0
-    workers: int = 1
-    run_dir: str | None = None
-    reference: str | None = None
-    checkpoint: str | None = None
-    out: str | None = None
-    n: int = 64
+    amp: str = limited("cuda", choices=("all", "cuda", "none"))
+    threads: int = limited(0, ge=0)
+    workers: int = limited(1, ge=1)
+    run_dir: str | None = limited(None, path=True)
+    reference: str | None = limited(None, path=True)
+    checkpoint: str | None = limited(None, path=True)
+    out: str | None = limited(None, path=True)
+    n: int = limited(64, ge=1)
     profile: bool = False
-    runs: list[str] = field(default_factory=list)
+    runs: list[str] = limited([], path=True)
     task: TaskConfig = field(default_factory=TaskConfig)
     domain: DomainsConfig = field(default_factory=DomainsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -176,6 +178,13 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def validate(self, key: str) -> None:
+        """Raise a `UserError` if a value is not allowed beside the others."""
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"name: '{self.name}' is not allowed; it names a folder")
+        if self.pretrain.surgery or self.pretrain.scope == "lora":
+            raise UserError("pretrain: surgery and scope lora are for audits")
 
 
 def keyed(restricted: Mapping[str, DomainConfig]) -> dict[str, DomainConfig]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sophon.attacker import HEADS
+from sophon.errors import UserError
+from sophon.ranges import limited
+from sophon.sampler import SamplerConfig, StrategySampler
+
 
 @dataclass
 class SearchConfig:
@@ -25,15 +30,19 @@ class SearchConfig:
         choices: further fields of `FineTuneStrategy`, each with the values to choose from; others keep their defaults.
     """
 
-    sampler: str = "tpe"
-    trials: int = 64
-    steps: int = 200
-    seeds: int = 3
-    startup: int = 10
+    sampler: str = limited("tpe", choices=("tpe", "random"))
+    trials: int = limited(64, ge=1)
+    steps: int = limited(200, ge=1)
+    seeds: int = limited(3, ge=1)
+    startup: int = limited(10, ge=0)
     prune: bool = True
-    eval_points: int = 5
+    eval_points: int = limited(5, ge=2)
     optimizers: dict[str, list[float] | None] = field(default_factory=dict)
     choices: dict[str, list[Any]] = field(default_factory=dict)
+
+    def validate(self, key: str) -> None:
+        """Raise a `UserError` that names ``key`` if the optimizers' ranges are none."""
+        StrategySampler(SamplerConfig(self.optimizers), where=f"{key}.optimizers")
 
 
 @dataclass
@@ -50,9 +59,9 @@ class MaskingConfig:
         batches: batches of 128 of the attacker's images that each measurement averages over, >= 1.
     """
 
-    heads: list[str] = field(default_factory=lambda: ["fresh", "kept"])
-    steps: int = 10
-    batches: int = 2
+    heads: list[str] = limited(["fresh", "kept"], choices=HEADS)
+    steps: int = limited(10, ge=0)
+    batches: int = limited(2, ge=1)
 
 
 @dataclass
@@ -79,17 +88,24 @@ class AttackConfig:
         shards: see ``shard``, >= 1.
     """
 
-    seeds: int = 1
+    seeds: int = limited(1, ge=1)
     roles: list[str] = field(default_factory=lambda: ["protected", "unprotected", "scratch"])
-    eval_points: int = 6
-    samples: int = 16
-    frechet_samples: int = 0
+    eval_points: int = limited(6, ge=2)
+    samples: int = limited(16, ge=0)
+    frechet_samples: int = limited(0, ge=0)
     strategies: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     search: dict[str, SearchConfig] = field(default_factory=dict)
     benign: list[str] = field(default_factory=list)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     oracle: str | None = None
-    reuse: list[str] = field(default_factory=list)
-    shard: int = 0
-    shards: int = 1
+    reuse: list[str] = limited([], path=True)
+    shard: int = limited(0, ge=0)
+    shards: int = limited(1, ge=1)
+
+    def validate(self, key: str) -> None:
+        """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""
+        if self.frechet_samples == 1:
+            raise UserError(f"{key}.frechet_samples: 1 is not allowed; give 0, or at least 2")
+        if self.shard >= self.shards:
+            raise UserError(f"{key}.shard: {self.shard} is not allowed; it must be 0 to {self.shards - 1}")

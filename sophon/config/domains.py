@@ -7,6 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from sophon.errors import UserError
+from sophon.ranges import limited
+
 
 @dataclass
 class DomainConfig:
@@ -35,7 +38,7 @@ class DomainConfig:
     name: str = MISSING
     source: str = MISSING
     dataset: str = ""
-    root: str = "data"
+    root: str = limited("data", path=True)
     download: bool = False
     skip_unreadable: bool = False
     classes: list[str] | None = None
@@ -46,8 +49,8 @@ class DomainConfig:
     fractions: dict[str, float] = field(
         default_factory=lambda: {"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}
     )
-    labels: str = "given"
-    clusters: int = 10
+    labels: str = limited("given", choices=("given", "none"))
+    clusters: int = limited(10, ge=2)
 
 
 @dataclass
@@ -66,9 +69,21 @@ class DomainsConfig:
     """
 
     original: DomainConfig = field(default_factory=DomainConfig)
-    restricted: dict[str, DomainConfig] = field(default_factory=dict)
+    restricted: dict[str, DomainConfig] = field(default_factory=dict, metadata={"alone": True})
     benign: DomainConfig | None = None
     memory_gb: float = 8.0
+
+    def validate(self, key: str) -> None:
+        """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""
+        names = [each.name for each in self.restricted.values()]
+        for name in names if len(names) > 1 else ():
+            if names.count(name) > 1:
+                raise UserError(f"{key}.restricted: the name '{name}' is given twice; names must differ")
+            if not name or "/" in name or name.startswith("."):
+                raise UserError(f"{key}.restricted: the name '{name}' is not allowed; among several it names a folder")
+        for role, other in (("original", self.original), ("benign", self.benign)):
+            if other is not None and other.labels != "given":
+                raise UserError(f"{key}.{role}.labels: 'none' is not allowed; only a restricted domain may be without")
 
 
 @dataclass

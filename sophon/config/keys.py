@@ -31,12 +31,14 @@ class Key:
         type: what its value is.
         default: its value where no file and no command says another; `dataclasses.MISSING` where there is none.
         meaning: what the docstring of its dataclass says.
+        choices: the words that it may be; empty where it is not one of a few.
     """
 
     name: str
     type: Any
     default: Any
     meaning: str
+    choices: tuple[str, ...] = ()
 
 
 @cache
@@ -80,7 +82,7 @@ def _keys(kind: type, prefix: str) -> Iterator[Key]:
     for part in fields(kind):
         name, hint = prefix + part.name, hints[part.name]
         default = part.default if part.default_factory is MISSING else part.default_factory()
-        yield Key(name, hint, default, meanings.get(part.name, ""))
+        yield Key(name, hint, default, meanings.get(part.name, ""), tuple(part.metadata.get("choices", ())))
         for inside in _UNTYPED.get(name, [content(hint)]):
             yield from _inside(inside, name)
 

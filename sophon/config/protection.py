@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from sophon.attacker import AUGMENTATIONS, SCHEDULES
+from sophon.errors import UserError
+from sophon.ranges import limited
+
 
 @dataclass
 class ClampConfig:
@@ -28,17 +32,17 @@ class ClampConfig:
         lipschitz: of the gradient of the attacker's loss, >= 0 (Lip).
     """
 
-    curvature: float = 0.0
-    contract: float = 0.0
-    tail: float = 0.0
-    inverse: float = 0.0
+    curvature: float = limited(0.0, ge=0)
+    contract: float = limited(0.0, ge=0)
+    tail: float = limited(0.0, ge=0)
+    inverse: float = limited(0.0, ge=0)
     kappa_min: float = 0.0
-    c_max: float = 0.95
-    c_limit: float = 0.99
-    probe_width: float = 0.05
-    probes: int = 1
-    slack: float = 0.0
-    lipschitz: float = 1.0
+    c_max: float = limited(0.95, gt=0)
+    c_limit: float = limited(0.99, gt=0, lt=1)
+    probe_width: float = limited(0.05, gt=0)
+    probes: int = limited(1, ge=1)
+    slack: float = limited(0.0, ge=0)
+    lipschitz: float = limited(1.0, ge=0)
 
     @property
     def on(self) -> bool:
@@ -109,40 +113,63 @@ class MethodConfig:
 
     name: str = MISSING
     suppression_loss: str = "klu"
-    suppression_weight: float = 1.0
-    sharpness: float = 0.0
+    suppression_weight: float = limited(1.0, ge=0)
+    sharpness: float = limited(0.0, ge=0)
     clamp: ClampConfig = field(default_factory=ClampConfig)
-    condition: float = 0.0
-    fixed_norms: str = "none"
-    gains: list[float] = field(default_factory=list)
-    spread: float = 1.0
-    engine: str = "first_order"
-    segment: int = 1
-    window: int | None = None
-    rounds: int = 100
-    fts_steps: int = 1
-    ntr_steps: int = 10
-    fts_lr: float = 3e-4
-    ntr_lr: float = 5e-4
-    schedule: str = "constant"
-    attackers: int = 1
-    gamma: str = "uniform"
-    query_every: int = 1
-    query_batch_size: int = 128
-    ntr_batch_size: int = 128
-    ntr_augmentation: str = "standard"
-    distillation: float = 0.0
-    temperature: float = 2.0
-    fts_max_norm: float | None = None
-    fts_original_weight: float = 0.0
-    pool: int = 0
-    chunk: int = 20
-    curriculum: str = "uniform"
-    curriculum_share: float = 0.3
-    curriculum_memory: float = 0.9
-    suppression_timesteps: float = 1.0
-    probe_steps: int = 5
-    probe_lr: float = 0.005
+    condition: float = limited(0.0, ge=0)
+    fixed_norms: str = limited("none", choices=("none", "layer", "channel"))
+    gains: list[float] = limited([], gt=0)
+    spread: float = limited(1.0, ge=1)
+    engine: str = limited("first_order", choices=("first_order", "second_order"))
+    segment: int = limited(1, ge=1)
+    window: int | None = limited(None, ge=0)
+    rounds: int = limited(100, ge=1)
+    fts_steps: int = limited(1, ge=0)
+    ntr_steps: int = limited(10, ge=0)
+    fts_lr: float = limited(3e-4, gt=0)
+    ntr_lr: float = limited(5e-4, gt=0)
+    schedule: str = limited("constant", choices=SCHEDULES)
+    attackers: int = limited(1, ge=1)
+    gamma: str = limited("uniform", choices=("uniform", "linear", "last"))
+    query_every: int = limited(1, ge=1)
+    query_batch_size: int = limited(128, ge=1)
+    ntr_batch_size: int = limited(128, ge=1)
+    ntr_augmentation: str = limited("standard", choices=AUGMENTATIONS)
+    distillation: float = limited(0.0, ge=0)
+    temperature: float = limited(2.0, gt=0)
+    fts_max_norm: float | None = limited(None, gt=0)
+    fts_original_weight: float = limited(0.0, ge=0)
+    pool: int = limited(0, ge=0)
+    chunk: int = limited(20, ge=1)
+    curriculum: str = limited("uniform", choices=("uniform", "bandit"))
+    curriculum_share: float = limited(0.3, ge=0, le=1)
+    curriculum_memory: float = limited(0.9, ge=0, lt=1)
+    suppression_timesteps: float = limited(1.0, gt=0, le=1)
+    probe_steps: int = limited(5, ge=0)
+    probe_lr: float = limited(0.005, gt=0)
+
+    def validate(self, key: str) -> None:
+        """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""
+        needs_first_order = {
+            "pool": self.pool > 0,
+            "suppression_weight": self.suppression_weight != 1,
+            "sharpness": self.sharpness > 0,
+            "clamp": self.clamp.on,
+            "condition": self.condition > 0,
+        }
+        for name, needs in needs_first_order.items():
+            if needs and self.engine != "first_order":
+                raise UserError(f"{key}.{name}: not allowed with engine {self.engine}; it needs first_order")
+        if 0 < self.pool < self.attackers:
+            raise UserError(
+                f"{key}.pool: {self.pool} is not allowed with {self.attackers} attackers; give 0, or at least as many"
+            )
+        if not (self.suppression_weight or self.clamp.on or self.condition):
+            raise UserError(f"{key}.suppression_weight: 0 leaves nothing to ask; give > 0, or weigh clamp or condition")
+        if not (self.gains or self.fts_steps):
+            raise UserError(f"{key}.fts_steps: 0 is not allowed without {key}.gains; it must be >= 1")
+        if self.spread > 1 and not self.gains:
+            raise UserError(f"{key}.spread: {self.spread:g} is not allowed without {key}.gains; it must be 1")
 
 
 @dataclass
@@ -161,10 +188,10 @@ class GuardConfig:
         max_ntr_steps: but never grow beyond this.
     """
 
-    every: int = 10
-    tolerance: float = 1.0
+    every: int = limited(10, ge=1)
+    tolerance: float = limited(1.0, ge=0)
     relative: bool = False
-    repair_steps: int = 50
-    patience: int = 0
-    growth: float = 1.5
-    max_ntr_steps: int = 100
+    repair_steps: int = limited(50, ge=0)
+    patience: int = limited(0, ge=0)
+    growth: float = limited(1.5, ge=1)
+    max_ntr_steps: int = limited(100, ge=0)

@@ -17,8 +17,8 @@ from sophon.attacker import HEADS, OPTIMIZERS, FineTuneStrategy, fields_outside
 from sophon.config import Config, MethodConfig
 from sophon.errors import UserError
 from sophon.protect.curriculum import RECENT, TEMPERATURE, Curriculum
+from sophon.ranges import check
 from sophon.sampler import SamplerConfig, StrategySampler
-from sophon.validation import validate
 
 Found = list[tuple[FineTuneStrategy, float]]
 
@@ -381,7 +381,7 @@ def test_a_success_that_a_defence_takes_away_is_left_for_the_next_best() -> None
 )
 def test_a_bad_setting_is_named_on_one_line(key: str, value: Any, allowed: str) -> None:
     with pytest.raises(UserError) as caught:
-        validate(Config(name="test", pretrain=FineTuneStrategy(), method=method(**{key: value})))
+        check(Config(name="test", pretrain=FineTuneStrategy(), method=method(**{key: value})))
     message = str(caught.value)
     assert message.startswith(f"method.{key}: ")
     assert str(value) in message
@@ -391,7 +391,7 @@ def test_a_bad_setting_is_named_on_one_line(key: str, value: Any, allowed: str) 
 
 @pytest.mark.parametrize("ends", [{"curriculum_share": 0.0}, {"curriculum_share": 1, "curriculum_memory": 0.0}])
 def test_the_ends_of_the_ranges_are_allowed(ends: dict[str, Any]) -> None:
-    validate(Config(name="test", pretrain=FineTuneStrategy(), method=method(**ends)))
+    check(Config(name="test", pretrain=FineTuneStrategy(), method=method(**ends)))
     curriculum = bandit(small(heads=list(HEADS)), **ends)
     tables = play(curriculum, 30, lambda each: each.head == "kept", seed=0)
     assert all(0 < p < 1 for table in tables for p in table["head"].values())

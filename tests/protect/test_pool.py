@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sophon.attacker import OPTIMIZERS, FineTuneStrategy
-from sophon.config import Config, MethodConfig
+from sophon.config import MethodConfig
 from sophon.domains import Batch, ImageSet, LoadedDomain, MemoryImages
 from sophon.errors import UserError
 from sophon.optimizers import build_optimizer
@@ -26,10 +26,10 @@ from sophon.protect.distributed import Ranks
 from sophon.protect.fts import FTS
 from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.protect.pool import Member, Pool
+from sophon.ranges import check
 from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors, write_tensors
-from sophon.validation import validate
 from tests.tiny import assert_same_state, state_of, tiny_bands, tiny_batches, tiny_model, tiny_spec, tiny_task
 
 RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
@@ -686,18 +686,17 @@ def test_whatever_the_names(tmp_path_factory: pytest.TempPathFactory, places: di
 
 
 def test_only_first_order_attackers_go_on() -> None:
-    def check(**method: Any) -> None:
-        plain = Config(name="test", pretrain=FineTuneStrategy(head="kept"))
-        validate(replace(plain, method=MethodConfig(name="test", **method)))
+    def settle(**method: Any) -> None:
+        check(MethodConfig(name="test", **method), "method")
 
-    check(pool=2)
-    check(pool=0, engine="second_order")
-    with pytest.raises(UserError, match=r"^method.pool: 2 is not allowed with engine second_order; .*first_order$"):
-        check(pool=2, engine="second_order")
-    check(pool=3, attackers=3)
-    check(pool=0, attackers=3)
+    settle(pool=2)
+    settle(pool=0, engine="second_order")
+    with pytest.raises(UserError, match=r"^method.pool: not allowed with engine second_order; .*first_order$"):
+        settle(pool=2, engine="second_order")
+    settle(pool=3, attackers=3)
+    settle(pool=0, attackers=3)
     with pytest.raises(UserError, match=r"^method.pool: 2 is not allowed with 3 attackers; .* at least as many$"):
-        check(pool=2, attackers=3)
+        settle(pool=2, attackers=3)
 
 
 def test_a_record_is_plain_data() -> None:
