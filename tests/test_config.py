@@ -18,8 +18,8 @@ from sophon.attacker import FineTuneStrategy
 from sophon.audit.plan import strategies
 from sophon.cli.groups import choices, conf_dir, groups
 from sophon.config import Config, ModelConfig, StrategyConfig, plain
-from sophon.domains.batches import AUGMENTATIONS
 from sophon.domains import SOURCES
+from sophon.domains.batches import AUGMENTATIONS
 from sophon.errors import UserError
 from sophon.models import build, create
 from sophon.sampler import StrategySampler
