@@ -95,6 +95,7 @@ def sophon(folder: Path | None, *arguments: str) -> Result:
             signal.signal(number, handler)
         GlobalHydra.instance().clear()
         cli._failed.clear()
+        cli._finished.clear()
     return Result(code, out.getvalue(), err.getvalue())
 
 

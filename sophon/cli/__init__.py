@@ -24,7 +24,8 @@ from sophon.cli.follow import following
 from sophon.cli.groups import conf_dir, groups
 from sophon.cli.help import USAGE, explain
 from sophon.cli.messages import one_line
-from sophon.config import ComposedConfig
+from sophon.cli.next import next_steps
+from sophon.config import ComposedConfig, Config
 from sophon.config.keys import keys
 from sophon.errors import GuardError, UserError, likely
 from sophon.paths import unexpected
@@ -48,6 +49,7 @@ def _run(config: DictConfig) -> None:
 
             torch.set_num_threads(typed.threads)
         run(typed)
+        _finished.append(typed)
     except (UserError, GuardError, OSError, KeyboardInterrupt) as error:
         # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
         if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -55,6 +57,7 @@ def _run(config: DictConfig) -> None:
         _failed.append(error)
 
 
+_finished: list[Config] = []
 _failed: list[BaseException] = []
 
 
@@ -90,6 +93,7 @@ def _command(verb: str, arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own and exits with 1
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what runs in its background with SIGINT ignored
         signal.signal(number, _interrupt)
+    _finished.clear()
     _failed.clear()
     searched: list[str] = []
     try:
@@ -106,6 +110,9 @@ def _command(verb: str, arguments: list[str]) -> int:
         _run()
         for error in _failed:
             raise error
+        if _finished and not options.multirun and os.environ.get("RANK", "0") == "0":
+            for line in next_steps(_finished[0], options.overrides, flags):
+                print(line)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         return _fail(one_line(error, searched), 2)
     except GuardError as error:

@@ -1,0 +1,82 @@
+"""What to do after a verb: the commands that go on from this run, ready to be pasted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from sophon.config import Config
+
+_EVERYWHERE = {"experiment", "name", "seed", "device", "amp", "threads", "domain", "task", "tracking"}
+# What of a command matters to the one after it, beside that.
+_OF = {
+    "protect": _EVERYWHERE | {"reference", "method", "sampler", "guard"},
+    "audit": _EVERYWHERE | {"reference", "attack", "workers", "model"},
+}
+
+
+def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return the lines that a verb ends with.
+
+    Args:
+        config: of the run that is done.
+        overrides: as the user typed them.
+        flags: ``--config-dir`` and the like, as typed.
+    """
+
+    def command(verb: str, *more: str) -> str:
+        kept = [each for each in overrides if _root(each) in _OF[verb] and "attack.shard" not in each]
+        return shlex.join(["sophon", verb, *flags, *kept, *more])
+
+    folder = config.run_dir or _default(config, config.verb)
+    made = [] if config.run_dir is None else [folder]  # what the next verb does not find by itself
+    match config.verb:
+        case "pretrain":
+            commands = [command("protect", *(f"reference={each}" for each in made))]
+        case "protect":
+            out = _default(config, "export")
+            export = shlex.join(["sophon", "export", f"checkpoint={folder}", f"out={out}"])
+            commands = [command("audit", *(f"checkpoint={each}" for each in made)), export]
+        case "export":
+            return _loading(config.out or _default(config, "export"))
+        case "audit" if config.attack.shards > 1:
+            commands = [command("audit")]  # of all shards
+        case "audit" | "report":
+            folder = config.run_dir or _default(config, "audit")
+            commands = [shlex.join(["sophon", "report", f"run_dir={folder}"])] if config.verb == "audit" else []
+            commands += _comparison(folder)
+        case _:
+            commands = []
+    lines = [f"next: {each}" for each in commands]
+    if config.verb == "pretrain" and not any(
+        "experiment=" in each or "domain.restricted" in each for each in overrides
+    ):
+        given = ", ".join(config.domain.restricted)
+        lines.append(f"with domain@domain.restricted=NAME for what it must not be fine-tuned for; now it is {given}")
+    return lines
+
+
+def _default(config: Config, verb: str) -> str:
+    return f"runs/{config.name}/seed{config.seed}/{verb}"
+
+
+def _root(override: str) -> str:
+    """Return the group or key that an override is about: ``domain`` of ``+domain@domain.benign=people``."""
+    return re.split(r"[.@/=]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def _comparison(folder: str) -> list[str]:
+    """Return the command that sets an audit beside those of other seeds."""
+    audits = sorted(Path(folder).parent.parent.glob(f"*/{Path(folder).name}/audit.json"))
+    others = [str(each.parent) for each in audits if each.parent != Path(folder)]
+    return [shlex.join(["sophon", "report", "compare", folder, *others])] if others else []
+
+
+def _loading(out: str) -> list[str]:
+    """Return the code of the model card that loads a checkpoint without sophon."""
+    card = (Path(out) / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    place = out.replace("\\", "\\\\").replace('"', '\\"')
+    return ["next, in Python, without sophon:", *block[1].replace("PATH", place).splitlines()] if block else []
