@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,10 +33,14 @@ from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
-from sophon.files import write_json
+from sophon.files import write_json, write_text
+from sophon.paths import explained
 from sophon.report import single as report
 from sophon.seeds import derive_seed
 from sophon.tracking import Tracker
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,45 @@ class Audit:
     scene: Scene
 
 
-class Found(NamedTuple):
-    """What an audit found: ``audit.json``, and every attempt as it is stored."""
+@dataclass(frozen=True)
+class Audited:
+    """What an audit found.
+
+    Attributes:
+        summary: all of it, as ``audit.json`` has it.
+        attempts: every attempt as it is stored.
+        html: the page.
+    """
 
     summary: dict[str, Any]
     attempts: list[dict[str, Any]]
+    html: str
+
+    @property
+    def verdict(self) -> Any:
+        """What is to be said of the checkpoint."""
+        return self.summary["verdict"]
+
+    @property
+    def worst_case(self) -> Any:
+        """The attack that gets most out of the protected model, and its scores."""
+        return self.summary["worst_case"]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row an attempt: what was run, on whom, and what came of it on ``test`` (see `attempts`)."""
+        import pandas as pd
+
+        plain = (str, int, float, bool, NoneType)
+        return pd.DataFrame([{k: v for k, v in each.items() if isinstance(v, plain)} for each in self.attempts])
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the page: one file that needs no other.
+
+        Raises:
+            UserError: the file system refuses.
+        """
+        write_text(path, self.html)
 
 
 Checkpoints = tuple[Checkpoint, Checkpoint]
@@ -122,7 +161,7 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> lis
     return [Audit(part, protected, reference, original, scene) for part, scene in zip(parts, scenes, strict=True)]
 
 
-def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints | None = None) -> Found | None:
+def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints | None = None) -> Audited | None:
     """Run what is missing in the runner's folder; return what was found, None if this is only a shard of it.
 
     Args:
@@ -170,7 +209,9 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     write_json(folder / "audit.json", summary)
     report.write_curves(folder, attempts)
     report.write_reports(folder, summary, attempts)
-    return Found(summary, attempts)
+    with explained(folder, "read"):
+        page = (folder / "report.html").read_text()
+    return Audited(summary, attempts, page)
 
 
 def share_threads(config: Config) -> None:

@@ -30,7 +30,6 @@ from sophon.errors import GuardError, UserError
 from sophon.export import Checkpoint, write_checkpoint
 from sophon.finetune import Loss, rehearse
 from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
-from sophon.models import ModelSpec
 from sophon.protect import coordinates
 from sophon.protect.distributed import ALONE, Ranks
 from sophon.protect.starts import check_simulated
@@ -137,20 +136,20 @@ def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dic
 
 
 @dataclass(frozen=True)
-class Released:
-    """A protected model, measured.
+class Protected:
+    """A protected model.
 
     Attributes:
         model: in evaluation mode.
-        spec: how it is built.
-        manifest: what ``sophon.json`` will say of it.
         history: a row a round: losses, and the metric on ``val`` where the guard looked.
+        manifest: what ``sophon.json`` says of it: ``intactness`` what the protection cost the original domain.
+        protection: what it was made from.
     """
 
     model: nn.Module
-    spec: ModelSpec
-    manifest: dict[str, Any]
     history: list[dict[str, Any]]
+    manifest: dict[str, Any]
+    protection: Protection
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint: the library's own files, ``sophon.json`` and the model card.
@@ -158,10 +157,10 @@ class Released:
         Raises:
             UserError: ``folder`` holds something else, or the file system refuses.
         """
-        write_checkpoint(folder, self.model, self.spec, self.manifest)
+        write_checkpoint(folder, self.model, self.protection.reference.spec, self.manifest)
 
 
-def run(protection: Protection, folder: Path, tracker: Tracker, ranks: Ranks = ALONE) -> Released | None:
+def run(protection: Protection, folder: Path, tracker: Tracker, ranks: Ranks = ALONE) -> Protected | None:
     """Protect the model, or go on where ``folder`` says; None on all ranks but the first.
 
     Raises:
@@ -193,7 +192,7 @@ def loops_model(config: Config, reference: nn.Module) -> nn.Module:
     return coordinates.linear(reference) if config.method.gains else copy.deepcopy(reference)
 
 
-def release(protection: Protection, model: nn.Module, position: Position) -> Released:
+def release(protection: Protection, model: nn.Module, position: Position) -> Protected:
     """Return what is released of what the loops have made, with what it cost the original domain; reads ``test``.
 
     Raises:
@@ -217,7 +216,7 @@ def release(protection: Protection, model: nn.Module, position: Position) -> Rel
         "intactness": {**metric_of(task), "before": before, "after": after, **guard},
         "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
     }
-    return Released(model.eval(), reference.spec, manifest, position.history)
+    return Protected(model.eval(), position.history, manifest, protection)
 
 
 def _in_other_coordinates(

@@ -11,18 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sophon.cli.groups import conf_dir
 from sophon.cli.overrides import named
+from sophon.config.shipped import USUAL, conf_dir
 from sophon.paths import is_file
 
-# The choice of conf/config.yaml, and what takes its place for a denoiser.
-_OF_A_DENOISER = {
-    "task": ("classification", "denoising"),
-    "pretrain": ("sgd", "adam_ema"),
-    "method": ("sophon_klu", "sophon_dos"),
-    "sampler": ("mixed", "denoiser"),
-    "guard": ("points", "relative"),
-}
 # Which key names the checkpoint of a verb, and which verb makes it.
 _STARTS_FROM = {
     "protect": ("reference", "pretrain"),
@@ -46,9 +38,10 @@ def following(overrides: Sequence[str], searched: Sequence[str]) -> list[str]:
     with suppress(OmegaConfBaseException), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", [*overrides, f"hydra.searchpath={folders}"], return_hydra_config=True)
         choices = config.hydra.runtime.choices
-        if choices["task"] == _OF_A_DENOISER["task"][0] and _is_denoiser(config):
-            usual = {group for group, (choice, _) in _OF_A_DENOISER.items() if choices[group] == choice}
-            return [f"{group}={choice}" for group, (_, choice) in _OF_A_DENOISER.items() if group in usual - chosen]
+        usual = USUAL["classification"]
+        if choices["task"] == usual["task"] and _is_denoiser(config):
+            kept = {group for group, choice in usual.items() if choices[group] == choice} - chosen
+            return [f"{group}={choice}" for group, choice in USUAL["denoising"].items() if group in kept]
     return []
 
 

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from sophon.config.shipped import conf_dir as conf_dir
+
 ROLES = ("original", "restricted", "benign")  # what a domain can be: `domain@domain.original=NAME`
-
-
-def conf_dir() -> Path:
-    """Return the folder of the shipped configuration: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def groups(searched: Iterable[str] = ()) -> list[str]:

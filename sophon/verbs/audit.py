@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from sophon.api.auditing import Audit, Found, identity_of, named_checkpoints, prepare, run, runner_of, share_threads
+from sophon.api.auditing import Audit, Audited, identity_of, named_checkpoints, prepare, run, runner_of, share_threads
 from sophon.api.common import doubt, run_dir, say_domains, tracker_of, warn
 from sophon.audit.runner import Runner
 from sophon.config import Config
@@ -68,7 +68,7 @@ def _parts(config: Config) -> dict[Path, Config]:
     return parts
 
 
-def _audit(audit: Audit, runner: Runner) -> Found | None:
+def _audit(audit: Audit, runner: Runner) -> Audited | None:
     attack = audit.config.attack
     with tracker_of(audit.config, runner.folder) as tracker:
         found = run(audit, runner, tracker)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sophon.api.common import doubt, reference_of, run_dir, say_domains, tracker_of, warn
 from sophon.api.manifests import figures
-from sophon.api.protecting import Released, lost_on_test, prepare, run
+from sophon.api.protecting import Protected, lost_on_test, prepare, run
 from sophon.config import Config
 from sophon.errors import UserError
 from sophon.paths import exists
@@ -53,7 +53,7 @@ def protect(config: Config) -> None:
             say_released(folder / "checkpoint", config, protection.task, released)
 
 
-def say_released(out: Path, config: Config, task: Task, released: Released) -> None:
+def say_released(out: Path, config: Config, task: Task, released: Protected) -> None:
     """Print where the checkpoint lies and what it cost; warn if ``test`` lost more than the guard lets pass."""
     rounds, intactness = released.manifest["history"], released.manifest["intactness"]
     before, after = intactness["before"], intactness["after"]

@@ -1,0 +1,191 @@
+"""The calls: protect, audit and load, from Python."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from sophon.api import auditing, protecting
+from sophon.api.auditing import Audited
+from sophon.api.common import doubt
+from sophon.api.contained import contained
+from sophon.api.inputs import Choice, Data, Model, checkpoint_of, config_of, domain_of, domains_by_name, in_memory
+from sophon.api.protecting import Protected, Protection
+from sophon.devices import resolve_device
+from sophon.errors import UserError
+from sophon.export import Checkpoint, read_checkpoint
+from sophon.paths import exists
+from sophon.protect.state import STATE_FILE, read_state
+from sophon.run_folder import run_folder
+from sophon.tasks import kind_of
+from sophon.tracking import Tracker
+
+
+def protect(
+    model: Model,
+    original: Data,
+    restricted: Data,
+    *,
+    method: Choice = None,
+    attackers: Choice = None,
+    guard: Choice = None,
+    settings: Mapping[str, Any] | None = None,
+    name: str = "protected",
+    seed: int = 0,
+    device: str = "auto",
+    run_dir: str | PathLike[str] | None = None,
+    progress: bool = False,
+) -> Protected:
+    """Make a model hard to fine-tune on the restricted domain, within what the guard allows the original one to lose.
+
+    The model that is given stays as it is, and so does everything that is global: random generators, threads, signals.
+
+    Args:
+        model: a ``torch.nn.Module`` (of timm, torchvision, transformers or diffusers; any other one through `adapt`),
+            what `load` or `adapt` returned, or the folder of a checkpoint or of a diffusers pipeline.
+        original: what the model was made for: a folder of ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, a torch
+            ``Dataset`` of (image, label), a pair of arrays, a Hugging Face ``Dataset``, or a `Domain` of one of these.
+        restricted: what it is to be hard to fine-tune for, likewise; several as a list of `Domain`.
+        method: the name of a file of ``conf/method``, the path of one's own, or a mapping; None for what is usual.
+        attackers: whom the protection simulates, likewise of ``conf/sampler``, or an `Attackers`.
+        guard: the constraint on the original domain, likewise of ``conf/guard``, or a `Guard`.
+        settings: further values by dotted key, ``{"method.rounds": 200}``.
+        name: what reports call it.
+        seed: every random choice derives from it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        run_dir: a folder of the run's own, in which the same call goes on where it stopped; None keeps nothing.
+        progress: show progress on stderr.
+
+    Raises:
+        UserError: something that was given is wrong; one line says what, where and what is allowed.
+        GuardError: no state kept the original domain within the guard's tolerance.
+    """
+    data = domain_of(original, "original")
+    with contained(), _folder(run_dir) as folder:
+        reference = checkpoint_of(model, data, "model")
+        config = config_of(
+            "protect",
+            reference.spec,
+            kind_of(reference.spec),
+            data,
+            domains_by_name(restricted, "restricted"),
+            choices={"method": method, "sampler": attackers, "guard": guard},
+            settings=settings,
+            facts={"name": name, "seed": seed, "device": device},
+        )
+        protection = protecting.prepare(config, reference, resolve_device(device))
+        with run_folder(folder, "protect", protection.identity):
+            if exists(folder / "checkpoint"):
+                return _already(protection, folder)
+            _warn(doubt(protection.task, reference.model, protection.original, "model"))
+            protected = protecting.run(protection, folder, Tracker(progress=progress))
+            assert protected is not None  # there is but one rank
+            if run_dir is not None:
+                protected.save(folder / "checkpoint")
+        return protected
+
+
+def audit(
+    model: Model | Protected,
+    reference: Model | None = None,
+    original: Data = None,
+    restricted: Data = None,
+    *,
+    benign: Data = None,
+    attacks: Choice = None,
+    settings: Mapping[str, Any] | None = None,
+    name: str = "audit",
+    seed: int = 0,
+    device: str = "auto",
+    run_dir: str | PathLike[str] | None = None,
+    progress: bool = False,
+) -> Audited:
+    """Attack a protected model, its unprotected reference and a fresh one, and say how well the protection holds.
+
+    Args:
+        model: the protected model: what `protect` returned, or as there any other one, with ``reference``, ``original``
+            and ``restricted``. Of a checkpoint that `protect` or the command line made the audit also says which
+            attacks the protection has seen.
+        reference: the model before its protection.
+        original: what both were made for; see `protect`.
+        restricted: what the protected one is to be hard to fine-tune for.
+        benign: what it may be fine-tuned for, to see that this is not harmed.
+        attacks: the name of a file of ``conf/attack``, the path of one's own, or a mapping; None for the standard ones.
+        settings: further values by dotted key, ``{"attack.seeds": 3}``.
+        name: what reports call it.
+        seed: every random choice derives from it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        run_dir: a folder of the audit's own, in which the same call goes on where it stopped; None keeps nothing.
+        progress: show progress on stderr.
+
+    Raises:
+        UserError: something that was given is wrong; one line says what, where and what is allowed.
+    """
+    if isinstance(model, Protected):
+        made = model.protection
+        reference = made.reference if reference is None else reference
+        original = made.config.domain.original if original is None else original
+        restricted = list(made.config.domain.restricted.values()) if restricted is None else restricted
+        model = in_memory(model.model, made.reference.spec, model.manifest, "model")
+    missing = {"reference": reference, "original": original, "restricted": restricted}
+    if reference is None or original is None or restricted is None:
+        lacking = ", ".join(key for key, value in missing.items() if value is None)
+        raise UserError(f"{lacking}: missing; give it, or as model what sophon.protect returned")
+    data, attacked = domain_of(original, "original"), domains_by_name(restricted, "restricted")
+    if len(attacked) > 1:
+        raise UserError(f"restricted: {', '.join(attacked)} are several; audit one at a time")
+    with contained(), _folder(run_dir) as folder:
+        protected, unprotected = checkpoint_of(model, data, "model"), checkpoint_of(reference, data, "reference")
+        config = config_of(
+            "audit",
+            protected.spec,
+            kind_of(protected.spec),
+            data,
+            attacked,
+            benign=None if benign is None else domain_of(benign, "benign"),
+            choices={"attack": attacks},
+            settings=settings,
+            facts={"name": name, "seed": seed, "device": device},
+        )
+        [prepared] = auditing.prepare(config, protected, unprotected)
+        runner = auditing.runner_of(prepared, folder)
+        for checkpoint, key in ((protected, "model"), (unprotected, "reference")):
+            _warn(doubt(prepared.scene.task, checkpoint.model, prepared.original, key))
+        with run_folder(folder, "audit", auditing.identity_of(prepared)):
+            found = auditing.run(prepared, runner, Tracker(progress=progress), (protected, unprotected))
+        assert found is not None  # there is but one shard
+        return found
+
+
+def load(folder: str | PathLike[str]) -> Checkpoint:
+    """Read a checkpoint that sophon wrote, and verify it; its ``model`` is on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: something is missing or corrupt, or the weights are not those that were written.
+    """
+    return read_checkpoint(Path(folder).expanduser(), "folder")
+
+
+@contextmanager
+def _folder(run_dir: str | PathLike[str] | None) -> Iterator[Path]:
+    if run_dir is not None:
+        yield Path(run_dir).expanduser()
+        return
+    with tempfile.TemporaryDirectory(prefix="sophon-") as folder:
+        yield Path(folder) / "run"
+
+
+def _already(protection: Protection, folder: Path) -> Protected:
+    checkpoint = read_checkpoint(folder / "checkpoint", "run_dir")
+    history = read_state(folder / STATE_FILE).at.history
+    return Protected(checkpoint.model, history, checkpoint.manifest, protection)
+
+
+def _warn(line: str | None) -> None:
+    if line is not None:
+        warnings.warn(line, stacklevel=3)

@@ -1,0 +1,138 @@
+"""What Python hands over, made into what a run takes: a configuration, domains and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from sophon import models
+from sophon.config import Config, DomainConfig, ModelConfig
+from sophon.config.shipped import STANDARD, USUAL, chosen
+from sophon.domains import Domain
+from sophon.domains.sources import SOURCES
+from sophon.errors import UserError
+from sophon.export import Checkpoint, is_ours, read_checkpoint
+from sophon.files import sha256_file
+from sophon.foreign import open_foreign
+from sophon.models import ModelSpec
+from sophon.models.weights import require_finite
+from sophon.paths import exists
+from sophon.validation import from_omegaconf
+
+Data = Any  # a folder, a torch Dataset, arrays, a Hugging Face Dataset, or a `Domain` of one of these
+Model = nn.Module | Checkpoint | str | PathLike[str]
+Choice = str | Mapping[str, Any] | Any  # the name of a shipped file, the path of one's own, or its content
+
+
+def domain_of(data: Data, name: str) -> DomainConfig:
+    """Return data as a domain, called after its folder if it is one, else ``name``."""
+    if isinstance(data, DomainConfig):
+        return data
+    return Domain(data, name=Path(data).name or name if isinstance(data, str | PathLike) else name)
+
+
+def domains_by_name(data: Data, name: str) -> dict[str, DomainConfig]:
+    """Return one domain, or a list of `Domain`, by name."""
+    several = isinstance(data, list) and data and all(isinstance(each, DomainConfig) for each in data)
+    found = [domain_of(each, name) for each in (data if several else [data])]
+    if len({each.name for each in found}) < len(found):
+        raise UserError(f"{name}: several domains have the same name; give Domain(..., name=) of each another one")
+    return {each.name: each for each in found}
+
+
+def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
+    """Return a model as a checkpoint: a copy on the CPU of one in memory, or what lies in a folder.
+
+    Args:
+        model: see `Model`.
+        original: whose classes it tells apart.
+        key: the argument that messages name.
+
+    Raises:
+        UserError: it is none that sophon understands.
+    """
+    if isinstance(model, Checkpoint):
+        return Checkpoint(copy.deepcopy(model.model), model.spec, model.manifest, model.path, model.sha256)
+    if isinstance(model, str | PathLike):
+        path = Path(model).expanduser()
+        if not exists(path, key):
+            raise UserError(f"{key}: '{path}' does not exist; give a model, or the folder of a checkpoint")
+        if is_ours(path):
+            return read_checkpoint(path, key)
+        return open_foreign(path, ModelConfig(), _class_names(original), key)
+    raise UserError(f"{key}: a {type(model).__name__} is not allowed; give a torch.nn.Module or a folder")
+
+
+def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], key: str) -> Checkpoint:
+    """Return a model in memory as a checkpoint that holds a copy of it; its hash is that of the file that it would be.
+
+    Raises:
+        UserError: a weight is not finite; the message names ``key``.
+    """
+    require_finite(model, key)
+    module = copy.deepcopy(model).cpu().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(Path(folder), module, spec)
+        sha256 = sha256_file(Path(folder) / models.weights_file(spec))
+    return Checkpoint(module, spec, dict(manifest), Path(key), sha256)
+
+
+def _class_names(domain: DomainConfig) -> tuple[str, ...]:
+    return tuple(domain.classes or SOURCES[domain.source](domain, domain.name)[0].classes)
+
+
+def config_of(
+    verb: str,
+    spec: ModelSpec,
+    kind: str,
+    original: DomainConfig,
+    restricted: Mapping[str, DomainConfig],
+    *,
+    benign: DomainConfig | None = None,
+    choices: Mapping[str, Choice | None],
+    settings: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+) -> Config:
+    """Compose a run's configuration, as the command line does.
+
+    Args:
+        verb: ``protect`` or ``audit``.
+        spec: the model's.
+        kind: what it is, a key of `sophon.config.shipped.USUAL`, which decides what is not chosen.
+        original: the original domain.
+        restricted: the restricted ones, by name.
+        benign: the benign one.
+        choices: of groups; None for what is usual.
+        settings: values by dotted key, which take the place of what was chosen.
+        facts: further keys: ``name``, ``seed``, ``device``.
+
+    Raises:
+        UserError: a choice, a key or a value is not known or not allowed.
+    """
+    usual = {**USUAL[kind], "attack": STANDARD[kind]}
+    given = {group: usual[group] if choices.get(group) is None else choices[group] for group in usual}
+    groups = {group: chosen(group, _plain(choice)) for group, choice in given.items()}
+    domain = {"original": asdict(original), "restricted": {name: asdict(each) for name, each in restricted.items()}}
+    if benign is not None:
+        domain["benign"] = asdict(benign)
+    tracking = {"wandb": "disabled", "progress": False}
+    composed = OmegaConf.create(
+        {"verb": verb, "model": asdict(spec.config()), "domain": domain, "tracking": tracking, **groups, **facts}
+    )
+    for key, value in (settings or {}).items():
+        OmegaConf.update(composed, key, _plain(value), merge=False)
+    config = from_omegaconf(composed)
+    config.domain.original, config.domain.restricted, config.domain.benign = original, dict(restricted), benign
+    return config
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
