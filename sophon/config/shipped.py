@@ -68,7 +68,8 @@ def _composed(file: Path, package: str) -> dict[str, Any]:
     except Exception as error:  # the YAML parser's own
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     merged: Any = OmegaConf.create()
-    for entry in own.pop("defaults", ["_self_"]):
+    defaults = own.pop("defaults", [])
+    for entry in defaults if "_self_" in defaults else [*defaults, "_self_"]:
         if entry == "_self_":
             nested: Any = own
             for part in reversed(package.split(".")):
