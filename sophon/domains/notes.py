@@ -20,7 +20,7 @@ class Notes:
         read: how many images were decoded.
         resized: how many of them had another size.
         stretched: how many of them had another aspect ratio.
-        streamed: the size of the decoded images in 10^9 bytes where they are read from disk again and again, else 0.
+        streamed: the size of the decoded images in 10^9 bytes where they are not kept, else 0.
     """
 
     size: int
@@ -63,5 +63,5 @@ class Notes:
                 f"by number it would be {few(in_natural_order(self.order))}"
             )
         if self.streamed:
-            texts.append(f"read from disk as needed: {self.streamed:.3g} GB, more than domain.memory_gb")
+            texts.append(f"decoded as they are read: {self.streamed:.3g} GB are more than domain.memory_gb")
         return texts

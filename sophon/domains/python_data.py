@@ -31,7 +31,7 @@ class Domain(DomainConfig):
     Args:
         data: the training images: a folder (see `folder.image_folder`); a torch ``Dataset`` or any sequence of
             (image, label); a tuple (images, labels) of arrays or tensors; a Hugging Face ``Dataset`` with
-            the columns ``image`` and ``label``; or a mapping with ``train`` and ``test`` (or ``validation``) of these.
+            the columns ``image`` and ``label``; or a mapping of these with ``train`` and ``test`` or ``validation``.
         test: the test images, in the same forms; None to set a part of each class of ``data`` aside.
         name: what reports call it.
         class_names: names of the labels 0, 1, ..., where the data has none; None for the labels themselves.
@@ -88,10 +88,10 @@ class Domain(DomainConfig):
 
 
 def _sides(data: Mapping[Any, Any], name: str, test: object) -> tuple[object, object]:
-    tests = [data[key] for key in ("test", "validation") if key in data]
-    if "train" not in data or not tests or test is not None:
+    if "train" not in data:
         raise UserError(f"{name}: of a mapping of data sets 'train' and 'test' are used; it has {few(map(str, data))}")
-    return data["train"], tests[0]
+    tests = [test, *(data[key] for key in ("test", "validation") if key in data)]
+    return data["train"], next((side for side in tests if side is not None), None)
 
 
 def _side(data: Any, name: str) -> Side:

@@ -27,6 +27,9 @@ from sophon.domains.streamed import GROUP, StreamedImages, read_ahead
 from sophon.domains.torchvision_sets import torchvision_sets
 from sophon.domains.types import ImageSet, MemoryImages, fingerprint
 from sophon.errors import UserError, choose
+from sophon.tracking import Tracker
+
+_MANY = 20_000  # images whose reading takes long enough to show how far it is
 
 SOURCES: dict[str, Callable[[DomainConfig, str], tuple[Part, Part]]] = {
     "bundled": bundled_set,
@@ -167,14 +170,16 @@ def _read(
     kept = torch.empty((len(numbers), *((32,) if memory is not None else decoder.shape)), dtype=torch.uint8)
     readable = torch.ones(len(numbers), dtype=torch.bool)
     groups = (group.tolist() for group in torch.split(numbers, GROUP))
-    for row, decoded in enumerate(chain.from_iterable(read_ahead(decoder.measured, groups))):
-        if isinstance(decoded, _Unreadable):
-            notes.saw_unreadable(decoded.reason)
-            readable[row] = False
-        else:
-            image, size = decoded
-            notes.saw(size)
-            kept[row] = image if memory is None else fingerprint(image)
+    with Tracker(progress=len(numbers) >= _MANY).progress(f"reading {decoder.where}", len(numbers)) as advance:
+        for row, decoded in enumerate(chain.from_iterable(read_ahead(decoder.measured, groups))):
+            if isinstance(decoded, _Unreadable):
+                notes.saw_unreadable(decoded.reason)
+                readable[row] = False
+            else:
+                image, size = decoded
+                notes.saw(size)
+                kept[row] = image if memory is None else fingerprint(image)
+            advance()
     if not readable.all():
         kept, numbers, labels = kept[readable], numbers[readable], labels[readable]
     if memory is None:

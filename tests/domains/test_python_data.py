@@ -67,7 +67,7 @@ def listed(text: str, name: str = "metadata.csv") -> Callable[[Path], DomainConf
 REFUSED: dict[str, tuple[Callable[[Path], DomainConfig], str]] = {
     "a number": (lambda root: Domain(7), "data: a int is not allowed; give a folder, a torch Dataset"),
     "an iterator": (lambda root: Domain(iter([])), "data: a list_iterator is not allowed"),
-    "a mapping without test": (lambda root: Domain({"train": []}), "of a mapping of data sets 'train' and 'test' are"),
+    "a mapping without train": (lambda root: Domain({"test": []}), "of a mapping of data sets 'train' and 'test' are"),
     "folder and test": (lambda root: Domain(str(root), pixels("test")), "a folder holds its own test images"),
     "fraction": (lambda root: Domain([], test_fraction=1.0), "test_fraction=1.0 is not allowed"),
     "numbers of both": (of(lambda side: (pictures(side), [0])), "24 images do not match 1 labels"),
@@ -140,6 +140,8 @@ def test_without_test_images_a_part_of_each_class_is_set_aside() -> None:
     assert torch.bincount(domain["test"].labels).tolist() == [3, 3]
     assert sum(map(len, domain.splits.values())) == len(images)
     assert len({bytes(row) for split in domain.splits.values() for row in split.fingerprints().numpy()}) == len(images)
+    only = loaded(Domain({"train": (images, labels)}, name="x", test_fraction=0.25), load=load_original)
+    assert dict(only.hashes) == dict(domain.hashes)
     other = loaded(Domain((images, labels), name="x", test_fraction=0.25, split_seed=1), load=load_original)
     assert other.hashes["test"] != domain.hashes["test"]
 

@@ -71,7 +71,7 @@ def test_where_images_are_kept_changes_nothing_else(domains: dict[str, LoadedDom
     for split in memory.splits:
         assert same(memory[split], streamed[split])
         assert streamed[split].shape == memory[split].shape == (3, 8, 8)
-    assert streamed.notes[-1].startswith("read from disk as needed: ")
+    assert streamed.notes[-1].startswith("decoded as they are read: ")
 
 
 @settings(max_examples=20, deadline=None)
