@@ -250,9 +250,10 @@ def run_again(copied: Path, command: tuple[str, ...]) -> Result:
     return result
 
 
+@pytest.mark.parametrize("more", [(), ("domain.memory_gb=0",)], ids=["in memory", "streamed"])
 @pytest.mark.parametrize("command", [PRETRAIN, PROTECT])
-def test_a_finished_run_is_left_alone(copied: Path, command: tuple[str, ...]) -> None:
-    assert "already done" in run_again(copied, command).out
+def test_a_finished_run_is_left_alone(copied: Path, command: tuple[str, ...], more: tuple[str, ...]) -> None:
+    assert "already done" in run_again(copied, (*command, *more)).out
 
 
 @pytest.mark.parametrize(("command", "domains"), [(PRETRAIN, 1), (PROTECT, 2), (AUDIT, 2)])
