@@ -63,8 +63,8 @@ def copied(made: Path, tmp_path: Path) -> Path:
 
 
 def audit_of(folder: Path) -> Any:
-    """Return ``audit.json`` without what depends on how fast the machine was."""
-    return {key: value for key, value in load(folder / "audit.json").items() if not key.startswith("seconds")}
+    """Return ``audit.json`` without what depends on the clock."""
+    return {key: value for key, value in load(folder / "audit.json").items() if key not in ("seconds_total", "date")}
 
 
 pytestmark = pytest.mark.slow
@@ -73,12 +73,11 @@ pytestmark = pytest.mark.slow
 def test_every_kind_of_job_is_in_the_result(made: Path) -> None:
     summary = load(made / RUNS / "audit" / "audit.json")
     assert {attack["attack"] for attack in summary["attacks"]} == {"adam_fresh", "healed", "lora", "searching"}
-    assert set(summary["controls"]["no_attack"]) == {"untouched"}
-    assert summary["controls"]["oracle"]["attack"] == "adam_fresh"
-    assert summary["controls"]["oracle"]["data_ratio"] > 1
-    assert [attack["attack"] for attack in summary["benign"]["attacks"]] == ["adam_fresh"]
-    (search,) = summary["searches"]
-    assert {role: len(course["trials"]) for role, course in search["roles"].items()} == dict.fromkeys(
+    assert set(summary["no_attack"]) == {"untouched"}
+    assert summary["oracle"]["attack"] == "adam_fresh"
+    assert summary["oracle"]["data_ratio"] > 1
+    assert [attack["attack"] for attack in summary["benign"]] == ["adam_fresh"]
+    assert {search["role"]: len(search["trials"]) for search in summary["searches"]} == dict.fromkeys(
         ("protected", "unprotected", "scratch"), 4
     )
     assert set(summary["left_out"]) == {"linears"}
@@ -157,8 +156,7 @@ def test_audits_are_compared(copied: Path) -> None:
     assert "both" in result.out
     page, text = (copied / "both" / "compare.html").read_text(), (copied / "both" / "compare.md").read_text()
     for folder in (RUNS / "audit", Path("other")):
-        verdict = load(copied / folder / "audit.json")["verdict"]
-        assert verdict.split("(")[0] in text
+        assert load(copied / folder / "audit.json")["verdict"]["sentence"] in text
     assert "healed" in page
 
 

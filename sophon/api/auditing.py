@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +17,9 @@ from sophon.api.common import (
     checkpoint_of,
     domains_of,
     measured,
-    metric_of,
     require_float32,
     task_of,
 )
-from sophon.audit import metrics
 from sophon.audit.fidelity import Fidelity, feature_network
 from sophon.audit.gallery import write_gallery
 from sophon.audit.masking import measure as measure_masking
@@ -33,14 +31,17 @@ from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
-from sophon.files import write_json, write_text
+from sophon.files import write_text
 from sophon.paths import explained
-from sophon.report import single as report
 from sophon.seeds import derive_seed
 from sophon.tracking import Tracker
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long to load, and that no attack uses
     import pandas as pd
+
+    from sophon.audit.results import WorstCase
+    from sophon.audit.summary import AuditReport, Context
+    from sophon.audit.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -68,32 +69,27 @@ class Audited:
     """What an audit found.
 
     Attributes:
-        summary: all of it, as ``audit.json`` has it.
-        attempts: every attempt as it is stored.
+        found: all of it: attempts, results, verdict and what stands behind them.
         html: the page.
     """
 
-    summary: dict[str, Any]
-    attempts: list[dict[str, Any]]
+    found: AuditReport
     html: str
 
     @property
-    def verdict(self) -> Any:
-        """What is to be said of the checkpoint."""
-        return self.summary["verdict"]
+    def verdict(self) -> Verdict:
+        """What is to be said of the checkpoint: ``word``, ``sentence``, ``basis``, ``findings``."""
+        return self.found.verdict
 
     @property
-    def worst_case(self) -> Any:
-        """The attack that gets most out of the protected model, and its scores."""
-        return self.summary["worst_case"]
+    def worst_case(self) -> WorstCase | None:
+        """The worst case of all attacks, read in two ways; None if none was tried."""
+        return self.found.results.worst_case.get("overall")
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row an attempt: what was run, on whom, and what came of it on ``test`` (see `attempts`)."""
-        import pandas as pd
-
-        plain = (str, int, float, bool, NoneType)
-        return pd.DataFrame([{k: v for k, v in each.items() if isinstance(v, plain)} for each in self.attempts])
+        """A row an attempt: what was run, on whom, and what came of it (see `sophon.audit.table.Attempts`)."""
+        return self.found.attempts.table
 
     def to_html(self, path: str | Path) -> None:
         """Write the page: one file that needs no other.
@@ -170,8 +166,8 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
         tracker: told of each.
         checkpoints: what workers attack, the protected one first; None for those that the configuration names.
     """
-    config, scene, task, folder = audit.config, audit.scene, audit.scene.task, runner.folder
-    gallery = _gallery(config, scene, folder)
+    config, folder = audit.config, runner.folder
+    gallery = _gallery(config, audit.scene, folder)
     features = _features(audit, folder)
     runner.measure_with(_frechet(audit, features))
     for name, reason in runner.plan.left_out.items():
@@ -179,39 +175,54 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     run_jobs(runner, partial(_in_worker, config, folder, checkpoints), config.workers, tracker)
     if config.attack.shards > 1:
         return None
+    from sophon.audit.summary import audit_of
+    from sophon.report.audit import write_reports
+
     attempts, searches = runner.records()
+    found = audit_of(
+        attempts,
+        replace(
+            _context(audit),
+            searches=searches,
+            left_out=runner.plan.left_out,
+            gallery=gallery,
+            feature_network=None if features is None else features.name,
+        ),
+    )
+    found.write(folder)
+    write_reports(folder, found)
+    with explained(folder, "read"):
+        page = (folder / "report.html").read_text()
+    return Audited(found, page)
+
+
+def _context(audit: Audit) -> Context:
+    """Return what is known of an audit before its attempts, measuring what protection cost and what hides in scale."""
+    from sophon.audit.summary import Context, Intactness
+
+    scene = audit.scene
     before, after = (
-        {"test": measured(task, scene.models[role], audit.original, "test", key)}
+        measured(scene.task, scene.models[role], audit.original, "test", key)
         for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
     )
-    context = {
-        "checkpoint": _origin(audit.protected),
-        "reference": _origin(audit.reference),
-        "intactness": {**metric_of(task), "before": before, "after": after},
-        "support": scene.support,
-        "searches": searches,
-        "left_out": runner.plan.left_out,
-        "gallery": gallery,
-        "masking": _masking(audit),
-        "feature_network": None if features is None else features.name,
-        "domains": {
+    return Context(
+        date=datetime.now(UTC).date().isoformat(),
+        checkpoint=_origin(audit.protected),
+        reference=_origin(audit.reference),
+        domains={
             "original": audit.original.name,
             "restricted": scene.restricted.name,
             "benign": None if scene.benign is None else scene.benign.name,
         },
-        "hashes": {"restricted": dict(scene.restricted.hashes)},
-        "config": _identifying(
-            as_loaded(config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
+        hashes=dict(scene.restricted.hashes),
+        support=None if scene.support is None else dict(scene.support),
+        intactness=Intactness.of(scene.task.metric, before, after),
+        masking=_masking(audit),
+        config=_identifying(
+            as_loaded(audit.config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
         ),
-        "packages": package_versions(),
-    }
-    summary = metrics.summarise(attempts, context)
-    write_json(folder / "audit.json", summary)
-    report.write_curves(folder, attempts)
-    report.write_reports(folder, summary, attempts)
-    with explained(folder, "read"):
-        page = (folder / "report.html").read_text()
-    return Audited(summary, attempts, page)
+        packages=package_versions(),
+    )
 
 
 def share_threads(config: Config) -> None:
@@ -287,16 +298,16 @@ def _identifying(config: Config, *keys: str) -> dict[str, Any]:
     return parts
 
 
-def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]] | None:
-    """Draw what there is to see before any attack; None for models that generate nothing."""
+def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]:
+    """Draw what there is to see before any attack; nothing of models that generate nothing."""
     count = config.attack.samples
     if not count:
-        return None
+        return []
     seed = derive_seed(config.seed, "samples")
     drawn = {role: scene.task.sample(model, count, seed) for role, model in scene.models.items()}
     grids = {f"{role} model, not attacked": images for role, images in drawn.items() if images is not None}
     if not grids:
-        return None
+        return []
     test = scene.restricted["test"]
     real = test.batch(torch.linspace(0, len(test) - 1, min(count, len(test))).long()).images.cpu()
     return write_gallery(folder, {f"real images of {scene.restricted.name}": real, **grids})

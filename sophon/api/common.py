@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sophon.audit.verdict import format_value
+from sophon.audit.words import format_value
 from sophon.config import Config, DomainConfig, keyed, plain
 from sophon.domains import LoadedDomain, load_original, load_restricted, with_clusters
 from sophon.domains.names import few
@@ -22,7 +22,7 @@ from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.foreign import open_foreign
 from sophon.models import ModelSpec
 from sophon.paths import exists
-from sophon.tasks import Task, evaluating, make_task
+from sophon.tasks import Measured, Task, evaluating, make_task
 from sophon.tracking import Tracker
 
 
@@ -169,16 +169,16 @@ def tracker_of(config: Config, folder: Path) -> Iterator[Tracker]:
         tracker.close()
 
 
-def measured(task: Task, model: nn.Module, original: LoadedDomain, split: str, key: str) -> float:
-    """Return the task's metric on a split of the original domain.
+def measured(task: Task, model: nn.Module, original: LoadedDomain, split: str, key: str) -> Measured:
+    """Measure a model on a split of the original domain.
 
     Raises:
         UserError: an output is not finite; the message names ``key``.
     """
-    value = task.evaluate(model, original[split])
-    if not math.isfinite(value):
+    found = task.measure(model, original[split])
+    if not math.isfinite(found.value):
         raise UserError(f"{key}: the model's outputs on {split} of {original.name} are not finite; give other weights")
-    return value
+    return found
 
 
 def doubt(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> str | None:
@@ -187,12 +187,11 @@ def doubt(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> str
     Raises:
         UserError: an output is not finite; the message names ``key``.
     """
-    value = measured(task, model, original, "val", key)
+    value = measured(task, model, original, "val", key).value
     guess, error, images = task.chance(original["val"])
-    sign = 1 if task.metric.higher_is_better else -1
-    if sign * (value - guess) > 2 * error:
+    if task.metric.sign * (value - guess) > 2 * error:
         return None
-    said, guessed = (format_value(each, metric_of(task)) for each in (value, guess))
+    said, guessed = (format_value(each, task.metric) for each in (value, guess))
     return (
         f"{key}: {task.metric.name} on {images} images of val is {said}, no better than a guess "
         f"({guessed}, standard error {error:.2g}); if the model was trained, check {task.suspects}"

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from sophon import __version__
-from sophon.api.common import measured, metric_of
-from sophon.audit.verdict import format_value
+from sophon.api.common import measured
+from sophon.audit.words import format_value
 from sophon.config import Config, plain
 from sophon.domains import LoadedDomain
 from sophon.tasks import Task
@@ -40,9 +40,9 @@ def _facts(domain: LoadedDomain) -> dict[str, Any]:
 
 def both_splits(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> dict[str, float]:
     """Return the task's metric on ``val`` and ``test`` of the original domain; messages name ``key``."""
-    return {split: measured(task, model, original, split, key) for split in ("val", "test")}
+    return {split: measured(task, model, original, split, key).value for split in ("val", "test")}
 
 
 def figures(task: Task, values: dict[str, float]) -> str:
     """Return values by split as words."""
-    return ", ".join(f"{split} {format_value(value, metric_of(task))}" for split, value in values.items())
+    return ", ".join(f"{split} {format_value(value, task.metric)}" for split, value in values.items())

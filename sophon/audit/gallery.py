@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from sophon.audit.verdict import Record, printable
+from sophon.audit.words import Record, printable
 from sophon.files import write_bytes
 
 _LEAST = 256  # pixels of a grid's longer side: small images are enlarged by a whole factor

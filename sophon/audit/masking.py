@@ -3,7 +3,7 @@
 Where a normalisation follows, a layer's scale does not show in the function, but its gradient shrinks by it: weights
 that are c times as large see a gradient 1/c as large, and move 1/c^2 as far relative to their size. So the gradient
 that an attacker sees falls, and the gradient times the weights' norm does not: `measure` looks for that in the
-released weights. What it is worth to an attacker who knows, `sophon.audit.undone` reads from attacks that were run.
+released weights. What it is worth to an attacker who knows, `sophon.audit.results` reads from attacks that were run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.audit.attacks import Attacker
-from sophon.audit.scores import Array
-from sophon.audit.verdict import ROLES
+from sophon.audit.words import ROLES
 from sophon.config import MaskingConfig
 from sophon.domains import Batch, LoadedDomain, batches
 from sophon.errors import UserError
@@ -35,6 +35,7 @@ from sophon.surgery.renormalise import norms as norms_of
 from sophon.surgery.renormalise import scale_free
 from sophon.tasks import Task
 
+Array = NDArray[np.float64]
 COMPARED = ROLES[:2]  # a fresh model has nothing to hide
 _MILD = FineTuneStrategy(optimizer="momentum", lr=1e-2)
 # How far curvature looks, in units of the norm of what moves: beyond float32's rounding, within the neighbourhood.

@@ -17,7 +17,7 @@ from torch import nn
 from sophon import surgery
 from sophon.attacker import OF_SCOPE, FineTuneStrategy, Operation
 from sophon.audit.adapters import add_adapters
-from sophon.audit.verdict import ORACLE, ROLES
+from sophon.audit.words import ORACLE, ROLES
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain, few_shot
 from sophon.errors import UserError, choose

@@ -1,253 +1,345 @@
-"""Attempts to results: each attack's scores, the worst case among attacks, how protection decays, benign fine-tuning.
-
-Nothing here depends on the order of the attempts of a seed or on time.
-"""
+"""From the table of attempts to an audit's results: each attack's scores, worst cases, decay, controls, benign use."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sophon.audit.scores import (
-    Cost,
-    Curve,
-    ci95,
-    finite,
+    NO_PROTECTION_BELOW,
+    Difference,
+    Gap,
+    Overhead,
+    Score,
+    Spread,
+    State,
+    align,
     gap_closed,
     harm,
     overhead,
-    points,
-    resample,
+    score,
     sgrc,
-    sign_of,
     signed_area,
-    value_at,
+    spread,
+    wide,
 )
-from sophon.audit.verdict import ROLES, Record
+from sophon.audit.table import Attempts
+from sophon.audit.words import EXPOSURES, ORACLE, ROLES, Record
+from sophon.tasks import Metric
 
-# Percentages of an attack's steps at which it is asked whether protection decays.
-HORIZONS = (25, 50, 75, 100)
+Roles = dict[str, Score]
 
-# What sets attacks apart, decided from the protected model's strategy. A search, in which each role has a strategy of
-# its own, is in no other family; any other attack is in each that fits it; one that fits none is ``plain``.
+# What sets attacks apart. A search, in which each role has a strategy of its own, is in no other family; any other
+# attack is in each that fits it; one that fits none is ``plain``.
 FAMILIES: dict[str, Callable[[Record], bool]] = {
-    "surgery": lambda strategy: bool(strategy.get("surgery")),
-    "lora": lambda strategy: strategy.get("scope") == "lora",
-    "partial": lambda strategy: strategy.get("scope") in ("head", "first_blocks", "last_blocks", "attention"),
-    "few_shot": lambda strategy: strategy.get("data_budget") is not None,
+    "surgery": lambda strategy: bool(strategy["surgery"]),
+    "lora": lambda strategy: bool(strategy["scope"] == "lora"),
+    "partial": lambda strategy: strategy["scope"] in ("head", "first_blocks", "last_blocks", "attention"),
+    "few_shot": lambda strategy: strategy["data_budget"] is not None,
 }
+# Surgery that takes scale away and leaves the function as it is. Resetting affine parameters does not: what an attack
+# loses by that says nothing about masking.
+UNDOING = ("renormalise",)
 
 
-def successful(attempts: Iterable[Record]) -> list[Record]:
-    """Return the attempts that finished with a finite result; after any other, an attacker would just try again."""
-    return [a for a in attempts if a.get("finished", True) and finite(a["test"]) and len(points(a["curve"])[0])]
+@dataclass(frozen=True)
+class Attack:
+    """An attack's scores.
 
-
-def mean_curve(attempts: Iterable[Record]) -> Curve:
-    """Return the mean over successful attempts of their ``select`` curves (see `sophon.audit.scores.resample`)."""
-    steps, values = resample(points(attempt["curve"]) for attempt in successful(attempts))
-    return steps, values.mean(axis=0) if len(values) else np.empty(0)
-
-
-def cost(attempts: Iterable[Record]) -> Cost | None:
-    """Return what the successful attempts cost on average; None if that was not counted."""
-    known = [a for a in successful(attempts) if finite(a["flops"]) and a["flops"] > 0 and a["steps"] > 0]
-    if not known:
-        return None
-    prepared = [a.get("prepared_flops") or 0.0 for a in known]
-    stepping = math.fsum(a["flops"] for a in known) - math.fsum(prepared)
-    if not stepping > 0:
-        return None
-    return Cost(math.fsum(prepared) / len(known), stepping / math.fsum(a["steps"] for a in known))
-
-
-def score(attempts: Sequence[Record]) -> dict[str, Any]:
-    """Return one role's scores in an attack, over the successful attempts among ``attempts``.
-
-    Returns:
-        ``mean``, ``ci95`` (half width), ``n``, ``values`` of the test metric; ``failed``: how many attempts were not
-        successful; ``select``: mean of the curves' ends; ``details``: means of further measurements.
+    Attributes:
+        attack: its name.
+        strategy: the protected model's, as plain data; of a search, roles have their own.
+        trials: of the search that found it; 0 without.
+        exposure: one of `sophon.audit.words.EXPOSURES`.
+        outside: in what it lies outside of what protection simulated.
+        roles: by role, of those that were tried.
+        gap_closed: of this attack against all three roles.
+        sgrc: in percent.
+        signed_area: between the mean curves of protected and unprotected.
+        overhead: in steps.
     """
-    kept = successful(attempts)
-    values = [float(a["test"]) for a in kept]
-    return {
-        "mean": float(np.mean(values)) if kept else None,
-        "ci95": ci95(values),
-        "n": len(kept),
-        "values": values,
-        "failed": len(attempts) - len(kept),
-        "select": float(np.mean([points(a["curve"])[1][-1] for a in kept])) if kept else None,
-        "details": _details(kept),
-    }
+
+    attack: str
+    strategy: dict[str, Any]
+    trials: int
+    exposure: str
+    outside: str
+    roles: Roles
+    gap_closed: Gap
+    sgrc: float
+    signed_area: float
+    overhead: Overhead
+
+    @property
+    def families(self) -> list[str]:
+        """Return the families that it is in."""
+        fits = [name for name, fitting in FAMILIES.items() if fitting(self.strategy)]
+        return ["search"] if self.trials else fits or ["plain"]
 
 
-def _details(attempts: Sequence[Record]) -> dict[str, float | None]:
-    """Return the mean of every further measurement over the attempts that have a finite one; None where none has."""
-    measured = [a.get("details") or {} for a in attempts]
-    names = dict.fromkeys(name for one in measured for name in one)
-    values = {name: [one[name] for one in measured if finite(one.get(name))] for name in names}
-    return {name: float(np.mean(found)) if found else None for name, found in values.items()}
+@dataclass(frozen=True)
+class Reading:
+    """One reading of a worst case: which attack each role suffers, its score, and the gap closed of these."""
+
+    attacks: dict[str, str]
+    roles: Roles
+    gap_closed: Gap
 
 
-def by_attack(attempts: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
-    """Sort attempts by attack, and within it by role in the order of `ROLES`; roles without attempts are left out."""
-    found: dict[str, dict[str, list[Record]]] = {}
-    for attempt in attempts:
-        found.setdefault(attempt["attack"], {}).setdefault(attempt["role"], []).append(attempt)
-    return {name: {role: roles[role] for role in ROLES if role in roles} for name, roles in sorted(found.items())}
+@dataclass(frozen=True)
+class WorstCase:
+    """The worst of some attacks, read in two ways.
 
-
-def steps_of(attempt: Record) -> int:
-    """Return the fine-tuning steps that the attempt's strategy asks for."""
-    steps: int = attempt["strategy"].get("steps", attempt["steps"])
-    return steps
-
-
-def result(name: str, by_role: Mapping[str, Sequence[Record]], metric: Record) -> dict[str, Any]:
-    """Score an attack: an entry of the summary's ``attacks``.
-
-    Args:
-        name: the attack's.
-        by_role: its attempts, at least one.
-        metric: ``unit`` and ``higher_is_better``.
+    Attributes:
+        tried: their names.
+        own_best: each role under its own best attack.
+        same_attack: the attack that gets most out of the protected model, against all roles.
+        decided_by: ``own_best`` or ``same_attack``, whichever is worse for the defender.
+        state: what is made of it.
     """
+
+    tried: list[str]
+    own_best: Reading
+    same_attack: Reading
+    decided_by: str
+    state: State
+
+    @property
+    def deciding(self) -> Reading:
+        """Return the reading that decides."""
+        return self.own_best if self.decided_by == "own_best" else self.same_attack
+
+    @property
+    def readings_differ(self) -> bool:
+        """Return whether the two readings are of different attacks."""
+        return self.own_best.attacks != self.same_attack.attacks
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Attacks that differ only in how long they last, from the shortest to the longest."""
+
+    attacks: list[str]
+    steps: list[int]
+    sgrc: list[float]
+    gap_closed: list[Gap]
+
+
+@dataclass(frozen=True)
+class Undone:
+    """An attack beside the same ``without`` the surgery ``operations``, which take scale away.
+
+    ``share`` is the part of the protection against the other that they undo: below 0 where they help the defender, NaN
+    where there is none to undo (less than `NO_PROTECTION_BELOW`) or a gap is not known.
+    """
+
+    attack: str
+    without: str
+    operations: list[dict[str, Any]]
+    gap_closed: float
+    gap_closed_without: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The unprotected model, fine-tuned with ``data_ratio`` times the data."""
+
+    attack: str
+    data_ratio: float
+    score: Score
+
+
+@dataclass(frozen=True)
+class Benign:
+    """Fine-tuning on the benign domain, which protection should not harm."""
+
+    attack: str
+    roles: Roles
+    harm: Difference
+    sgrc: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that follows from the attempts alone.
+
+    What counts as an attack that was tried: what was run on the restricted domain for at least one step, whether or not
+    it diverged, and of a search its winner. Not the oracle, whose data an attacker lacks, nor models that were not
+    fine-tuned (``no_attack``, by name and role), nor benign fine-tuning.
+    """
+
+    metric: Metric
+    attacks: list[Attack]
+    worst_case: dict[str, WorstCase]
+    families: dict[str, WorstCase]
+    decay: list[Decay]
+    no_attack: dict[str, Roles]
+    oracle: Oracle | None
+    benign: list[Benign]
+    undone: list[Undone]
+
+    @property
+    def masked_share(self) -> float:
+        """Return the median share of protection that taking scale away undoes."""
+        shares = [pair.share for pair in self.undone if not math.isnan(pair.share)]
+        return median(shares) if shares else math.nan
+
+    @property
+    def worst_harm(self) -> Benign | None:
+        """Return the benign fine-tuning that loses most."""
+        return max(
+            (each for each in self.benign if not math.isnan(each.harm.value)),
+            key=lambda each: each.harm.value,
+            default=None,
+        )
+
+
+@np.errstate(all="ignore")  # divergent attacks may overflow
+def results(attempts: Attempts) -> Results:
+    """Score an audit's attempts."""
+    table = attempts.table
+    first = table.iloc[0]
+    metric = Metric(str(first["metric"]), str(first["unit"]), bool(first["higher_is_better"]))
+    restricted = table[table["domain"] == "restricted"]
+    compared = restricted[restricted["role"] != ORACLE]
+    fine_tuned = compared["steps"] > 0
+    usual, curves = _spreads(compared[fine_tuned]), wide(attempts.curves)
+    attacks = [_attack(str(name), rows, curves, metric, usual) for name, rows in compared[fine_tuned].groupby("attack")]
+    attacks.sort(key=lambda each: EXPOSURES.index(each.exposure))
+    groups = {"overall": attacks} | {name: [a for a in attacks if a.exposure == name] for name in EXPOSURES}
+    families = {name: [a for a in attacks if name in a.families] for name in ("search", *FAMILIES, "plain")}
+    return Results(
+        metric,
+        attacks,
+        {name: worst_case(group, metric) for name, group in groups.items() if group},
+        {name: worst_case(group, metric) for name, group in families.items() if group},
+        _decay(attacks),
+        {str(name): _roles(rows, metric, _spreads(rows)) for name, rows in compared[~fine_tuned].groupby("attack")},
+        _oracle(restricted[restricted["role"] == ORACLE], metric),
+        _benign(table[(table["domain"] == "benign") & (table["steps"] > 0)], metric),
+        _undone(attacks),
+    )
+
+
+def _roles(rows: pd.DataFrame, metric: Metric, usual: Mapping[str, Spread]) -> Roles:
+    found = {str(role): score(part, metric, usual[str(role)]) for role, part in rows.groupby("role")}
+    return {role: found[role] for role in ROLES if role in found}
+
+
+def _spreads(rows: pd.DataFrame) -> dict[str, Spread]:
+    return {str(role): spread(part) for role, part in rows.groupby("role")}
+
+
+def _attack(name: str, rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric, usual: Mapping[str, Spread]) -> Attack:
     # Exposure and strategy are the protected checkpoint's; a scratch model may have had to start its head otherwise.
-    first = next(iter(by_role.values()))[0]
-    roles = {role: score(found) for role, found in by_role.items()}
-    curves = {role: mean_curve(by_role.get(role, ())) for role in ROLES}
-    costs = [cost(by_role.get(role, ())) for role in ("protected", "scratch")]
-    return {
-        "attack": name,
-        "strategy": dict(first["strategy"]),
-        "search": first.get("search"),
-        "strategies": {role: found[0]["strategy"] for role, found in by_role.items()} if first.get("search") else None,
-        "exposure": first["exposure"],
-        "outside": list(first["outside"]),
-        "roles": roles,
-        "gap_closed": gap_of(roles, metric),
-        "sgrc": _sgrc_of(roles, metric),
-        "horizons": _horizons(curves, steps_of(first), metric),
-        "signed_area": signed_area(curves["protected"], curves["unprotected"], metric),
-        "overhead": overhead(
-            curves["protected"], curves["scratch"], metric, (costs[0], costs[1]) if costs[0] and costs[1] else None
-        ),
-    }
+    first = rows.sort_values("role", key=lambda role: role.map(ROLES.index)).iloc[0]
+    roles = _roles(rows, metric, usual)
+    kept = rows[~rows["diverged"]]
+    mean = {role: align(curves[kept.loc[kept["role"] == role, "id"]]).mean(axis=1) for role in ROLES}
+    return Attack(
+        name,
+        json.loads(first["strategy"]),
+        int(first["trials"]),
+        str(first["exposure"]),
+        str(first["outside"]),
+        roles,
+        gap_closed(roles, metric),
+        _sgrc(roles, metric),
+        signed_area(mean["protected"], mean["unprotected"], metric),
+        overhead(mean["protected"], mean["scratch"], metric),
+    )
 
 
-def gap_of(roles: Mapping[str, Record], metric: Record) -> dict[str, Any]:
-    """Return the gap closed (see `sophon.audit.scores.gap_closed`) of the scores of each role."""
-    p, u, s = (roles[role]["values"] if role in roles else [] for role in ROLES)
-    return gap_closed(p, u, s, metric)
+def _sgrc(roles: Mapping[str, Score], metric: Metric) -> float:
+    p, u = (roles.get(role, Score()).mean for role in ROLES[:2])
+    return sgrc(p, u, metric)
 
 
-def _sgrc_of(roles: Mapping[str, Record], metric: Record) -> float | None:
-    p, u = (roles.get(role, {}).get("mean") for role in ROLES[:2])
-    return None if p is None or u is None else sgrc(p, u, metric)
+def worst_case(attacks: Sequence[Attack], metric: Metric) -> WorstCase:
+    """Read the worst case of at least one attack in both ways; attackers choose by the mean end of ``select``.
 
-
-def _horizons(curves: Mapping[str, Curve], steps: int, metric: Record) -> list[dict[str, Any]]:
-    """Return SGRC and gap closed of the mean ``select`` curves at `HORIZONS` percent of the attack's steps."""
-    rows = []
-    for horizon in HORIZONS:
-        step = steps * horizon / 100
-        p, u, s = (value_at(curves[role], step) for role in ROLES)
-        taken = None if p is None or u is None else sgrc(p, u, metric)
-        gap = None if p is None or u is None or s is None else gap_closed([p], [u], [s], metric)["value"]
-        rows.append({"step": step, "sgrc": taken, "gap_closed": gap})
-    return rows
-
-
-def worst_case(attacks: Sequence[Record], metric: Record) -> dict[str, Any] | None:
-    """Give each role its best attack, chosen by the mean final ``select`` value, and compare their test results.
-
-    Args:
-        attacks: entries of the summary's ``attacks``.
-        metric: ``unit`` and ``higher_is_better``.
-
-    Returns:
-        ``attacks`` (how many were tried), ``tried`` (their names), ``roles`` (the attack's name with its scores) and
-        ``gap_closed``; None if no attack was tried. The interval takes the choice of attacks as given: it says how the
-        seeds scatter, not how the choice might have fallen.
+    The intervals take the choice of attacks as given: they say how seeds and test images scatter, not how the choice
+    might have fallen.
     """
-    if not attacks:
-        return None
-    best: dict[str, dict[str, Any]] = {}
+    best: dict[str, Attack] = {}
     for role in ROLES:
-        tried = [a for a in attacks if a["roles"].get(role, {}).get("n")]
+        tried = [attack for attack in attacks if role in attack.roles and attack.roles[role].seeds]
         if tried:
-            chosen = max(tried, key=lambda a: (sign_of(metric) * a["roles"][role]["select"], a["attack"]))
-            best[role] = {"attack": chosen["attack"], **chosen["roles"][role]}
-    names = [a["attack"] for a in attacks]
-    return {"attacks": len(names), "tried": names, "roles": best, "gap_closed": gap_of(best, metric)}
+            best[role] = max(tried, key=lambda a: (metric.sign * a.roles[role].select, a.attack))
+    own = _reading(best, metric)
+    same = _reading(dict.fromkeys(best["protected"].roles, best["protected"]) if "protected" in best else {}, metric)
+    readings = {"own_best": own.gap_closed, "same_attack": same.gap_closed}
+    known = {name: gap for name, gap in readings.items() if not math.isnan(gap.value)}
+    # what one reading shows to be broken, the other cannot mend
+    decided = min(known, key=lambda name: (known[name].state != State.BROKEN, known[name].value), default="own_best")
+    return WorstCase([each.attack for each in attacks], own, same, decided, readings[decided].state)
 
 
-def families(attacks: Sequence[Record]) -> dict[str, list[Record]]:
-    """Group entries of the summary's ``attacks`` by what sets them apart (see `FAMILIES`); groups may be empty."""
-    groups: dict[str, list[Record]] = {name: [] for name in ("search", *FAMILIES, "plain")}
-    for attack in attacks:
-        fits = [name for name, fitting in FAMILIES.items() if fitting(attack["strategy"])]
-        for name in ["search"] if attack["search"] else fits or ["plain"]:
-            groups[name].append(attack)
-    return groups
+def _reading(chosen: Mapping[str, Attack], metric: Metric) -> Reading:
+    roles = {role: attack.roles[role] for role, attack in chosen.items()}
+    return Reading({role: attack.attack for role, attack in chosen.items()}, roles, gap_closed(roles, metric))
 
 
-def decay(attacks: Sequence[Record], steps: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Set attacks side by side that differ only in how long they last.
+def _without(attack: Attack, *fields: str) -> str:
+    return json.dumps({key: value for key, value in attack.strategy.items() if key not in fields}, sort_keys=True)
 
-    Args:
-        attacks: entries of the summary's ``attacks``; searches, whose strategies differ by role, are left out.
-        steps: of each, by name.
 
-    Returns:
-        For each such group, in the order of names: ``attacks``, ``steps``, ``sgrc`` and ``gap_closed`` (of the test
-        results, None where undefined), lists from the shortest to the longest attack.
-    """
-    alike: dict[str, list[Record]] = {}
-    for attack in sorted(attacks, key=lambda a: (steps[a["attack"]], a["attack"])):
-        if not attack["search"]:
-            rest = {key: value for key, value in attack["strategy"].items() if key != "steps"}
-            alike.setdefault(json.dumps(rest, sort_keys=True), []).append(attack)
+def _decay(attacks: Iterable[Attack]) -> list[Decay]:
+    alike: dict[str, list[Attack]] = {}
+    for attack in sorted(attacks, key=lambda a: (a.strategy["steps"], a.attack)):
+        if not attack.trials:
+            alike.setdefault(_without(attack, "steps"), []).append(attack)
     found = [
-        {
-            "attacks": [a["attack"] for a in group],
-            "steps": [steps[a["attack"]] for a in group],
-            "sgrc": [a["sgrc"] for a in group],
-            "gap_closed": [a["gap_closed"]["value"] for a in group],
-        }
+        Decay(
+            [a.attack for a in group],
+            [a.strategy["steps"] for a in group],
+            [a.sgrc for a in group],
+            [a.gap_closed for a in group],
+        )
         for group in alike.values()
     ]
-    return sorted((each for each in found if len(set(each["steps"])) > 1), key=lambda each: each["attacks"])
+    return sorted((each for each in found if len(set(each.steps)) > 1), key=lambda each: each.attacks)
 
 
-def benign(attempts: Iterable[Record], metric: Record) -> dict[str, Any] | None:
-    """Score fine-tuning on the benign domain, which protection should not harm.
+def _oracle(rows: pd.DataFrame, metric: Metric) -> Oracle | None:
+    """Score the oracle; of several, the best on ``select``."""
+    found = [
+        Oracle(str(name), float(mine["data_ratio"].iloc[0]), score(mine, metric, spread(rows)))
+        for name, mine in rows.groupby("attack")
+    ]
+    return max(found, key=lambda each: (each.score.seeds > 0, metric.sign * each.score.select), default=None)
 
-    Args:
-        attempts: those on the benign domain; without steps nothing is fine-tuned, so such attempts are left out.
-        metric: ``unit`` and ``higher_is_better``.
 
-    Returns:
-        ``attacks``: by name ``attack``, ``strategy``, ``roles``, ``harm`` (see `sophon.audit.scores.harm`) and
-        ``sgrc``; ``worst_harm``: the largest, with ``attack`` and ``sgrc``, None if none was measured; ``mean_harm``.
-        None without attempts.
-    """
-    entries: list[dict[str, Any]] = []
-    for name, by_role in by_attack(a for a in attempts if steps_of(a) > 0).items():
-        roles = {role: score(found) for role, found in by_role.items()}
-        p, u = (roles[role]["values"] if role in roles else [] for role in ROLES[:2])
-        strategy = dict(next(iter(by_role.values()))[0]["strategy"])
-        taken = {"harm": harm(p, u, metric), "sgrc": _sgrc_of(roles, metric)}
-        entries.append({"attack": name, "strategy": strategy, "roles": roles, **taken})
-    if not entries:
-        return None
-    measured = [entry for entry in entries if finite(entry["harm"]["value"])]
-    worst = max(measured, key=lambda entry: (entry["harm"]["value"], entry["attack"]), default=None)
-    return {
-        "attacks": entries,
-        "worst_harm": worst and {"attack": worst["attack"], **worst["harm"], "sgrc": worst["sgrc"]},
-        "mean_harm": float(np.mean([entry["harm"]["value"] for entry in measured])) if measured else None,
-    }
+def _benign(rows: pd.DataFrame, metric: Metric) -> list[Benign]:
+    found, usual = [], _spreads(rows)
+    for name, mine in rows.groupby("attack"):
+        roles = _roles(mine, metric, usual)
+        p, u = (roles.get(role, Score()) for role in ROLES[:2])
+        found.append(Benign(str(name), roles, harm(p, u, metric), _sgrc(roles, metric)))
+    return found
+
+
+def _undone(attacks: Iterable[Attack]) -> list[Undone]:
+    """Set attacks beside those that they differ from only by `UNDOING` surgery, in the order of names."""
+    parted = []
+    for attack in sorted((a for a in attacks if not a.trials), key=lambda a: a.attack):
+        surgery = attack.strategy["surgery"]
+        rest = [each for each in surgery if each["operation"] not in UNDOING]
+        operations = [each for each in surgery if each["operation"] in UNDOING]
+        parted.append((attack, operations, _without(attack, "surgery") + json.dumps(rest)))
+    plain = {key: attack for attack, operations, key in reversed(parted) if not operations}
+    pairs = []
+    for attack, operations, key in parted:
+        if operations and key in plain:
+            gap, without = attack.gap_closed.value, plain[key].gap_closed.value
+            share = 1 - gap / without if without >= NO_PROTECTION_BELOW else math.nan
+            pairs.append(Undone(attack.attack, plain[key].attack, operations, gap, without, share))
+    return pairs

@@ -15,7 +15,7 @@ from sophon.attacker import FineTuneStrategy, fields_outside
 from sophon.audit.attacks import Outcome, attack
 from sophon.audit.gallery import image_grid
 from sophon.audit.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
-from sophon.audit.verdict import ORACLE, format_value
+from sophon.audit.words import ORACLE, format_value
 from sophon.config import AttackConfig
 from sophon.domains import LoadedDomain, joined
 from sophon.errors import UserError
@@ -24,7 +24,7 @@ from sophon.models import build
 from sophon.paths import exists, is_file, is_folder
 from sophon.seeds import derive_seed, seed_all
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Record = dict[str, Any]
 
 
@@ -131,7 +131,7 @@ class Runner:
         write_json(path, record)
         if isinstance(job, Attempt):
             value = record["test"]
-            said = "not finite" if value is None else format_value(value, record["metric"])
+            said = "not finite" if value is None else format_value(value, self.scene.task.metric)
             return f"{job.attack} on {job.role}: {said}"
         return f"{job.name} on {job.role}: {len(record['trials'])} trials"
 

@@ -16,12 +16,15 @@ from itertools import pairwise
 from typing import Any
 
 import matplotlib
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
-from sophon.audit.results import successful
-from sophon.audit.scores import Array, ci95, points, resample
-from sophon.audit.verdict import EXPOSURES, ROLES, Record, printable
+from sophon.audit.results import Attack
+from sophon.audit.scores import Score, align, wide
+from sophon.audit.table import Attempts
+from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, ROLES, printable
+from sophon.tasks import Metric
 
 # Drawn in these colours, which the SVG then replaces by CSS variables of the same name: one file serves light and dark.
 COLOURS = {
@@ -36,7 +39,6 @@ COLOURS = {
 HUES = tuple(COLOURS)[-8:]
 _DASHES = {"protected": "-", "unprotected": "-", "scratch": (0, (4, 2))}
 MARKERS = {"protected": "o", "unprotected": "s", "scratch": "D"}
-EXPOSURE_WORDS = {"seen": "seen", "longer": "longer", "held_out": "held out"}
 _LONGEST_NAME = 40
 _TALLEST = 8.7  # inches of lines that fit a sheet of paper
 STYLE = {
@@ -60,61 +62,67 @@ STYLE = {
 }
 
 
-def band(attempts: Iterable[Record]) -> tuple[Array, Array, Array]:
-    """Return steps, mean and 95 % half width (NaN for one attempt) of the successful attempts' ``select`` curves."""
-    steps, values = resample(points(attempt["curve"]) for attempt in successful(attempts))
-    half = [ci95(list(column)) for column in values.T]
-    return steps, values.mean(axis=0) if len(values) else np.empty(0), np.array(half, dtype=float)
+def band(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the ``mean`` of curves (rows of `Attempts.curves`) by step, and half the width of its interval, ``half``.
+
+    The interval is Student's over seeds; NaN of a single curve.
+    """
+    curves = align(wide(points))
+    count = curves.shape[1]
+    half = stats.t.ppf(0.975, count - 1) * curves.std(axis=1) / math.sqrt(count) if count > 1 else math.nan
+    return pd.DataFrame({"mean": curves.mean(axis=1), "half": half})
 
 
-def curve_panels(attempts: Sequence[Record], names: Iterable[str], metric: Record) -> dict[str, str]:
+def curve_panels(attempts: Attempts, names: Iterable[str], metric: Metric) -> dict[str, str]:
     """Draw one panel an attack: ``select`` over steps, every role with its confidence band, all on the same y-axis.
 
     Args:
-        attempts: stored attempts.
+        attempts: of the audit.
         names: the attacks on the restricted domain to draw, in this order; those without a finite curve are left out.
-        metric: ``name`` and ``unit``.
+        metric: of the restricted domain.
 
     Returns:
         SVG by attack.
     """
+    kept = attempts.table.loc[~attempts.table["diverged"] & (attempts.table["domain"] == "restricted"), "id"]
+    curves = attempts.curves[attempts.curves["id"].isin(kept)]
     bands = {}
     for name in names:
-        mine = [a for a in attempts if a["attack"] == name and (a.get("domain") or "restricted") == "restricted"]
-        found = {role: band(a for a in mine if a["role"] == role) for role in ROLES}
-        if found := {role: curve for role, curve in found.items() if len(curve[0])}:
+        mine = curves[curves["attack"] == name]
+        found = {role: band(mine[mine["role"] == role]) for role in ROLES}
+        if found := {role: curve for role, curve in found.items() if len(curve)}:
             bands[name] = found
     limits = _limits([curve for found in bands.values() for curve in found.values()], metric)
     return {name: _panel(name, found, limits, metric) for name, found in bands.items()}
 
 
-def _limits(bands: Iterable[tuple[Array, Array, Array]], metric: Record) -> tuple[float, float]:
-    edges = [edge for _, mean, half in bands for edge in (mean - np.nan_to_num(half), mean + np.nan_to_num(half))]
-    if not edges:
+def _limits(bands: Sequence[pd.DataFrame], metric: Metric) -> tuple[float, float]:
+    if not bands:
         return 0.0, 1.0
-    low, high = float(min(edge.min() for edge in edges)), float(max(edge.max() for edge in edges))
+    every = pd.concat(bands)
+    half = every["half"].fillna(0)
+    low, high = float((every["mean"] - half).min()), float((every["mean"] + half).max())
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-    low, high = low - margin, high + margin
-    return (max(low, 0.0), min(high, 102.0)) if metric["unit"] == "%" else (low, high)
+    least, most = metric.limits
+    return max(low - margin, least), min(high + margin, most + 2)
 
 
-def _panel(
-    name: str, bands: Mapping[str, tuple[Array, Array, Array]], limits: tuple[float, float], metric: Record
-) -> str:
+def _panel(name: str, bands: Mapping[str, pd.DataFrame], limits: tuple[float, float], metric: Metric) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 2.1))
         axes = figure.add_axes((0.13, 0.19, 0.62, 0.74))
         axes.set_ylim(limits)
         axes.grid(visible=True, axis="y")
-        for role, (steps, mean, half) in bands.items():
-            colour = COLOURS[role]
+        for role, curve in bands.items():
+            colour, steps = COLOURS[role], curve.index.to_numpy(float)
+            mean, half = curve["mean"].to_numpy(), curve["half"].to_numpy()
             axes.plot(steps, mean, color=colour, linestyle=_DASHES[role], marker="o", markersize=2.2, linewidth=1.5)
             axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-        ends = {role: float(mean[-1]) for role, (_, mean, _) in bands.items()}
+        ends = {role: float(curve["mean"].iloc[-1]) for role, curve in bands.items()}
         for role, height in spread(ends, 0.1 * (limits[1] - limits[0]), limits).items():
             axes.text(1.03, height, role, color=COLOURS[role], transform=axes.get_yaxis_transform(), va="center")
         axes.set_xlabel("fine-tuning steps")
-        return svg(figure, f"{metric['name']} on the select split over fine-tuning steps, {name}")
+        return svg(figure, f"{metric.name} on the select split over fine-tuning steps, {name}")
 
 
 def spread(heights: Mapping[str, float], gap: float, limits: tuple[float, float]) -> dict[str, float]:
@@ -130,36 +138,36 @@ def spread(heights: Mapping[str, float], gap: float, limits: tuple[float, float]
 
 
 # A heading, or what a line is called with its scores by series.
-Line = str | tuple[str, Mapping[str, Record | None]]
+Line = str | tuple[str, Mapping[str, Score]]
 
 
-def dot_plots(attacks: Sequence[Record], metric: Record) -> list[str]:
+def dot_plots(attacks: Sequence[Attack], metric: Metric) -> list[str]:
     """Draw the final test metric of every attack and role, with confidence intervals, grouped by exposure.
 
     Args:
-        attacks: the summary's ``attacks``.
-        metric: ``name`` and ``unit``.
+        attacks: of the audit's results.
+        metric: of the restricted domain.
 
     Returns:
         SVGs, each of what fits a sheet of paper, all with the same horizontal axis.
     """
     lines: list[Line] = []
     for exposure in EXPOSURES:
-        group = [(attack["attack"], attack["roles"]) for attack in attacks if attack["exposure"] == exposure]
+        group = [(attack.attack, attack.roles) for attack in attacks if attack.exposure == exposure]
         lines += [EXPOSURE_WORDS[exposure], *group] if group else []
     series = {role: (COLOURS[role], MARKERS[role]) for role in ROLES[::-1]}
     return dots(lines, series, metric, "after every attack, by role")
 
 
 def dots(
-    lines: Sequence[Line], series: Mapping[str, tuple[str, str]], metric: Record, what: str, apart: float = 0.0
+    lines: Sequence[Line], series: Mapping[str, tuple[str, str]], metric: Metric, what: str, apart: float = 0.0
 ) -> list[str]:
     """Draw lines of dots with 95 % intervals.
 
     Args:
-        lines: from top to bottom; scores have ``mean`` and ``ci95``, absent or None where there is no dot.
+        lines: from top to bottom; a score is absent or without a mean where there is no dot.
         series: colour and marker of each, drawn in this order.
-        metric: ``name`` and ``unit``.
+        metric: what is drawn.
         what: the rest of the description.
         apart: how far below the one before it each series is drawn, in lines.
 
@@ -183,20 +191,26 @@ def dots(
     ]
 
 
-def _value_limits(scores: Iterable[Record | None], metric: Record) -> tuple[float, float]:
-    known = [(score["mean"], score["ci95"] or 0.0) for score in scores if score and score["mean"] is not None]
-    edges = [edge for mean, half in known for edge in (mean - half, mean + half)] or [0.0, 1.0]
+def _value_limits(scores: Iterable[Score], metric: Metric) -> tuple[float, float]:
+    edges = [edge for score in scores if score.seeds for edge in (_low(score), _high(score))] or [0.0, 1.0]
     margin = 0.03 * (max(edges) - min(edges)) or 1.0
     low, high = min(edges) - margin, max(edges) + margin
-    # The intervals of two or three seeds may reach far beyond what there is.
-    return (max(low, -2.0), min(high, 102.0)) if metric["unit"] == "%" else (low, high)
+    return (max(low, -2.0), min(high, 102.0)) if metric.unit == "%" else (low, high)
+
+
+def _low(score: Score) -> float:
+    return score.mean if math.isnan(score.low) else score.low
+
+
+def _high(score: Score) -> float:
+    return score.mean if math.isnan(score.high) else score.high
 
 
 def _sheet(
     lines: Sequence[Line],
     series: Mapping[str, tuple[str, str]],
     limits: tuple[float, float],
-    metric: Record,
+    metric: Metric,
     what: str,
     layout: tuple[float, float, float],
 ) -> str:
@@ -208,11 +222,11 @@ def _sheet(
         for at, line in enumerate(lines):
             for index, (name, (colour, marker)) in enumerate(series.items()):
                 score = None if isinstance(line, str) else line[1].get(name)
-                if score and score["mean"] is not None:
+                if score and score.seeds:
                     axes.errorbar(
-                        score["mean"],
+                        score.mean,
                         at + apart * (index - (len(series) - 1) / 2),
-                        xerr=score["ci95"],
+                        xerr=[[score.mean - _low(score)], [_high(score) - score.mean]],
                         fmt=marker,
                         color=colour,
                         markersize=4.5,
@@ -226,8 +240,8 @@ def _sheet(
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=True, axis="x")
         axes.set_axisbelow(True)
-        axes.set_xlabel(f"{metric['name']} on the test split" + (f" ({metric['unit']})" if metric["unit"] else ""))
-        return svg(figure, f"{metric['name']} on the test split {what}")
+        axes.set_xlabel(f"{metric.name} on the test split" + (f" ({metric.unit})" if metric.unit else ""))
+        return svg(figure, f"{metric.name} on the test split {what}")
 
 
 def _label(line: Line) -> str:

@@ -1,19 +1,39 @@
-"""What an audit's summary says, as tables of text."""
+"""What an audit says, as tables of text."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from sophon.audit.verdict import EXPOSURES, ROLES, Record, describe, printable
-from sophon.report.document import Name, Table
-from sophon.report.figures import EXPOSURE_WORDS
+import pandas as pd
+from markupsafe import Markup, escape
+
+from sophon.audit.gallery import embedded
+from sophon.audit.results import Attack, Results, Roles, WorstCase
+from sophon.audit.scores import OVERHEAD_LEVEL, Difference, Gap, Overhead, Score
+from sophon.audit.summary import AuditReport
+from sophon.audit.table import MEASURED, Attempts
+from sophon.audit.words import (
+    EXPOSURE_WORDS,
+    EXPOSURES,
+    ROLES,
+    Record,
+    describe,
+    format_number,
+    known,
+    printable,
+)
+from sophon.report.page import Name, Table
+from sophon.tasks import Metric
 
 # Left to right from what the attacker has without us to what is left to it.
 SHOWN_ROLES = ROLES[::-1]
-OVERHEAD_LEVEL = "80"
 FRECHET = "Frechet distance"
-_PLAIN = {"unit": ""}
+OVERHEAD = f"steps to {OVERHEAD_LEVEL} % of scratch"
+_READING = {"own_best": "own best attack", "same_attack": "same attack"}
 
 
 def name(text: str) -> Name:
@@ -21,229 +41,264 @@ def name(text: str) -> Name:
     return Name(printable(text))
 
 
-def metric_name(summary: Record) -> str:
+def metric_name(metric: Metric) -> str:
     """Return what was measured, with its unit."""
-    metric = summary["metric"]
-    return f"{metric['name']} ({metric['unit']})" if metric["unit"] else f"{metric['name']}"
+    return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
-def number(value: float | None, metric: Record) -> str:
-    """Write a value for a table, whose head or note has the unit."""
-    if value is None:
+def score(found: Score | None, metric: Metric) -> str:
+    """Write a mean with its interval, and how many attempts diverged."""
+    if not found or not (found.seeds or found.diverged):
         return "-"
-    return f"{value:.1f}" if metric["unit"] == "%" else f"{value:.4g}"
-
-
-def score(found: Record | None, metric: Record) -> str:
-    """Write the mean over seeds with the half width of its interval, and how many attempts failed."""
-    if not found:
-        return "-"
-    text = number(found["mean"], metric)
-    if found.get("ci95") is not None:
-        text += f" ± {number(found['ci95'], metric)}"
-    return f"{text} ({found['failed']} failed)" if found.get("failed") else text
-
-
-def gap(found: Record) -> str:
-    """Write gap closed with its interval."""
-    if found["value"] is None:
-        return "-"
-    return f"{found['value']:.2f}" + (" [{:.2f}, {:.2f}]".format(*found["ci95"]) if found["ci95"] else "")
-
-
-def interval(found: Record, metric: Record) -> str:
-    """Write a value with its bootstrap interval."""
-    text = number(found["value"], metric)
-    return text + (" [{}, {}]".format(*(number(end, metric) for end in found["ci95"])) if found["ci95"] else "")
-
-
-def gap_lines(found: Record) -> str:
-    """Write gap closed with its interval, or the reason why there is none, below it."""
-    return gap(found).replace(" [", "\n[") + (f"\n{found['reason']}" if found["reason"] else "")
-
-
-def percent(value: float | None) -> str:
-    """Write SGRC."""
-    return "-" if value is None else f"{value:.1f} %"
-
-
-def exposure(attack: Record) -> str:
-    """Say what protection knew of an attack, and in what the attack lies outside of that."""
-    return printable(
-        EXPOSURE_WORDS[attack["exposure"]] + (f": {', '.join(attack['outside'])}" if attack["outside"] else "")
+    ends = (
+        "" if math.isnan(found.low) else f"\n[{format_number(found.low, metric)}, {format_number(found.high, metric)}]"
     )
+    return format_number(found.mean, metric) + ends + (f"\n{found.diverged} diverged" if found.diverged else "")
 
 
-def _overhead(attack: Record) -> str:
-    level = (attack["overhead"] or {}).get(OVERHEAD_LEVEL)
-    if not level:
-        return "-"
-    steps = level["steps"]
-    return f"> {steps['at_least']:.2g}" if steps["ratio"] is None else f"{steps['ratio']:.2g}"
+def gap(found: Gap) -> str:
+    """Write gap closed with its interval, or the reason why there is none, below it."""
+    ends = "" if math.isnan(found.low) else f"[{found.low:.2f}, {found.high:.2f}]"
+    parts = [_ratio(found.value), ends, "worse than scratch" if found.value > 1 else "", found.reason]
+    return "\n".join(part for part in parts if part)
 
 
-def _deed(attack: Record) -> str:
-    """Say what an attack does; of a search, whose winners differ by role, what the protected model suffers."""
-    return printable("winner: " * bool(attack.get("search")) + describe(attack["strategy"]))
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if known(value) else "-"
 
 
-def short_table(summary: Record) -> Table:
+def difference(found: Difference, metric: Metric) -> str:
+    """Write a difference with its interval."""
+    ends = (
+        "" if math.isnan(found.low) else f"\n[{format_number(found.low, metric)}, {format_number(found.high, metric)}]"
+    )
+    return format_number(found.value, metric) + ends
+
+
+def percent(value: float) -> str:
+    """Write SGRC."""
+    return f"{value:.1f} %" if known(value) else "-"
+
+
+def _exposure(attack: Attack) -> str:
+    """Say what protection knew of an attack, and in what the attack lies outside of that."""
+    return printable(EXPOSURE_WORDS[attack.exposure] + (f": {attack.outside}" if attack.outside else ""))
+
+
+def _overhead(found: Overhead) -> str:
+    return f"{'' if found.reached else '> '}{found.ratio:.2g}" if known(found.ratio) else "-"
+
+
+def _cells(roles: Roles, metric: Metric) -> list[str]:
+    return [score(roles.get(role), metric) for role in SHOWN_ROLES]
+
+
+def short_table(results: Results) -> Table:
     """Return what fits a terminal: attack, exposure, each role's mean test metric, and gap closed."""
-    metric = summary["metric"]
-    unit = f" ({metric['unit']})" if metric["unit"] else ""
+    unit = f" ({results.metric.unit})" if results.metric.unit else ""
     rows = [
         [
-            name(attack["attack"]),
-            exposure(attack),
-            *(score(attack["roles"].get(role), metric) for role in SHOWN_ROLES),
-            gap(attack["gap_closed"]),
+            name(attack.attack),
+            _exposure(attack),
+            *(format_number(attack.roles.get(role, Score()).mean, results.metric) for role in SHOWN_ROLES),
+            _ratio(attack.gap_closed.value),
         ]
-        for attack in summary["attacks"]
+        for attack in results.attacks
     ]
     return Table(["attack", "exposure", *(f"{role}{unit}" for role in SHOWN_ROLES), "gap closed"], rows, 2)
 
 
-def attacks_table(summary: Record) -> Table:
-    """Return every attack with its scores; what it does stands small below its name."""
-    metric = summary["metric"]
+def attacks_table(results: Results) -> Table:
+    """Return every attack with its scores; what gets most out of the protected model comes first.
+
+    What an attack does stands small below its name: of a search, whose winners differ by role, what the protected
+    model suffers.
+    """
+    metric = results.metric
+
+    def success(attack: Attack) -> float:
+        mean = attack.roles.get("protected", Score()).mean
+        return metric.sign * mean if known(mean) else -math.inf
+
+    attacks = sorted(results.attacks, key=success, reverse=True)
+    means = [attack.roles.get(role, Score()).mean for attack in attacks for role in SHOWN_ROLES]
+    scale = strengths(means, metric)
+    width = len(SHOWN_ROLES)
     rows = [
         [
-            Name(f"{printable(attack['attack'])}\n{_deed(attack)}"),
-            exposure(attack),
-            *(score(attack["roles"].get(role), metric) for role in SHOWN_ROLES),
-            gap_lines(attack["gap_closed"]),
-            _overhead(attack),
-            percent(attack["sgrc"]),
-            number(attack["signed_area"], metric),
+            Name(
+                f"{printable(attack.attack)}\n{'winner: ' * bool(attack.trials)}{printable(describe(attack.strategy))}"
+            ),
+            _exposure(attack),
+            _overhead(attack.overhead),
+            percent(attack.sgrc),
+            format_number(attack.signed_area, metric),
+            *_cells(attack.roles, metric),
+            gap(attack.gap_closed),
         ]
-        for attack in summary["attacks"]
+        for attack in attacks
     ]
-    head = ["attack", "exposure", *SHOWN_ROLES, "gap closed", f"steps to {OVERHEAD_LEVEL} % of scratch", "SGRC"]
-    return Table([*head, "signed area"], rows, 2)
+    levels = [
+        [*scale[index * width : (index + 1) * width], gap_strength(attack.gap_closed.value)]
+        for index, attack in enumerate(attacks)
+    ]
+    head = ["attack", "exposure", OVERHEAD, "SGRC", "signed area", *SHOWN_ROLES, "gap closed"]
+    return Table(head, rows, 2, levels)
 
 
-def worst_table(summary: Record) -> Table:
-    """Return the worst cases: overall, by exposure, and by family; below each value the attack that reached it."""
-    metric = summary["metric"]
-    groups = {"all attacks": summary["worst_case"]["overall"]}
-    groups |= {EXPOSURE_WORDS[each]: summary["worst_case"][each] for each in EXPOSURES}
-    groups |= {f"family {printable(each)}": found for each, found in (summary.get("families") or {}).items()}
+def strengths(values: Sequence[float], metric: Metric) -> list[int | None]:
+    """Return how good each value is for the attacker among all of them, 0 (worst) .. 100 (best); None for NaN.
 
-    def best(group: Record, role: str) -> str:
-        found = group["roles"].get(role)
-        return f"{score(found, metric)}\n{printable(found['attack'])}" if found else "-"
+    Percentages are compared by differences; other units, whose values span orders of magnitude, by ratios where all
+    are positive.
+    """
+    there = [value for value in values if known(value)]
+    ratios = metric.unit != "%" and all(value > 0 for value in there)
+    places = [metric.sign * (math.log(value) if ratios and known(value) else value) for value in values]
+    low, high = (end((place for place in places if known(place)), default=0.0) for end in (min, max))
+    if not 0 < high - low < math.inf:
+        return [None] * len(values)
+    return [round(100 * ((place - low) / (high - low))) if known(place) else None for place in places]
 
-    rows = [
-        [
-            title,
-            str(group["attacks"]),
-            *(best(group, role) for role in SHOWN_ROLES),
-            gap_lines(group["gap_closed"]),
+
+def gap_strength(value: float) -> int | None:
+    """Return how good a gap closed is for the attacker: 100 for 0 and below, 0 for 1 and above; None for NaN."""
+    return round(100 * min(max(1 - value, 0.0), 1.0)) if known(value) else None
+
+
+def worst_table(results: Results) -> Table:
+    """Return the worst cases: of all attacks in both readings; by exposure and family in the one that decides."""
+    groups = {EXPOSURE_WORDS[each]: results.worst_case[each] for each in EXPOSURES if each in results.worst_case}
+    groups |= {f"family {printable(each)}": found for each, found in results.families.items()}
+    rows: list[list[str]] = []
+
+    def add(title: str, worst: WorstCase, reading: str) -> None:
+        found = getattr(worst, reading)
+        decides = "\nthe lower" if reading == worst.decided_by and worst.readings_differ else ""
+        cells = [
+            f"{score(found.roles[role], results.metric)}\n{printable(found.attacks[role])}"
+            if role in found.roles
+            else "-"
+            for role in SHOWN_ROLES
         ]
-        for title, group in groups.items()
-        if group
-    ]
-    return Table(["worst of", "attacks", *SHOWN_ROLES, "gap closed"], rows)
+        rows.append(
+            [
+                *(title, str(len(worst.tried)), _READING[reading] + decides, *cells),
+                *(gap(found.gap_closed), str(found.gap_closed.state).lower()),
+            ]
+        )
+
+    if overall := results.worst_case.get("overall"):
+        add("all attacks", overall, "own_best")
+        add("all attacks", overall, "same_attack")
+    for title, worst in groups.items():
+        add(title, worst, worst.decided_by)
+    return Table(["worst of", "attacks", "reading", *SHOWN_ROLES, "gap closed", "judged"], rows)
 
 
-def searches_table(summary: Record) -> Table | None:
-    """Return each search and role: trials, what became of them, and the winner; None without searches."""
+def searches_table(trials: pd.DataFrame, metric: Metric) -> Table:
+    """Return each search and role: trials, what became of them, and the winner."""
     rows = []
-    for search in summary.get("searches") or ():
-        for role in SHOWN_ROLES:
-            found = search["roles"].get(role)
-            if not found:
-                continue
-            states = [trial["state"] for trial in found["trials"]]
-            best = next((trial for trial in found["trials"] if trial["number"] == found["best"]), None)
-            rows.append(
-                [
-                    name(search["name"]),
-                    role,
-                    printable(describe(best["strategy"])) if best and best["strategy"] else "-",
-                    f"{search['sampler']}, {search['steps']} steps",
-                    *(str(count) for count in (len(states), states.count("pruned"), states.count("failed"))),
-                    "-" if found["best"] is None else str(found["best"]),
-                    number(best["value"] if best else None, summary["metric"]),
-                ]
-            )
+    for (search, role), mine in trials.groupby(["search", "role"]):
+        won = mine[mine["won"]]
+        first, states = mine.iloc[0], mine["state"].value_counts()
+        rows.append(
+            [
+                name(str(search)),
+                str(role),
+                printable(describe(json.loads(won["strategy"].iloc[0]))) if len(won) else "-",
+                f"{first['sampler']}, {first['steps']} steps",
+                *(str(count) for count in (len(mine), states.get("pruned", 0), states.get("failed", 0))),
+                str(won["trial"].iloc[0]) if len(won) else "-",
+                format_number(float(won["value"].iloc[0]), metric) if len(won) else "-",
+            ]
+        )
     head = ["search", "role", "winner", "sampler", "trials", "pruned", "failed", "won by trial", "on select"]
-    return Table(head, rows, 4) if rows else None
+    return Table(head, rows, 4)
 
 
-def horizons_table(summary: Record) -> Table | None:
-    """Return SGRC in the course of each attack; None where no attack has a course."""
-    courses = {attack["attack"]: attack["horizons"] for attack in summary["attacks"] if attack.get("horizons")}
-    if not courses:
-        return None
-    longest = max(courses.values(), key=len)
-    head = [f"after {point['step'] / longest[-1]['step']:.0%}" for point in longest]
+def decay_table(results: Results) -> Table:
+    """Return the attacks that differ only in their length, a row each."""
     rows = [
-        [name(attack), f"{course[-1]['step']:g}", *(percent(point["sgrc"]) for point in course)]
-        for attack, course in courses.items()
-        if len(course) == len(longest)
+        [name(attack), str(steps), percent(taken), _ratio(closed.value)]
+        for group in results.decay
+        for attack, steps, taken, closed in zip(group.attacks, group.steps, group.sgrc, group.gap_closed, strict=True)
     ]
-    return Table(["attack", "steps", *head], rows)
+    return Table(["attack", "steps", "SGRC", "gap closed"], rows)
 
 
-def decay_table(summary: Record) -> Table | None:
-    """Return the attacks that differ only in their length, a row each; None where there are none."""
-    rows = []
-    for group in summary.get("decay") or ():
-        rows += [
-            [Name(printable(attack)), str(steps), percent(sgrc), "-" if closed is None else f"{closed:.2f}"]
-            for attack, steps, sgrc, closed in zip(
-                group["attacks"], group["steps"], group["sgrc"], group["gap_closed"], strict=True
-            )
-        ]
-    return Table(["attack", "steps", "SGRC", "gap closed"], rows) if rows else None
-
-
-def benign_table(summary: Record) -> Table | None:
-    """Return what protection takes from those who fine-tune on the benign domain; None where that was not tried."""
-    metric = summary["metric"]
+def benign_table(results: Results) -> Table:
+    """Return what protection takes from those who fine-tune on the benign domain."""
+    metric = results.metric
     rows = [
-        [
-            name(attack["attack"]),
-            *(score(attack["roles"].get(role), metric) for role in SHOWN_ROLES),
-            interval(attack["harm"], metric),
-            percent(attack["sgrc"]),
-        ]
-        for attack in (summary.get("benign") or {}).get("attacks", ())
+        [name(each.attack), *_cells(each.roles, metric), difference(each.harm, metric), percent(each.sgrc)]
+        for each in results.benign
     ]
-    return Table(["attack", *SHOWN_ROLES, "harm", "SGRC"], rows) if rows else None
+    return Table(["attack", *SHOWN_ROLES, "harm", "SGRC"], rows)
 
 
-def controls_table(summary: Record) -> Table | None:
-    """Return what the results are to be read against: no attack, the unprotected model, tuned scratch, the oracle."""
-    controls, metric = summary.get("controls") or {}, summary["metric"]
+def controls_table(results: Results) -> Table:
+    """Return what the results are to be read against: no attack, scratch at its best, the oracle."""
+    rows: list[Sequence[str]] = [
+        ["no attack, only what the head needs", name(attack), *_cells(roles, results.metric)]
+        for attack, roles in results.no_attack.items()
+    ]
+    if oracle := results.oracle:
+        more = f", {oracle.data_ratio:.3g} times the data" if known(oracle.data_ratio) else ""
+        cells = _cells({"unprotected": oracle.score}, results.metric)
+        rows.append([f"oracle: unprotected{more}", name(oracle.attack), *cells])
+    return Table(["control", "attack", *SHOWN_ROLES], rows, 2)
+
+
+def further_table(attempts: Attempts) -> Table:
+    """Return the further measurements, means over the attempts that did not diverge."""
+    table = attempts.table
+    kept = table[~table["diverged"] & (table["domain"] == "restricted") & (table["steps"] > 0)]
+    columns = [str(column) for column in table if str(column).startswith(MEASURED)]
+    means = kept.groupby(["attack", "role"])[columns].mean()
     rows: list[Sequence[str]] = []
-
-    def add(title: str, by_role: Mapping[str, Record | None], attack: str) -> None:
-        cells = [score(by_role.get(role), metric) for role in SHOWN_ROLES]
-        rows.append([title, name(attack), *cells])
-
-    for attack, roles in (controls.get("no_attack") or {}).items():
-        add("no attack, only what the head needs", roles, attack)
-    best = (summary["worst_case"]["overall"] or {"roles": {}})["roles"].get("unprotected")
-    if best:
-        add("unprotected, its best attack", {"unprotected": best}, best["attack"])
-    if tuned := controls.get("tuned_scratch"):
-        add("scratch, tuned", {"scratch": tuned}, tuned["attack"])
-    if oracle := controls.get("oracle"):
-        more = f", {oracle['data_ratio']:.3g} times the data" if oracle["data_ratio"] else ""
-        add(f"oracle: unprotected{more}", {"unprotected": oracle}, oracle["attack"])
-    return Table(["control", "attack", *SHOWN_ROLES], rows, 2) if controls and rows else None
+    for attack, mine in means.groupby(level="attack"):
+        by_role = mine.droplevel("attack")
+        for column in columns:
+            found = [float(by_role[column].get(role, math.nan)) for role in SHOWN_ROLES]
+            if any(map(known, found)):
+                cells = [f"{value:.4g}" if known(value) else "-" for value in found]
+                rows.append([name(str(attack)), printable(column.removeprefix(MEASURED)), *cells])
+    return Table(["attack", "measurement", *SHOWN_ROLES], rows, 2)
 
 
-def further_table(summary: Record) -> Table | None:
-    """Return the further measurements, means over the attempts that succeeded; None where there are none."""
-    rows: list[Sequence[str]] = []
-    for attack in summary["attacks"]:
-        details = [(attack["roles"].get(role) or {}).get("details") or {} for role in SHOWN_ROLES]
-        names: dict[str, Any] = dict.fromkeys(each for found in details for each in found)
-        rows += [
-            [name(attack["attack"]), printable(each), *(number(found.get(each), _PLAIN) for found in details)]
-            for each in names
-        ]
-    return Table(["attack", "measurement", *SHOWN_ROLES], rows, 2) if rows else None
+def origins_table(audit: AuditReport) -> Table:
+    """Return the two checkpoints."""
+    found = {"protected": audit.context.checkpoint, "unprotected": audit.context.reference}
+    rows = [[role, *_origin(origin)] for role, origin in found.items() if origin]
+    return Table(["model", "name", "method", "checkpoint"], rows, 4)
+
+
+def _origin(origin: Record) -> list[str]:
+    path, sha256, *rest = (printable(str(origin.get(key) or "-")) for key in ("path", "sha256", "name", "method"))
+    return [*rest, f"{path}\nsha256 {sha256}"]
+
+
+def pictures(folder: Path, attempts: Attempts) -> dict[str, Table]:
+    """Return, by attack, what models generate in its course: a row a role, a column a step; of seeds the first."""
+    drawn = attempts.curves[(attempts.curves["picture"] != "") & (attempts.curves["domain"] == "restricted")]
+    found = {}
+    for attack, mine in drawn.groupby("attack"):
+        first = mine.sort_values(["seed", "id"]).drop_duplicates(["role", "step"])
+        steps = sorted(first["step"].unique())
+        rows: list[list[str]] = []
+        for role in (role for role in SHOWN_ROLES if (first["role"] == role).any()):
+            files: Mapping[Any, str] = first[first["role"] == role].set_index("step")["picture"].to_dict()
+            what = f"generated by the {role} model after {{}} steps of {attack}"
+            rows.append([role, *(picture(folder, files.get(step, ""), what.format(step)) for step in steps)])
+        found[str(attack)] = Table(["steps", *map(str, steps)], rows)
+    return found
+
+
+def picture(folder: Path, file: str, what: str) -> Markup:
+    """Return a picture of the run directory ``folder``, or a word on why there is none, for the page."""
+    uri = embedded(folder, file) if file else None
+    if uri is None:
+        missing = f"{escape(printable(file))} is missing or damaged" if file else "not drawn"
+        return Markup(f'<span class="missing">{missing}</span>')
+    return Markup(f'<img src="{uri}" alt="{escape(printable(what))}">')

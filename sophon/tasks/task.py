@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,16 @@ class Metric:
     name: str
     unit: str
     higher_is_better: bool
+
+    @property
+    def sign(self) -> int:
+        """Return +1 where higher is better for the attacker, -1 where lower is."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Return the least and the greatest value that there can be: 0 to 100 of percentages, 0 upwards of errors."""
+        return (0.0, 100.0) if self.unit == "%" else (-math.inf if self.higher_is_better else 0.0, math.inf)
 
 
 class Measured(NamedTuple):

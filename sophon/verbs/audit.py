@@ -41,7 +41,7 @@ def audit(config: Config) -> None:
             ownership.enter_context(run_folder(path, "audit", identity_of(audits[path]), _shard(config)))
         found = {path: _audit(audits[path], runners[path]) for path in parts}
         if len(parts) > 1 and config.attack.shards == 1:
-            compare_domains(run_dir(config), {path: each.summary for path, each in found.items() if each})
+            compare_domains(run_dir(config), {path: each.found for path, each in found.items() if each})
 
 
 def _shard(config: Config) -> str:
@@ -75,5 +75,5 @@ def _audit(audit: Audit, runner: Runner) -> Audited | None:
     if found is None:
         print(f"{runner.folder}: shard {attack.shard} of {attack.shards} is done; audit without shards to finish")
     else:
-        say_found(runner.folder, found.summary)
+        say_found(runner.folder, found.found)
     return found

@@ -5,50 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sophon.api.common import default, required
 from sophon.config import Config
 from sophon.errors import UserError
-from sophon.files import read_json
 from sophon.paths import entries, exists
-from sophon.report import single
-from sophon.report.compare import write_comparison
 from sophon.run_folder import owned
+
+if TYPE_CHECKING:  # `sophon.verbs.audit` imports this long before there is anything to report
+    from sophon.audit.summary import AuditReport
 
 
 def report(config: Config) -> None:
-    """Write an audit's reports again from its ``audit.json`` and ``attempts/``."""
+    """Write an audit's reports again from what it wrote."""
     folder = Path(required(config.run_dir or str(default(config, "audit")), "run_dir"))
     several = exists(folder / "comparison.html", "run_dir")
     parts = [each for each in entries(folder, "run_dir") if exists(each / "audit.json")] if several else [folder]
     with ExitStack() as ownership:
         for each in {folder, *parts}:
             ownership.enter_context(owned(each))
-        summaries = {each: _render(each) for each in parts}
+        audits = {each: _render(each) for each in parts}
         if several:
-            compare_domains(folder, summaries)
+            compare_domains(folder, audits)
 
 
-def _render(folder: Path) -> dict[str, Any]:
-    summary = single.read_audit(folder)
-    attempts = [read_json(path) for path in entries(folder / "attempts") if path.suffix == ".json"]
-    single.write_reports(folder, summary, attempts)
-    say_found(folder, summary)
-    return summary
+def _render(folder: Path) -> AuditReport:
+    from sophon.audit.summary import AuditReport
+    from sophon.report.audit import write_reports
+
+    found = AuditReport.read(folder)
+    write_reports(folder, found)
+    say_found(folder, found)
+    return found
 
 
-def compare_domains(folder: Path, summaries: Mapping[Path, dict[str, Any]]) -> None:
+def compare_domains(folder: Path, audits: Mapping[Path, AuditReport]) -> None:
     """Set the audits of one command side by side, and print what each found."""
-    paths = sorted(summaries)
-    page = write_comparison(paths, folder, "comparison")
-    for path in paths:
-        print(f"{path.name}: {summaries[path]['verdict']}")
+    from sophon.report.compare import write_comparison
+
+    page = write_comparison(sorted(audits), folder, "comparison")
+    for path in sorted(audits):
+        print(f"{path.name}: {audits[path].verdict}")
     print(f"comparison: {page}")
 
 
 def compare(config: Config) -> None:
     """Set audits side by side: ``compare.html`` and ``compare.md`` in ``out``."""
+    from sophon.report.compare import write_comparison
+
     if len(config.runs) < 2:
         raise UserError("report compare: give the run directories of two audits or more")
     folders: Sequence[Path] = [Path(required(path, "report compare")) for path in config.runs]
@@ -56,8 +61,10 @@ def compare(config: Config) -> None:
         print(f"comparison: {write_comparison(folders, out)}")
 
 
-def say_found(folder: Path, summary: dict[str, Any]) -> None:
+def say_found(folder: Path, audit: AuditReport) -> None:
     """Print what an audit found."""
-    print(single.table(summary))
-    print(summary["verdict"])
+    from sophon.report.audit import table
+
+    print(table(audit))
+    print(f"{audit.verdict} (Rests on {audit.verdict.basis}.)")
     print(f"report: {folder / 'report.html'}")

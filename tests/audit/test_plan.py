@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit.plan import Attempt, Job, Plan, Search, oracle_data, strategies, unfit
-from sophon.audit.verdict import ROLES
+from sophon.audit.words import ROLES
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain
 from sophon.errors import UserError

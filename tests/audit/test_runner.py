@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sophon.attacker import FineTuneStrategy
 from sophon.audit import runner as module
 from sophon.audit.runner import exposure
-from sophon.audit.verdict import ROLES
+from sophon.audit.words import ROLES
 from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.domains import Batch
@@ -76,7 +76,7 @@ def test_records(tmp_path: Path) -> None:
         (name, role, seed, "restricted") for name in ("kept", "fresh") for role in ROLES for seed in (0, 1)
     ]
     for record in records:
-        assert record["schema_version"] == 1
+        assert record["schema_version"] == 2
         assert FineTuneStrategy.of(record["strategy"]) == {"fresh": FRESH, "kept": KEPT}[record["attack"]]
         assert record["steps"] == record["strategy"]["steps"]
         assert [point["step"] for point in record["curve"]] == [0, record["steps"] // 2, record["steps"]]

@@ -14,7 +14,7 @@ from torch import nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.audit import runner as module
-from sophon.audit.verdict import ROLES
+from sophon.audit.words import ROLES
 from sophon.audit.workers import run_jobs
 from sophon.domains import ImageSet, LoadedDomain, MemoryImages
 from sophon.tasks import ClassificationTask
@@ -42,7 +42,7 @@ def test_records_of_a_search(tmp_path: Path, attacked: list[Any]) -> None:
     assert [record["role"] for record in searches] == list(ROLES)
     for record in searches:
         assert json.loads((tmp_path / "searches" / f"{record['id']}.json").read_text()) == record
-        assert (record["schema_version"], record["name"], record["budget"]) == (1, "tuned", 4)
+        assert (record["schema_version"], record["name"], record["budget"]) == (2, "tuned", 4)
         for key, value in asdict(SEARCH).items():
             assert key == "trials" or record[key] == value
         assert [trial["number"] for trial in record["trials"]] == [0, 1, 2, 3]

@@ -1,85 +1,69 @@
-"""Audits and pages for the tests of what people read."""
+"""Pages, and the audits that tests of pages are about."""
 
 import re
 from html.parser import HTMLParser
 
-from sophon.audit.metrics import summarise
-from sophon.report.single import write_reports
+from sophon.report.audit import write_reports
+from tests.audit.records import attempt, audit, duo, idle, oracle, searched, trio
 
-ACCURACY = {"name": "accuracy", "unit": "%", "higher_is_better": True}
-MSE = {"name": "eps-MSE", "unit": "", "higher_is_better": False}
-CONTEXT = {
-    "checkpoint": {"path": "out/protected", "sha256": "ab" * 32, "method": "sophon", "name": "tiny <b>"},
-    "reference": {"path": "out/reference", "sha256": "cd" * 32},
-    "intactness": {
-        "metric": "accuracy", "unit": "%", "higher_is_better": True, "before": {"test": 73.7}, "after": {"test": 72.9},
-    },
-    "support": {"optimizer": {"momentum": [0.001, 0.1]}, "steps": [20, 20]},
-    "domains": {"original": "cats", "restricted": "dogs"},
-    "config": {"attack": {"seeds": 2}, "note": "</script><script>alert(2)</script>"},
-    "packages": {"torch": "9.9.9"},
-}  # fmt: skip
-_NORM = {
-    "protected": {"count": 3, "mean": 6.2, "least": 3.0, "most": 9.0},
-    "unprotected": {"count": 3, "mean": 2.0, "least": 1.0, "most": 4.0},
-    "ratio": {"count": 3, "mean": 3.1, "least": 1.5, "most": 6.6},
-}
-_NOTHING = {"protected": None, "unprotected": None, "ratio": None}
-MASKING = {
-    "measured": {
-        "layers": [],
-        "weights": {"layers": {"norm": _NORM, "rate": _NORM}, "channels": {"norm": _NOTHING, "rate": _NOTHING}},
-        "moments": [
-            {"head": head, "step": step, "quantities": {"gradient": gradient, "curvature": _NOTHING}, "weights": {}}
-            for head, step, gradient in [
-                ("fresh", 0, {"protected": 0.0065, "unprotected": 0.26, "ratio": 0.025}),
-                ("kept", 10, {"protected": 0.5, "unprotected": 0.25, "ratio": 2.0}),
-            ]
-        ],
-        "left_out": {},
-    },
-    "pairs": [
-        {
-            "attack": "renormalised", "without": "momentum", "operations": [{"operation": "renormalise"}],
-            "gap_closed": 0.15, "gap_closed_without": 0.6, "share": 0.75,
-        },
-        {
-            "attack": "reset", "without": "<b>weak", "operations": [{"operation": "reset_affine"}],
-            "gap_closed": None, "gap_closed_without": 0.05, "share": None,
-        },
-    ],
-    "share": 0.75,
-}  # fmt: skip
 EVIL = "<script>alert('$x_1$')</script>|`&`"
+SPREAD = {"count": 3, "mean": 6.2, "least": 3.0, "most": 9.0}
+NORM = {"protected": SPREAD, "unprotected": SPREAD, "ratio": {"count": 3, "mean": 3.1, "least": 1.5, "most": 6.6}}
+NOTHING = {"protected": None, "unprotected": None, "ratio": None}
+MASKING = {
+    "weights": {"layers": {"norm": NORM, "rate": NORM}, "channels": {"norm": NOTHING, "rate": NOTHING}},
+    "moments": [
+        {"head": head, "step": step, "quantities": {"gradient": gradient, "curvature": NOTHING}}
+        for head, step, gradient in [
+            ("fresh", 0, {"protected": 0.0065, "unprotected": 0.26, "ratio": 0.025}),
+            ("kept", 10, {"protected": 3.3e9, "unprotected": 1.0, "ratio": 3.3e9}),
+        ]
+    ],
+}
+TRIALS = [
+    {"number": n, "state": state, "value": value, "strategy": {"optimizer": "adam", "lr": 0.5}}
+    for n, (value, state) in enumerate([(41.0, "complete"), (12.0, "pruned"), (None, "failed"), (58.5, "complete")])
+]
+SEARCHES = [
+    {"name": "found", "role": role, "sampler": "tpe", "budget": 4, "steps": 30, "trials": TRIALS, "best": 3}
+    for role in ("protected", "unprotected", "scratch")
+]
 
 
-def attempt(attack, role, end, seed=0, exposure="seen", outside=(), metric=ACCURACY, points=4):
-    curve = [{"step": 10 * i, "select": 10 + (end - 10) * i / max(points - 1, 1)} for i in range(points)]
-    return {
-        "schema_version": 1, "id": f"{attack}-{role}-{seed}", "attack": attack, "role": role, "seed": seed,
-        "strategy": {"optimizer": "adam", "lr": 0.125}, "exposure": exposure, "outside": list(outside),
-        "metric": metric, "curve": curve, "test": end + 0.25, "seconds": 1.0, "flops": 1e6, "steps": 30,
-    }  # fmt: skip
-
-
-def audit():
-    ends = {"protected": 21, "unprotected": 60, "scratch": 50}
+def small(**context):
+    """Three attacks, one of each exposure, on two seeds."""
     kinds = {"momentum": ("seen", []), "patient": ("longer", ["steps"]), EVIL: ("held_out", ["lr", "optimizer"])}
-    return [
-        attempt(name, role, end + seed, seed, exposure, outside)
+    attempts = [
+        one
         for name, (exposure, outside) in kinds.items()
-        for role, end in ends.items()
         for seed in range(2)
+        for one in trio(name, 21.0 + seed, 60.0 + seed, 50.0 + seed, seed=seed, exposure=exposure, outside=outside)
     ]
+    return audit(attempts, **context)
 
 
-def write(folder, attempts, context=CONTEXT):
-    summary = summarise(attempts, context)
-    write_reports(folder, summary, attempts)
-    return summary, (folder / "report.html").read_text(), (folder / "report.md").read_text()
+def several(**context):
+    """Attacks of two lengths, a search, an operation, controls and benign fine-tuning."""
+    renormalise = {"surgery": [{"operation": "renormalise"}], "steps": 30}
+    attempts = [
+        *trio("short", 30.0, 60.0, 40.0, strategy={"steps": 30}),
+        *trio("long", 54.0, 60.0, 40.0, strategy={"steps": 120}, exposure="longer"),
+        *trio("renormalised", 20.0, 50.0, 0.0, strategy=renormalise)[:2],
+        *searched("found", 58.0, 64.0, 44.0, trials=4),
+        *idle(5.0, 15.0, 10.0),
+        *duo("short", 70.0, 75.0),
+        oracle(75.0, attack="short"),
+        attempt("short", "protected", None, seed=1, strategy={"steps": 30}),
+    ]
+    return audit(attempts, searches=SEARCHES, masking=MASKING, left_out={"lora": "it has <no> layers"}, **context)
 
 
-class Page(HTMLParser):
+def write(folder, found):
+    write_reports(folder, found)
+    return (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+class Parsed(HTMLParser):
     """Collects tags, attributes and text, and checks that tags match."""
 
     VOID = ("meta", "link", "br", "wbr", "img")
@@ -105,6 +89,25 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words.append(data)
+
+
+def check(page):
+    """Check that a page is well-formed, loads nothing, and has its colours from the style; return its text."""
+    parsed = Parsed(page)
+    assert not {"script", "link", "iframe", "object", "image"} & set(parsed.tags)
+    assert re.findall(r"https?://|@import|<b>", page) == []
+    for name, value in parsed.attributes:
+        assert name not in ("srcset", "data", "action")
+        assert name != "src" or value.startswith("data:image/png;base64,")
+        assert name != "href" or value.startswith("#")
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+    drawn = page[page.find("<svg") : page.rfind("</svg>")]
+    assert re.search(r"(fill|stroke): #(?!ffffff)", drawn) is None
+    for variable in set(re.findall(r"var\((--[a-z]+)\)", page)) - {"--level"}:
+        assert page.count(f"{variable}: #") == 2, variable  # light and dark
+    return re.sub(r"\s+", " ", "".join(parsed.words))
 
 
 def rows(markdown, title):

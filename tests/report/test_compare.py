@@ -1,35 +1,35 @@
-import html
-import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from sophon.audit.metrics import summarise
+from sophon.audit.summary import AuditReport
 from sophon.errors import UserError
 from sophon.report.compare import write_comparison
-from tests.report.reports import CONTEXT, EVIL, MASKING, MSE, Page, attempt, rows
+from tests.audit.records import CONTEXT, MSE, audit, duo, trio
+from tests.report.reports import EVIL, MASKING, SEARCHES, check, rows
 
-HASHES = {"attack": "12" * 32, "select": "34" * 32}
 
-
-def stored(folder, protected=21, *, attacks=("momentum", "patient"), name="tiny", seed=0, changes=None, **context):
-    """Write an audit's ``audit.json``; ``protected`` is what every attack reaches."""
-    ends = {"protected": protected, "unprotected": 60, "scratch": 20}
-    attempts = [attempt(attack, role, end + n) for n, attack in enumerate(attacks) for role, end in ends.items()]
+def stored(
+    folder, protected=21.0, *, attacks=("momentum", "patient"), name="tiny", seed=0, metric=None, more=(), **context
+):
+    """Write an audit; ``protected`` is what every attack reaches, of 20 from scratch and 60 without protection."""
+    given = {"metric": metric} if metric else {}
+    attempts = [
+        one for n, attack in enumerate(attacks) for one in trio(attack, protected + n, 60.0 + n, 20.0 + n, **given)
+    ]
     config = {"name": name, "seed": seed, "attack": {"seeds": 1, "eval_points": 4}}
-    summary = summarise(attempts, CONTEXT | {"config": config, "hashes": {"restricted": HASHES}} | context)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "audit.json").write_text(json.dumps(summary | (changes or {})))
+    audit([*attempts, *more], **({"config": config} | context)).write(folder)
     return folder
 
 
 def compared(out, *folders):
     path = write_comparison(list(folders), out)
-    assert path == out / "compare.html"
     assert sorted(each.name for each in out.iterdir()) == ["compare.html", "compare.md"]
-    page = path.read_text()
-    Page(page)
-    return page, (out / "compare.md").read_text()
+    page, markdown = path.read_text(), (out / "compare.md").read_text()
+    check(page)
+    return page, markdown
 
 
 def warnings(markdown):
@@ -39,216 +39,120 @@ def warnings(markdown):
 @pytest.fixture
 def two(tmp_path):
     """A strong and a weak protection against the same attacks."""
-    return stored(tmp_path / "a", 24, name="strong"), stored(tmp_path / "b", 56, name="weak")
+    return stored(tmp_path / "a", 24.0, name="strong", masking=MASKING), stored(tmp_path / "b", 58.0, name="weak")
 
 
 def test_audits_by_hand(tmp_path, two):
     page, markdown = compared(tmp_path / "out", *two)
-    assert rows(markdown, "## Audits")[0] == [
-        "audit", "method", "intactness loss", "gap closed, shared attacks", "gap closed, all attacks",
-        "gap closed, seen", "gap closed, longer", "gap closed, held out", "harm to benign use",
-        "masked share",
+    assert rows(markdown, "## Audits") == [
+        ["audit", "judged", "method", "intactness loss", "gap closed, shared attacks", "gap closed, all attacks",
+         "gap closed, seen", "gap closed, longer", "gap closed, held out", "harm to benign use", "masked share"],
+        ["`strong, seed 0`", "holds", "sophon", "0.7 points", *["0.90 [0.90, 0.90]"] * 3, "-", "-", "-",
+         "-; weights 3.1 times as large"],
+        ["`weak, seed 0`", "broken", "sophon", "0.7 points", *["0.05 [0.05, 0.05]"] * 3, "-", "-", "-", "-"],
     ]  # fmt: skip
-    assert rows(markdown, "## Audits")[1:] == [
-        ["`strong, seed 0`", "sophon", "0.8 points", "0.90", "0.90", "0.90", "-", "-", "-", "-"],
-        ["`weak, seed 0`", "sophon", "0.8 points", "0.10", "0.10", "0.10", "-", "-", "-", "-"],
-    ]
-    assert rows(markdown, "## Gap closed")[1:] == [["`momentum`", "0.90", "0.10"], ["`patient`", "0.90", "0.10"]]
-    assert rows(markdown, "## Worst cases")[1:] == [["`plain`", "0.90", "0.10"]]
+    assert rows(markdown, "## Gap closed")[1:] == [["`momentum`", "0.90", "0.05"], ["`patient`", "0.90", "0.05"]]
+    assert rows(markdown, "## Worst cases")[1:] == [["`plain`", "0.90", "0.05"]]
     for folder in two:
-        verdict = json.loads((folder / "audit.json").read_text())["verdict"]
-        assert verdict in html.unescape(page)
-        assert re.sub(r"\\(.)", r"\1", markdown).count(verdict) == 1
+        assert str(AuditReport.read(folder).verdict) in check(page)
     assert "2 audits; 2 of 2 attacks were run in all of them." in page
-
-
-def test_masking_is_compared(tmp_path, two):
-    summary = json.loads((two[0] / "audit.json").read_text())
-    summary["masking"] = MASKING
-    (two[0] / "audit.json").write_text(json.dumps(summary))
-    older = json.loads((two[1] / "audit.json").read_text())
-    del older["masking"]
-    (two[1] / "audit.json").write_text(json.dumps(older))
-    _, markdown = compared(tmp_path / "out", *two)
-    assert [row[-1] for row in rows(markdown, "## Audits")] == ["masked share", "0.75; weights 3.1 times as large", "-"]
-
-
-def test_audits_of_the_same_things_raise_no_warning(tmp_path, two):
-    page, markdown = compared(tmp_path / "out", *two)
     assert warnings(markdown) == []
-    assert 'class="warning"' not in page
-
-
-def test_page_loads_nothing_and_escapes(tmp_path):
-    folders = [stored(tmp_path / each, attacks=(EVIL, "a"), name=f"<b>{each}") for each in "ab"]
-    page, _ = compared(tmp_path / "out", *folders)
-    assert "<script" not in page
-    assert "<b>" not in page
-    assert not {"http://", "https://", "@import"} & set(re.findall(r"https?://|@import", page))
-    ids = re.findall(r'\bid="([^"]*)"', page)
-    assert len(ids) == len(set(ids))
-    svg = page[page.index("<svg") : page.rindex("</svg>")]
-    assert re.search(r"(fill|stroke): #(?!ffffff)", svg) is None
-    for variable in set(re.findall(r"var\((--[a-z]+)\)", svg)):
-        assert page.count(f"{variable}: #") == 2
-
-
-def test_heat_map_colours_what_gets_through(tmp_path, two):
-    page, _ = compared(tmp_path / "out", *two)
     section = page[page.index('<section id="attacks"') : page.index('<section id="values"')]
-    assert re.findall(r"<td([^>]*)>([^<]*)</td>", section)[:2] == [
-        (' style="--level: 10%"', "0.90"),
-        (' style="--level: 90%" class="strong"', "0.10"),
-    ]
+    assert re.findall(r'<td class="(.*?)" style="--level: (\d+)%">', section)[:2] == [("", "10"), (" strong", "95")]
 
 
-def test_attacks_that_all_ran_are_compared_and_the_others_named(tmp_path):
-    folders = [
-        stored(tmp_path / "a", attacks=("x", "y"), name="a"),
-        stored(tmp_path / "b", attacks=("y", "z"), name="b"),
-    ]
-    page, markdown = compared(tmp_path / "out", *folders)
+def test_names_are_escaped(tmp_path):
+    folders = [stored(tmp_path / each, attacks=(EVIL, "a"), name=f"<b>{each}") for each in "ab"]
+    compared(tmp_path / "out", *folders)
+
+
+def test_attacks_that_not_all_ran(tmp_path):
+    a, b = (stored(tmp_path / each, attacks=attacks, name=each) for each, attacks in (("a", "xy"), ("b", "yz")))
+    page, markdown = compared(tmp_path / "out", a, b)
     assert [row[0] for row in rows(markdown, "## Gap closed")[1:]] == ["`y`"]
     assert warnings(markdown) == [
         "Not the same attacks were tried, and worst cases are of those that were (a, seed 0: 2; b, seed 0: 2)."
     ]
     assert rows(markdown, "### 2 attacks that not all")[1:] == [["`x`", "a, seed 0"], ["`z`", "b, seed 0"]]
     assert "1 of 3 attacks were run in all of them" in page
-
-
-def test_audits_that_share_no_attack(tmp_path):
-    folders = [stored(tmp_path / each, attacks=(each,), name=each) for each in "ab"]
-    page, markdown = compared(tmp_path / "out", *folders)
+    page, markdown = compared(tmp_path / "none", a, stored(tmp_path / "c", attacks="z", name="c"))
     assert "No attack was run in all of these audits." in markdown
     assert "<svg" not in page
-    assert [row[3] for row in rows(markdown, "## Audits")[1:]] == ["-", "-"]
+    assert [row[4] for row in rows(markdown, "## Audits")[1:]] == ["-", "-"]
+
+
+CONFIG = {"name": "b", "seed": 0, "attack": {"seeds": 1, "eval_points": 4}}
 
 
 @pytest.mark.parametrize(
     ("other", "warning"),
     [
-        ({"hashes": {"restricted": {"attack": "99" * 32}}}, "The images of the restricted domain are not the same"),
-        ({"hashes": None}, r"The images of the restricted domain are not the same.*b, seed 0: not known"),
+        ({"hashes": {"attack": "99" * 32}}, "The images of the restricted domain are not the same"),
+        ({"hashes": {}}, r"The images of the restricted domain are not the same.*b, seed 0: not known"),
         ({"reference": {"sha256": "ef" * 32}}, r"The unprotected models .* \(a, seed 0: cdcdcdcd; b, seed 0: efefefef"),
         ({"seed": 7}, r"The seeds of the audits are not the same \(a, seed 0: 0; b, seed 7: 7\)\."),
-        ({"config": {"name": "b", "seed": 0, "attack": {"seeds": 5, "eval_points": 4}}}, "attempts of each attack are"),
-        ({"config": {"name": "b", "seed": 0, "attack": {"seeds": 1, "eval_points": 9}}}, "points of each curve are"),
-        (
-            {"config": {"name": "b", "seed": 0, "attack": {"seeds": 1, "eval_points": 4}, "task": {"name": "other"}}},
-            "Results are not measured alike",
-        ),
+        ({"config": CONFIG | {"attack": {"seeds": 5, "eval_points": 4}}}, "attempts of each attack are"),
+        ({"config": CONFIG | {"attack": {"seeds": 1, "eval_points": 9}}}, "points of each curve are"),
+        ({"config": CONFIG | {"task": {"name": "other"}}}, "Results are not measured alike"),
+        ({"searches": [SEARCHES[0] | {"name": "momentum"}]}, "Attacks of the same name are not the same: momentum"),
     ],
 )
 def test_what_is_not_like_with_like_is_said(tmp_path, other, warning):
-    page, markdown = compared(
-        tmp_path / "out", stored(tmp_path / "a", name="a"), stored(tmp_path / "b", name="b", **other)
-    )
+    a, b = stored(tmp_path / "a", name="a"), stored(tmp_path / "b", name="b", **other)
+    page, markdown = compared(tmp_path / "out", a, b)
     (found,) = warnings(markdown)
     assert re.search(warning, found)
     assert page.count('<p class="warning">') == 1
 
 
-def test_attacks_with_the_same_name_and_another_strategy(tmp_path):
-    first = stored(tmp_path / "a", name="a")
-    summary = json.loads((first / "audit.json").read_text())
-    for attack in summary["attacks"]:
-        attack["strategy"] |= {"batch_size": 128, "surgery": []}  # the defaults, which older files may lack
-    second = stored(tmp_path / "b", name="b", changes={"attacks": summary["attacks"]})
-    assert warnings(compared(tmp_path / "out", first, second)[1]) == []
-    summary["attacks"][0]["strategy"]["lr"] = 0.5
-    third = stored(tmp_path / "c", name="c", changes={"attacks": summary["attacks"]})
-    found = warnings(compared(tmp_path / "out", first, third)[1])
-    assert found == ["Attacks of the same name are not the same: momentum."]
+def test_audits_without_hashes_or_names(tmp_path):
+    bare = {"hashes": {}, "config": {}, "checkpoint": {}, "reference": {}, "intactness": None}
+    folders = [stored(tmp_path / each, **bare) for each in "ab"]
+    _, markdown = compared(tmp_path / "out", *folders)
+    assert [row[0] for row in rows(markdown, "## Audits")[1:]] == [f"`{folder}`" for folder in folders]
+    assert "It is not known whether the images" in warnings(markdown)[0]
 
 
-def test_searches_are_compared_by_their_budget_not_by_what_they_found(tmp_path):
-    def with_search(folder, trials, lr):
-        stored(folder, attacks=("found",), name=folder.name)
-        summary = json.loads((folder / "audit.json").read_text())
-        summary["attacks"][0]["strategy"]["lr"] = lr
-        summary["searches"] = [{"name": "found", "sampler": "tpe", "trials": trials, "steps": 30, "roles": {}}]
-        (folder / "audit.json").write_text(json.dumps(summary))
-        return folder
-
-    a, b, c = (
-        with_search(tmp_path / name, *each) for name, each in zip("abc", [(8, 0.1), (8, 0.2), (64, 0.1)], strict=True)
-    )
-    assert warnings(compared(tmp_path / "out", a, b)[1]) == []
-    assert "not the same: found" in warnings(compared(tmp_path / "out", a, c)[1])[0]
-
-
-def test_hashes_of_older_audits_come_from_their_run(tmp_path):
-    folders = [stored(tmp_path / each, name=each, hashes=None) for each in "ab"]
-    assert "It is not known whether the images" in warnings(compared(tmp_path / "out", *folders)[1])[0]
-    for folder, digest in zip(folders, ("12" * 32, "34" * 32), strict=True):
-        (folder / "run.json").write_text(json.dumps({"identity": {"restricted": {"attack": digest}}}))
-    assert "are not the same, by their hashes" in warnings(compared(tmp_path / "out", *folders)[1])[0]
-
-
-def test_audits_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_audits_of_one_name_are_told_apart(tmp_path):
     folders = [stored(tmp_path / "x" / each) for each in "ab"]
     _, markdown = compared(tmp_path / "out", *folders)
     assert [row[0] for row in rows(markdown, "## Audits")[1:]] == [f"`tiny, seed 0 ({folder})`" for folder in folders]
-
-
-def test_audits_without_context_or_families(tmp_path):
-    folders = []
-    for each in "ab":
-        changes = {"config": None, "checkpoint": None, "reference": None, "intactness": None, "families": None}
-        folders.append(stored(tmp_path / each, changes=changes))
-    _, markdown = compared(tmp_path / "out", *folders)
-    assert [row[0] for row in rows(markdown, "## Audits")[1:]] == [f"`{folder}`" for folder in folders]
-    assert "## Worst cases by family" not in markdown
+    other = stored(tmp_path / "y", domains=replace(CONTEXT).domains | {"restricted": "birds"})
+    _, markdown = compared(tmp_path / "domains", folders[0], other)
+    assert [row[0] for row in rows(markdown, "## Audits")[1:]] == ["`tiny, seed 0 (dogs)`", "`tiny, seed 0 (birds)`"]
 
 
 def test_many_audits_have_a_colour_or_a_mark_of_their_own(tmp_path):
-    folders = [stored(tmp_path / f"{n}", seed=n) for n in range(10)]
+    folders = [stored(tmp_path / f"{n}", seed=n, attacks="a") for n in range(10)]
     page, _ = compared(tmp_path / "out", *folders)
     legend = re.findall(r'<span class="(h\w)">(.) tiny, seed \d</span>', page)
     assert len(legend) == len(set(legend)) == 10
 
 
 def test_benign_harm_is_shown(tmp_path):
-    folders = []
-    for name, harm in (("a", 0.5), ("b", -0.25)):
-        worst = {
-            "attacks": [],
-            "worst_harm": {"attack": "x", "value": harm, "ci95": None, "sgrc": 1.0},
-            "mean_harm": harm,
-        }
-        folders.append(stored(tmp_path / name, name=name, changes={"benign": worst}))
+    folders = [stored(tmp_path / n, name=n, more=duo("x", 60.0 - harm, 60.0)) for n, harm in (("a", 0.5), ("b", -0.25))]
     _, markdown = compared(tmp_path / "out", *folders)
     assert [row[-2] for row in rows(markdown, "## Audits")[1:]] == ["0.5 points", "-0.2 points"]
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_audits(tmp_path, count):
-    folders = [stored(tmp_path / str(n)) for n in range(count)]
-    with pytest.raises(UserError, match=r"^runs: give the run directories of at least two audits$"):
-        write_comparison(folders, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("", "give the run directories of at least two audits"),
+        ("a", "give the run directories of at least two audits"),
+        ("aba", "'.*a' is given 2 times; give each audit once"),
+        ("abc", r"'.*c' measures eps-MSE and '.*a' accuracy \(%\); give audits with the same metric"),
+        ("an", r"'.*n' holds no audit\.json"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, two, names, message):
+    stored(tmp_path / "c", metric=MSE)
+    with pytest.raises(UserError, match=f"^runs: {message}"):
+        write_comparison([tmp_path / name for name in names], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_audit_given_twice(tmp_path, two):
-    with pytest.raises(UserError, match=r"^runs: '.*a' is given 2 times; give each audit once$"):
-        write_comparison([two[0], two[1], two[0] / ".." / "a"], tmp_path / "out")
-
-
-def test_audits_of_different_metrics(tmp_path, two):
-    other = stored(tmp_path / "c", changes={"metric": MSE})
-    with pytest.raises(UserError, match=r"^runs: '.*c' measures eps-MSE and '.*a' accuracy \(%\); give audits with"):
-        write_comparison([*two, other], tmp_path / "out")
-
-
-def test_folders_without_a_readable_audit(tmp_path, two):
-    with pytest.raises(UserError, match=r"^runs: '.*none' holds no audit\.json"):
-        write_comparison([two[0], tmp_path / "none"], tmp_path / "out")
-    newer = stored(tmp_path / "newer", changes={"schema_version": 2})
-    with pytest.raises(UserError, match=r"^runs: .* is of schema version 2; this sophon reads version 1"):
-        write_comparison([two[0], newer], tmp_path / "out")
-
-
-def test_unwritable_folder(tmp_path, two):
+def test_an_unwritable_folder(tmp_path, two):
     (tmp_path / "out").write_text("a file, not a folder")
     with pytest.raises(UserError, match="cannot write"):
         write_comparison(list(two), tmp_path / "out")

@@ -1,0 +1,194 @@
+"""An audit as it is handed on: attempts, context, results and verdict; as ``audit.json`` and two Parquet files."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from sophon.audit import scores
+from sophon.audit.results import Results, results
+from sophon.audit.scores import Difference
+from sophon.audit.table import Attempts, tabulate
+from sophon.audit.verdict import HARM_ABOVE, Verdict, verdict
+from sophon.audit.words import Record
+from sophon.errors import UserError
+from sophon.files import read_json, write_bytes, write_json
+from sophon.paths import exists
+from sophon.tasks import Measured, Metric
+
+SCHEMA_VERSION = 2
+_TABLES = ("attempts", "curves")
+
+
+@dataclass(frozen=True)
+class Intactness:
+    """What protection costs the original domain, on its test split.
+
+    Attributes:
+        metric: of the original domain.
+        before: of the reference.
+        after: of the protected model.
+        loss: the difference, positive where protection hurts; its interval takes the two as independent.
+        images: how many were measured.
+    """
+
+    metric: Metric
+    before: float
+    after: float
+    loss: Difference
+    images: int
+
+    @classmethod
+    def of(cls, metric: Metric, before: Measured, after: Measured) -> Self:
+        """Compare two measurements."""
+        value = metric.sign * (before.value - after.value)
+        half = scores.Z * math.hypot(before.standard_error, after.standard_error)
+        return cls(metric, before.value, after.value, Difference(value, value - half, value + half), before.images)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of an audit besides its attempts, all of it plain data; what is not known is None or empty.
+
+    Attributes:
+        date: of the audit, ISO.
+        checkpoint: ``path``, ``sha256``, ``name`` and ``method`` of what was attacked.
+        reference: the same of the unprotected model.
+        domains: names of ``original``, ``restricted`` and ``benign``.
+        hashes: of the restricted domain's splits.
+        support: of protection's sampler; None if it was not protected by sophon.
+        intactness: None where it was not measured.
+        searches: contents of ``searches/*.json``.
+        left_out: attacks that do not fit the models, with the reason.
+        masking: what `sophon.audit.masking.measure` returned.
+        gallery: ``title`` and ``file`` of pictures.
+        feature_network: what a Frechet distance was measured with.
+        config: the run's, with the model that was loaded.
+        packages: versions.
+    """
+
+    date: str = ""
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
+    domains: dict[str, str | None] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    support: dict[str, Any] | None = None
+    intactness: Intactness | None = None
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    masking: dict[str, Any] | None = None
+    gallery: list[dict[str, str]] = field(default_factory=list)
+    feature_network: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """An audit, scored and judged; nothing in it depends on the order of the attempts."""
+
+    attempts: Attempts
+    context: Context
+    results: Results
+    verdict: Verdict
+
+    @classmethod
+    def of(cls, attempts: Attempts, context: Context) -> Self:
+        """Score attempts, and judge them."""
+        scored = results(attempts)
+        return cls(attempts, context, scored, verdict(scored, context))
+
+    def json(self) -> dict[str, Any]:
+        """Return the content of ``audit.json``: plain data, None for what is not known.
+
+        ``date`` and ``seconds_total`` alone depend on when and how fast it was made.
+        """
+        found: dict[str, Any] = _plain(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "verdict": self.verdict,
+                "attempts": len(self.attempts.table),
+                "seconds_total": float(self.attempts.table["seconds"].sum()),
+                "thresholds": {
+                    "holds_from": scores.HOLDS_FROM,
+                    "no_protection_below": scores.NO_PROTECTION_BELOW,
+                    "middle": scores.MIDDLE,
+                    "harm_above": HARM_ABOVE,
+                },
+                **{each.name: getattr(self.results, each.name) for each in fields(self.results)},
+                "masked_share": self.results.masked_share,
+                **{each.name: getattr(self.context, each.name) for each in fields(self.context)},
+            }
+        )
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``attempts.parquet``, ``curves.parquet`` and, last, ``audit.json``, atomically."""
+        for name, frame in zip(_TABLES, self.attempts, strict=True):
+            buffer = io.BytesIO()
+            frame.to_parquet(buffer, index=False)
+            write_bytes(folder / f"{name}.parquet", buffer.getvalue())
+        write_json(folder / "audit.json", self.json())
+
+    @classmethod
+    def read(cls, folder: Path, key: str = "run_dir") -> Self:
+        """Read an audit's folder, and score it anew.
+
+        Args:
+            folder: the audit's run directory.
+            key: the configuration key that named it, for messages.
+
+        Raises:
+            UserError: there is no audit, it is of another schema version, or a file is missing or damaged.
+        """
+        path = folder / "audit.json"
+        if not exists(path, key):
+            raise UserError(f"{key}: '{folder}' holds no audit.json; run `sophon audit run_dir={folder} ...` first")
+        stored = read_json(path)
+        found = stored.get("schema_version") if isinstance(stored, dict) else None
+        if found != SCHEMA_VERSION:
+            raise UserError(
+                f"{key}: '{path}' is of schema version {found}; this sophon reads version {SCHEMA_VERSION}; "
+                "run `sophon audit` again"
+            )
+        try:
+            tables = [pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES]
+            context = Context(**{each.name: stored[each.name] for each in fields(Context)} | _intactness(stored))
+            return cls.of(Attempts(*tables), context)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{key}: '{folder}' is not whole ({error}); run `sophon audit` again") from error
+
+
+def _intactness(stored: Mapping[str, Any]) -> dict[str, Intactness | None]:
+    kept = stored["intactness"]
+    if kept is None:
+        return {"intactness": None}
+    metric, loss = Metric(**kept["metric"]), Difference(**{k: _number(v) for k, v in kept["loss"].items()})
+    before, after = (_number(kept[when]) for when in ("before", "after"))
+    return {"intactness": Intactness(metric, before, after, loss, kept["images"])}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def audit_of(records: Iterable[Record], context: Context) -> AuditReport:
+    """Make an audit of the contents of ``attempts/*.json``, in any order."""
+    return AuditReport.of(tabulate(records), context)
+
+
+def _plain(data: Any) -> Any:
+    """Turn data into what JSON can hold: string keys, lists, and None for numbers that are not finite."""
+    if is_dataclass(data) and not isinstance(data, type):
+        return _plain(asdict(data))
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

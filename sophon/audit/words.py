@@ -1,0 +1,128 @@
+"""The words of an audit: roles, exposures, how values are written and attackers described."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sophon.attacker import FineTuneStrategy
+
+if TYPE_CHECKING:
+    from sophon.tasks import Metric
+
+Record = Mapping[str, Any]
+
+ROLES = ("protected", "unprotected", "scratch")
+# A control beside them: the unprotected model, fine-tuned with ten times the data.
+ORACLE = "oracle"
+# Within the support that protection sampled attackers from; outside it only in the number of steps; anything else.
+EXPOSURES = ("seen", "longer", "held_out")
+
+EXPOSURE_WORDS = {"seen": "seen", "longer": "longer", "held_out": "held out"}
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with everything replaced that XML, a terminal or a table row cannot show."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def format_value(value: float | None, metric: Metric) -> str:
+    """Write a metric's value for people: ``41.0 %``, or four digits and the unit; ``-`` for None and NaN."""
+    return format_number(value, metric) + (f" {metric.unit}" if metric.unit and known(value) else "")
+
+
+def format_number(value: float | None, metric: Metric) -> str:
+    """Write the same without the unit, for a table whose head has it."""
+    if not known(value):
+        return "-"
+    return f"{value:.1f}" if metric.unit == "%" else f"{value:.4g}"
+
+
+def format_difference(value: float | None, metric: Metric) -> str:
+    """Write a difference of two values of a metric: percentages differ by points."""
+    return format_value(value, metric).replace(" %", " points")
+
+
+def known(value: float | None) -> bool:
+    """Return whether ``value`` is a number: neither None nor NaN."""
+    return value is not None and not math.isnan(value)
+
+
+_DEFAULTS = FineTuneStrategy().plain()
+_SCOPES: dict[str, Callable[[Record], str]] = {
+    "all": lambda s: "all parameters",
+    "head": lambda s: "the head only",
+    "first_blocks": lambda s: f"{_blocks('first', s)} and the head only",
+    "last_blocks": lambda s: f"{_blocks('last', s)} and the head only",
+    "attention": lambda s: "attention only",
+    "lora": lambda s: f"LoRA of rank {s['lora_rank']}" + (f" on {s['lora_layers']}" * (s["lora_layers"] != "all")),
+}
+# How a field is said that is not as usual, in this order. One that came after these words is said by its name.
+_WORDS: dict[str, Callable[[Record], str]] = {
+    "scope": lambda s: _SCOPES[s["scope"]](s) if s["scope"] in _SCOPES else f"scope {s['scope']}",
+    "head": lambda s: f"{s['head']} head",
+    "probe_steps": lambda s: f"{s['probe_steps']} probing steps" * (s["head"] == "probed"),
+    "probe_lr": lambda s: f"probing at {s['probe_lr']:.3g}" * (s["head"] == "probed"),
+    "steps": lambda s: f"{s['steps']} steps",
+    "schedule": lambda s: f"{s['schedule'].replace('_', ' and ')} schedule",
+    "batch_size": lambda s: f"batches of {s['batch_size']}",
+    "weight_decay": lambda s: f"weight decay {s['weight_decay']:.3g}",
+    "augmentation": lambda s: f"{s['augmentation']} augmentation",
+    "data_budget": lambda s: f"{s['data_budget']} images",
+    "ema": lambda s: f"weights averaged at {s['ema']:g}",
+    "max_norm": lambda s: f"gradients clipped to {s['max_norm']:g}",
+    "batch_norm": lambda s: f"{s['batch_norm']} BatchNorm statistics",
+}
+# Operations of `sophon.surgery`; any other is said by its function's name.
+_OPERATIONS = {
+    "reinitialise": "re-initialising",
+    "noise": "adding noise",
+    "prune": "pruning",
+    "shrink_perturb": "shrinking and perturbing",
+    "restate": "re-estimating BatchNorm statistics",
+    "reset_affine": "resetting affine parameters",
+    "renormalise": "re-normalising the weights",
+    "centre": "centring channels",
+    "equalise": "equalising channels",
+    "heal": "healing",
+    "distil": "distilling",
+}
+# Said together with another field.
+_TOLD_ELSEWHERE = ("optimizer", "lr", "blocks", "lora_rank", "lora_layers", "surgery")
+
+
+def _blocks(which: str, strategy: Record) -> str:
+    count = strategy["blocks"]
+    return f"the {which} block" if count == 1 else f"the {which} {count} blocks"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as people list them: ``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def operation_in_words(operation: Record) -> str:
+    """Say what surgery does to the weights, with its arguments."""
+    name = _OPERATIONS.get(operation["operation"]) or operation["operation"].rpartition(".")[2].replace("_", " ")
+    rest = [f"{key} {value}" for key, value in operation.items() if key != "operation"]
+    return f"{name} with {listed(rest)}" if rest else name
+
+
+def describe(strategy: Record) -> str:
+    """Say in a few words how an attacker fine-tunes: optimizer and rate, then only what differs from the defaults.
+
+    Args:
+        strategy: a `FineTuneStrategy` as plain data; missing fields have their defaults.
+
+    Returns:
+        Such as ``adam at 0.005, LoRA of rank 16, kept head, 4000 steps, after adding noise with scale 0.1``.
+    """
+    full = {**_DEFAULTS, **strategy}
+    new = [name for name in full if name not in _WORDS and name not in _TOLD_ELSEWHERE]
+    unusual = [name for name in (*_WORDS, *new) if name not in _DEFAULTS or full[name] != _DEFAULTS[name]]
+    words = [f"{full['optimizer']} at {full['lr']:.3g}"]
+    words += [_WORDS[name](full) if name in _WORDS else f"{name.replace('_', ' ')} {full[name]}" for name in unusual]
+    if full["surgery"]:
+        words.append(f"after {listed([operation_in_words(each) for each in full['surgery']])}")
+    return ", ".join(word for word in words if word)

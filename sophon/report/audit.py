@@ -1,0 +1,308 @@
+"""An audit's report: a page, the same tables as Markdown, and a short table for the terminal."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from markupsafe import Markup
+from omegaconf import OmegaConf
+
+from sophon.audit.scores import HOLDS_FROM, MIDDLE, NO_PROTECTION_BELOW
+from sophon.audit.summary import AuditReport, Context
+from sophon.audit.table import trials_table
+from sophon.audit.verdict import READINGS
+from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, Record, format_difference, format_value, printable
+from sophon.files import write_text
+from sophon.report import tables
+from sophon.report.figures import curve_panels, dot_plots
+from sophon.report.masking import masking
+from sophon.report.page import Card, Code, Drawings, Fold, Page, Part, Section, Table
+from sophon.report.tables import metric_name
+from sophon.report.trends import decay_plot, search_panels
+
+_LEGEND = (("protected", "● protected"), ("unprotected", "■ unprotected"), ("scratch", "◆ scratch"))
+_MANY = 12  # so many tables' rows or panels are shown without being asked for
+TERMS = {
+    "protected": "The checkpoint under attack.",
+    "unprotected": "The same model before protection: what an attacker would have without us.",
+    "scratch": "A fresh model of the same architecture: what an attacker has who takes nothing.",
+    "exposure": "seen: protection could have simulated this attacker. longer: only its number of steps lies outside "
+    "what was simulated. held out: something else does, named after the colon.",
+    "gap closed": "(unprotected - protected) / (unprotected - scratch): 0 is no protection, 1 no better a start than "
+    "scratch, more is worse than scratch. Its interval is Fieller's.",
+    "reading": "A worst case is read in two ways, and the lower gap closed decides. Own best attack: "
+    f"{READINGS['own_best']}, chosen on the attacker's select split. Same attack: {READINGS['same_attack']}.",
+    "judged": f"HOLDS: gap closed of {HOLDS_FROM:g} or more, and {MIDDLE:g} or more at the low end of its interval. "
+    f"WEAKENED: between {NO_PROTECTION_BELOW:g} and {HOLDS_FROM:g}, and above 0 at the low end. BROKEN: below "
+    f"{NO_PROTECTION_BELOW:g}, and below {HOLDS_FROM:g} at the high end. CANNOT BE JUDGED: anything else; what "
+    "differs by less than the error of the test images and the seeds shows nothing.",
+    tables.OVERHEAD: "How many times scratch's steps the protected model needs to go so far from scratch's start to "
+    "scratch's end; > means that it never got there.",
+    "SGRC": "(unprotected - protected) / unprotected: what protection takes off the result.",
+    "signed area": "Unprotected minus protected, averaged over the steps of the curve; positive where protection hurts "
+    "the attacker.",
+    "harm": "Unprotected minus protected after fine-tuning on the benign domain; positive where protection hurts.",
+    "masked share": "The part of the gap closed that is gone once scale is taken away.",
+    "diverged": "Attempts whose loss or result was not finite; no part of the means: an attacker would try again.",
+    "intervals": "[ ] holds 95 %: the sampling error of the test images, and Student's interval over the seeds, whose "
+    "spread is pooled over the attacks of a role, since two or three seeds say little.",
+}
+
+
+def table(audit: AuditReport) -> str:
+    """Return the attacks as a Markdown table that also reads well in a terminal, without a final newline."""
+    return tables.short_table(audit.results).markdown()
+
+
+def write_reports(folder: Path, audit: AuditReport) -> None:
+    """Write ``report.html`` (one self-contained file) and ``report.md`` into an audit's folder, atomically.
+
+    Pictures that the folder lacks are named in the page instead of shown.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    page = audit_page(folder, audit)
+    write_text(folder / "report.html", page.html())
+    write_text(folder / "report.md", page.markdown())
+
+
+def audit_page(folder: Path, audit: AuditReport) -> Page:
+    """Return the page of an audit whose pictures lie in ``folder``."""
+    sections = [
+        Section("worst", "Worst cases", list(_worst(audit))),
+        Section("attacks", "Attacks", list(_attacks(audit))),
+        Section("curves", "Curves", list(_curves(audit))),
+        Section("searches", "Searches", list(_searches(audit))),
+        Section("decay", "Does protection wear off?", list(_decay(audit))),
+        Section("masking", "Masking", list(masking(audit.results, audit.context.masking))),
+        Section("benign", "Benign fine-tuning", list(_benign(audit))),
+        Section("controls", "Controls", list(_controls(audit))),
+        Section("samples", "Samples", list(_samples(folder, audit))),
+        Section("further", "Further measurements", list(_further(audit))),
+        Section("repeat", "To repeat this", list(_repeat(audit))),
+    ]
+    return Page(
+        title=printable(f"Audit of {audit.context.checkpoint.get('name') or 'a checkpoint'}"),
+        word=str(audit.verdict.word),
+        lead=printable(audit.verdict.sentence),
+        facts=_facts(audit),
+        cards=list(_cards(audit)),
+        notes=[printable(finding) for finding in audit.verdict.findings],
+        sections=sections,
+        terms=TERMS,
+    )
+
+
+def _facts(audit: AuditReport) -> dict[str, str]:
+    context, model = audit.context, audit.context.config.get("model") or {}
+    size = f", {model['image_size']} x {model['image_size']} x {model['channels']}" if "image_size" in model else ""
+    facts = {
+        "Model": f"{model.get('architecture') or ''}{size}",
+        "Method": str(context.checkpoint.get("method") or "not known"),
+        "Original domain": context.domains.get("original") or "",
+        "Restricted domain": context.domains.get("restricted") or "",
+        "Date": context.date,
+        "Rests on": audit.verdict.basis,
+    }
+    return {name: printable(value) for name, value in facts.items() if value}
+
+
+def _cards(audit: AuditReport) -> Iterator[Card]:
+    """Yield the few numbers that come first; what was not measured has none."""
+    results, kept = audit.results, audit.context.intactness
+    if worst := results.worst_case.get("overall"):
+        titles = {"own_best": "own best attacks", "same_attack": "same attack"}
+        if not worst.readings_differ:
+            titles = {"own_best": "in both readings"}
+        for reading, title in titles.items():
+            found = getattr(worst, reading)
+            if "protected" in found.attacks:
+                value, *rest = tables.gap(found.gap_closed).splitlines()
+                decides = ["the lower, which decides"] * (reading == worst.decided_by and len(titles) > 1)
+                yield Card(f"Gap closed, {title}", value, "; ".join([*rest, *decides]))
+    if kept:
+        loss = f"{format_difference(kept.loss.value, kept.metric)} less than {format_value(kept.before, kept.metric)}"
+        yield Card("Original domain", format_value(kept.after, kept.metric), f"{loss}; {kept.images} test images")
+    if harm := results.worst_harm:
+        note = f"at most: {printable(harm.attack)}"
+        yield Card("Harm to benign use", format_difference(harm.harm.value, results.metric), note)
+
+
+def _folded(title: str, part: Part, count: int) -> Part:
+    """Fold what is long."""
+    return part if count <= _MANY else Fold(title, [part])
+
+
+def _worst(audit: AuditReport) -> Iterator[Part]:
+    if audit.results.worst_case:
+        yield (
+            f"{_measured(audit)} An attacker takes the attack that does best on the select split; below each value "
+            "stands which. Groups below the first two rows show the reading that decides."
+        )
+        yield tables.worst_table(audit.results)
+
+
+def _measured(audit: AuditReport) -> str:
+    metric = audit.results.metric
+    better = "higher" if metric.higher_is_better else "lower"
+    return (
+        f"Mean {metric_name(metric)} on the restricted domain's test split, with 95 % intervals; {better} is better "
+        "for the attacker."
+    )
+
+
+def _attacks(audit: AuditReport) -> Iterator[Part]:
+    attacks = audit.results.attacks
+    if not attacks:
+        return
+    yield (
+        f"{_measured(audit)} The stronger the colour, the better for the attacker. What gets most out of the protected "
+        "model comes first: an attack that gets little out of every model closes little, and breaks nothing."
+    )
+    yield _folded(f"All {len(attacks)} attacks", tables.attacks_table(audit.results), len(attacks))
+    # ElementTree wrote this and every other drawing, escaping each text and attribute.
+    sheets = {f" {n}": Markup(svg) for n, svg in enumerate(dot_plots(attacks, audit.results.metric))}
+    yield _folded("All attacks with their intervals", Drawings(sheets, "large", _LEGEND), len(attacks))
+
+
+def _curves(audit: AuditReport) -> Iterator[Part]:
+    attacks, metric = audit.results.attacks, audit.results.metric
+    panels = curve_panels(audit.attempts, [attack.attack for attack in attacks], metric)
+    if not panels:
+        return
+    yield (
+        f"{metric_name(metric)[:1].upper()}{metric_name(metric)[1:]} on the attacker's own select split in the course "
+        "of fine-tuning; bands are 95 % intervals over seeds. All panels have the same axis."
+    )
+    groups = {
+        EXPOSURE_WORDS[exposure]: [a.attack for a in attacks if a.exposure == exposure and a.attack in panels]
+        for exposure in EXPOSURES
+    }
+    if len(panels) <= _MANY:
+        groups = {"": [attack for group in groups.values() for attack in group]}
+    for exposure, group in groups.items():
+        drawings = _drawings({attack: panels[attack] for attack in group})
+        if group:
+            yield Fold(f"{exposure} ({len(group)})", [drawings]) if exposure else drawings
+
+
+def _drawings(panels: Mapping[str, str], size: str = "small", legend: tuple[tuple[str, str], ...] = ()) -> Drawings:
+    return Drawings({printable(caption): Markup(svg) for caption, svg in panels.items()}, size, legend)
+
+
+def _searches(audit: AuditReport) -> Iterator[Part]:
+    metric = audit.results.metric
+    trials = trials_table(audit.context.searches, higher_is_better=metric.higher_is_better)
+    if trials.empty:
+        return
+    yield (
+        f"The same search, with the same budget, against every role, judged by {metric_name(metric)} on the attacker's "
+        "select split. Lines: the best complete trial so far. Marks: single trials, a cross where one was stopped "
+        "early; the worst tenth lies at the edge."
+    )
+    yield _drawings(search_panels(trials, metric), "medium", _LEGEND)
+    yield tables.searches_table(trials, metric)
+
+
+def _decay(audit: AuditReport) -> Iterator[Part]:
+    decay = audit.results.decay
+    if not decay:
+        return
+    yield (
+        "Attacks that differ only in their number of steps, on the test split. A line that falls towards 0 says that "
+        "an attacker needs only patience."
+    )
+    if svg := decay_plot(decay):
+        yield Drawings({" ": Markup(svg)}, "large")
+    found = tables.decay_table(audit.results)
+    yield _folded("In figures", found, len(found.rows))
+
+
+def _benign(audit: AuditReport) -> Iterator[Part]:
+    if audit.results.benign:
+        yield (
+            "The same attackers as ordinary users on a domain that is not restricted: "
+            f"{metric_name(audit.results.metric)} on its test split. "
+            "Harm is what protection takes from them; it should be about zero."
+        )
+        yield tables.benign_table(audit.results)
+
+
+def _controls(audit: AuditReport) -> Iterator[Part]:
+    found = tables.controls_table(audit.results)
+    if found.rows:
+        yield (
+            f"What the results are to be read against: {metric_name(audit.results.metric)} on the restricted domain's "
+            "test split. The oracle has data that no attacker here has."
+        )
+        yield found
+
+
+def _samples(folder: Path, audit: AuditReport) -> Iterator[Part]:
+    if gallery := audit.context.gallery:
+        shots = {each["title"]: tables.picture(folder, each["file"], each["title"]) for each in gallery}
+        yield Drawings({printable(title): shot for title, shot in shots.items()}, "gallery")
+    if strips := tables.pictures(folder, audit.attempts):
+        yield (
+            "What the attacked models generate in the course of each attack, from the same noise everywhere; of "
+            "several seeds the first."
+        )
+        parts: list[Part] = [part for attack, strip in strips.items() for part in (printable(attack), strip)]
+        yield from [Fold(f"All {len(strips)} attacks", parts)] if len(strips) > _MANY else parts
+
+
+def _further(audit: AuditReport) -> Iterator[Part]:
+    found = tables.further_table(audit.attempts)
+    if not found.rows:
+        return
+    note = "Means over the attempts that did not diverge, on the restricted domain's test split."
+    if any(row[1] == tables.FRECHET for row in found.rows):
+        network = audit.context.feature_network or "a network that the audit does not name"
+        note += (
+            f" {tables.FRECHET}: from the images that the attacked model generates to those of that split, lower is "
+            f"closer; features: {printable(network)}."
+        )
+    yield note
+    yield _folded("All measurements", found, len(found.rows))
+
+
+def _repeat(audit: AuditReport) -> Iterator[Part]:
+    """Yield the checkpoints, the command, and folded away all that stands behind them."""
+    context, frame = audit.context, audit.attempts.table
+    yield f"{len(frame)} attempts, {frame['seconds'].sum():.0f} s of attacking in all."
+    yield tables.origins_table(audit)
+    if context.left_out:
+        rows = [[tables.name(attack), printable(reason)] for attack, reason in context.left_out.items()]
+        yield "Attacks that were left out, since they do not fit:"
+        yield Table(["attack", "why"], rows, 2)
+    if context.config:
+        yield "To run it again, save the configuration below as conf/experiment/repeat.yaml, and call"
+        yield Code(command(context))
+        yield Fold("Configuration", [Code(experiment(context.config))])
+    facts = {
+        "What protection simulated (the sampler's support)": context.support,
+        "Hashes of the restricted domain's splits": context.hashes,
+        "Package versions": context.packages,
+    }
+    yield from (Fold(title, [Code(_yaml(fact))]) for title, fact in facts.items() if fact)
+
+
+def command(context: Context) -> str:
+    """Return the command line that repeats an audit with its `experiment` in ``conf/experiment/repeat.yaml``."""
+    given = {"checkpoint": context.checkpoint.get("path"), "reference": context.reference.get("path")}
+    words = ["sophon", "audit", "--config-dir=conf", "experiment=repeat"]
+    words += [shlex.quote(f"{key}={printable(path)}") for key, path in given.items() if path]
+    return " ".join([*words, "run_dir=repeat"])
+
+
+def experiment(config: Record) -> str:
+    """Return an audit's configuration as an experiment file of Hydra's."""
+    # the default attacks would add to those that were run
+    return "# @package _global_\ndefaults:\n- override /attack: null\n" + _yaml(config)
+
+
+def _yaml(data: Record) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(dict(data))).rstrip()

@@ -1,0 +1,289 @@
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from sophon.audit.gallery import image_grid, write_gallery
+from sophon.audit.summary import AuditReport
+from sophon.errors import UserError
+from sophon.report.audit import command, experiment, table, write_reports
+from sophon.report.tables import gap_strength, strengths
+from tests.audit.records import ACCURACY, CONTEXT, MSE, attempt, audit, idle, trio
+from tests.report.reports import EVIL, MASKING, check, rows, several, small, write
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("several"), several())
+
+
+def section(page, key):
+    return page[page.index(f'<section id="{key}"') :].partition("</section>")[0]
+
+
+# ---- the first screen -----------------------------------------------------------------------------------------------
+
+
+def test_the_first_screen_says_word_sentence_and_what_it_is_about(tmp_path):
+    found = small()
+    page, markdown = write(tmp_path, found)
+    text = check(page[: page.index("<nav")] + "</header></body></html>")
+    assert f'<strong class="word holds">{found.verdict.word}</strong> ' in page
+    for wanted in ("Audit of tiny <b>", found.verdict.sentence, *found.verdict.findings, "resnet_tiny, 28 x 28 x 1"):
+        assert wanted in text
+    facts = ("sophon", "cats", "dogs", "2026-01-02", "1000 test images, 2 seeds and 3 attacks")
+    assert all(f"<dd>{fact}</dd>" in page for fact in facts)
+    assert re.sub(r"\\(.)", r"\1", markdown).count(str(found.verdict)) == 1
+    assert "- Rests on: 1000 test images, 2 seeds and 3 attacks" in markdown
+
+
+def test_headline_cards_and_tables_agree(tmp_path):
+    """The attack of the headline is in the table with the headline's figures."""
+    held_out = {"exposure": "held_out"}
+    found = audit(trio("centre", 89.7, 91.5, 62.7, **held_out) + trio("reset", 74.4, 94.2, 87.7, **held_out))
+    page, markdown = write(tmp_path, found)
+    assert "BROKEN: Protection does not stop an attacker" in markdown
+    assert (
+        "to 89.7 % accuracy, fine-tuning the unprotected one to 91.5 % and training from scratch to 62.7 %" in markdown
+    )
+    readings = [row[2:] for row in rows(markdown, "## Worst cases")[1:3]]
+    assert [(row[0], row[4:]) for row in readings] == [
+        ("own best attack", ["0.69 [0.69, 0.69]", "weakened"]),
+        ("same attack; the lower", ["0.06 [0.06, 0.06]", "broken"]),
+    ]
+    assert rows(markdown, "## Attacks")[1][5:] == [
+        *("62.7 [62.7, 62.7]", "91.5 [91.5, 91.5]", "89.7 [89.7, 89.7]", "0.06 [0.06, 0.06]")
+    ]
+    cards = re.findall(r'<dt>([^<]*)</dt><dd class="value">([^<]*)</dd>', page)
+    assert cards == [
+        ("Gap closed, own best attacks", "0.69"),
+        ("Gap closed, same attack", "0.06"),
+        ("Original domain", "73.0 %"),
+    ]
+
+
+def test_nothing_is_shown_of_what_was_not_measured(tmp_path):
+    page, markdown = write(tmp_path, audit([attempt("a", "scratch", 10.0)], intactness=None, checkpoint={}))
+    assert "Audit of a checkpoint" in check(page)
+    assert 'class="card"' not in page
+    assert re.findall(r"<h2>([^<]*)</h2>", page) == [
+        "Worst cases",
+        "Attacks",
+        "Curves",
+        "To repeat this",
+        "Definitions",
+    ]
+    assert "Original domain:" in markdown
+
+
+# ---- sections -------------------------------------------------------------------------------------------------------
+
+
+def test_sections_are_there_and_named_in_the_contents(written):
+    page, markdown = written
+    check(page)
+    titles = re.findall(r"<h2>([^<]*)</h2>", page)
+    assert titles == [
+        *("Worst cases", "Attacks", "Curves", "Searches", "Does protection wear off?", "Masking"),
+        *("Benign fine-tuning", "Controls", "To repeat this", "Definitions"),
+    ]
+    contents = page[page.index("<nav") : page.index("</nav>")]
+    assert re.findall(r'<a href="#\w+">([^<]*)</a>', contents) == titles
+    # what Markdown cannot show is left out, with its title where nothing else is below it
+    assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == titles
+
+
+def test_column_heads_lead_to_their_definitions(written):
+    page, _ = written
+    for term in ("gap closed", "exposure", "SGRC", "signed area", "steps to 80 % of scratch", "harm", "judged"):
+        anchor = "term-" + re.sub(r"\W+", "-", term.lower())
+        assert f'<a href="#{anchor}">{term}</a>' in page
+        assert f'<dt id="{anchor}">{term}</dt>' in page
+
+
+@pytest.mark.parametrize(
+    ("title", "row"),
+    [
+        ("## Worst cases", ["all attacks", "4", "same attack", "44.0 [44.0, 44.0]; found", "64.0 [64.0, 64.0]; found",
+         "58.0 [58.0, 58.0]; found", "0.30 [0.30, 0.30]", "weakened"]),
+        ("## Worst cases", ["family surgery", "1", "own best attack", "-", "50.0 [50.0, 50.0]; renormalised",
+         "20.0 [20.0, 20.0]; renormalised", "-; no result of scratch", "cannot be judged"]),
+        ("## Attacks", ["`found`; winner: adam at 0.1, 100 steps", "seen", "0.71", "9.4 %", "3.0", "44.0 [44.0, 44.0]",
+         "64.0 [64.0, 64.0]", "58.0 [58.0, 58.0]", "0.30 [0.30, 0.30]"]),
+        ("## Attacks", ["`short`; adam at 0.1, 30 steps", "seen", r"\> 1.2", "50.0 %", "15.0", "40.0 [40.0, 40.0]",
+         "60.0 [60.0, 60.0]", "30.0 [30.0, 30.0]; 1 diverged", "1.50 [1.50, 1.50]; worse than scratch"]),
+        ("## Searches", ["`found`", "protected", "adam at 0.5", "tpe, 30 steps", "4", "1", "1", "3", "58.5"]),
+        ("## Does", ["`long`", "120", "10.0 %", "0.30"]),
+        ("## Masking", ["norm of layers", "3", "6.2; 3 to 9", "6.2; 3 to 9", "3.1; 1.5 to 6.6"]),
+        ("What a mild attacker sees", ["fresh head, 0 steps", "curvature", "-", "-", "-"]),
+        ("### Later, and from", ["kept head, 10 steps", "gradient", "3.3e+09", "1", "3.3e+09"]),
+        ("Attacks that differ only by", ["`renormalised`", "`short`", "1.50", "-", "-"]),
+        ("## Benign", ["`short`", "-", "75.0 [75.0, 75.0]", "70.0 [70.0, 70.0]", "5.0 [5.0, 5.0]", "6.7 %"]),
+        ("## Controls", ["oracle: unprotected, 8.5 times the data", "`short`", "-", "75.0 [75.0, 75.0]", "-"]),
+        ("left out, since", ["`lora`", r"it has \<no\> layers"]),
+    ],
+)  # fmt: skip
+def test_tables_by_hand(written, title, row):
+    assert row in rows(written[1], title)
+
+
+def test_what_is_out_of_all_proportion_is_explained(written):
+    assert "after 10 steps the attacker's gradient is 3.3e+09 on the protected model, 1 on the" in written[1]
+    assert "no misprint" not in "".join(write_of({**MASKING, "moments": MASKING["moments"][:1]}))
+
+
+def write_of(masking):
+    from sophon.report.masking import masking as parts
+
+    return [part for part in parts(small().results, masking) if isinstance(part, str)]
+
+
+def test_colours_say_what_is_good_for_the_attacker():
+    assert strengths([10.0, 20.0, float("nan"), 30.0], ACCURACY) == [0, 50, None, 100]
+    assert strengths([0.01, 0.1, 1.0], MSE) == [100, 50, 0]  # by ratios
+    assert strengths([0.0, 0.5, 1.0], MSE) == [100, 50, 0]  # by differences: there is no ratio to 0
+    assert strengths([7.0, 7.0], ACCURACY) == [None, None]
+    assert [gap_strength(value) for value in (-1.0, 0.0, 0.25, 1.0, 3.0, float("nan"))] == [100, 100, 75, 0, 0, None]
+
+
+def test_an_audit_of_many_attacks_is_folded_away(tmp_path):
+    found = audit([attempt(f"attack{n:03}", "protected", n, exposure="held_out") for n in range(14)])
+    page, _ = write(tmp_path, found)
+    check(page)
+    for title, tag, count in (("All 14 attacks", "<tr>", 15), ("held out (14)", "<svg", 14)):
+        folded = page[page.index(f"<summary>{title}</summary>") :].partition("</details>")[0]
+        assert folded.count(tag) == count
+
+
+def test_controls_alone_make_a_page(tmp_path):
+    page, markdown = write(tmp_path, audit(idle(5.0, 15.0, 10.0)))
+    assert "CANNOT BE JUDGED: No attack was tried." in markdown
+    assert rows(markdown, "## Controls")[1][1] == "`none`"
+    check(page)
+
+
+# ---- whatever names and numbers there are ---------------------------------------------------------------------------
+
+
+def test_names_are_escaped_and_cannot_break_a_table(tmp_path):
+    page, markdown = write(tmp_path, small())
+    text = check(page)
+    assert EVIL in text
+    lines = table(small()).splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7}
+    assert len({len(line) for line in lines}) == 1
+    # Inside a code span Markdown shows HTML as text.
+    assert r"`<script>alert('$x_1$')</script>\|'&'`" in lines[-1]
+    outside_code = re.sub(r"```.*?```|`[^`]*`", "", markdown, flags=re.DOTALL)
+    assert re.search(r"(?<!\\)<", outside_code) is None
+
+
+def test_names_outside_the_font_and_control_characters_do_no_harm(tmp_path):
+    page, markdown = write(tmp_path, audit([attempt("攻撃\x00\n🙂" + "long" * 40, "protected", 20.0)]))
+    assert "\x00" not in page + markdown
+    assert "攻撃\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}🙂" in page
+    assert "\N{HORIZONTAL ELLIPSIS}</text>" in page
+
+
+@pytest.mark.parametrize("curve", [[], [{"step": 0, "select": 10.0}]])
+def test_curves_of_few_points(tmp_path, curve):
+    page, _ = write(tmp_path, audit([one | {"curve": curve} for one in trio("a", 10.0, 60.0, 50.0)]))
+    assert section(page, "attacks").count("<svg") == 1
+    assert ('<section id="curves"' in page) == bool(curve)
+
+
+def test_a_metric_that_falls(tmp_path):
+    page, markdown = write(tmp_path, audit(trio("a", 0.5, 0.125, 0.75, metric=MSE)))
+    assert "lower is better for the attacker" in page
+    assert "Eps-MSE on the attacker's own select split" in check(page)
+    assert "| 0.5 [0.5, 0.5] " in markdown
+
+
+def test_table_for_the_terminal_by_hand():
+    assert table(audit(trio("a", 55.0, 60.0, 50.0))) == (
+        "| attack | exposure | scratch (%) | unprotected (%) | protected (%) | gap closed |\n"
+        "| ------ | -------- | ----------- | --------------- | ------------- | ---------- |\n"
+        "| `a`    | seen     | 50.0        | 60.0            | 55.0          | 0.50       |"
+    )
+
+
+def test_reports_are_the_same_from_what_was_stored(tmp_path):
+    several().write(tmp_path)
+    first = write(tmp_path, several())
+    assert write(tmp_path, AuditReport.read(tmp_path)) == first
+
+
+def test_an_unwritable_folder_is_a_user_error(tmp_path):
+    (tmp_path / "run").write_text("a file, not a folder")
+    with pytest.raises(UserError, match="cannot write"):
+        write_reports(tmp_path / "run", small())
+
+
+# ---- generated images and further measurements ----------------------------------------------------------------------
+
+
+def generating(folder):
+    """Two attacks on denoisers, two seeds, pictures of the first; the last picture of the first row was not drawn."""
+    (folder / "samples").mkdir(exist_ok=True)
+    attempts = []
+    for name in ("momentum", EVIL):
+        for seed in range(2):
+            for one in trio(name, 0.75, 0.125, 0.5, seed=seed, metric=MSE):
+                files = [(step, f"samples/{len(attempts)}-{step}.png") for step in (0, 100)] if seed == 0 else []
+                for step, file in files:
+                    (folder / file).write_bytes(
+                        image_grid(torch.full((4, 1, 4, 4), 20 * len(attempts) + step // 50, dtype=torch.uint8))
+                    )
+                details = {"eps-MSE t 0-9": one["test"] / 10, "Frechet distance": None}
+                samples = [{"step": step, "file": file} for step, file in files]
+                attempts.append(one | {"details": details, "samples": samples})
+    attempts[0]["samples"].pop()
+    return attempts
+
+
+def test_pictures_are_embedded_or_named(tmp_path):
+    gallery = write_gallery(tmp_path, {"real <dogs>": torch.full((4, 1, 4, 4), 255, dtype=torch.uint8)})
+    attempts = generating(tmp_path)
+    (tmp_path / "samples" / "1-0.png").unlink()
+    (tmp_path / "samples" / "2-0.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    page, markdown = write(tmp_path, audit(attempts, gallery=gallery))
+    text = check(page)
+    shown = [dict(re.findall(r'(src|alt)="([^"]*)"', tag)) for tag in re.findall(r"<img[^>]*>", page)]
+    assert len(shown) == 1 + 12 - 3
+    assert len({one["alt"] for one in shown}) == len({one["src"] for one in shown}) == len(shown)
+    assert shown[0]["alt"] == "real &lt;dogs&gt;"
+    assert "generated by the scratch model after 100 steps of momentum" in [one["alt"] for one in shown]
+    assert "samples/1-0.png is missing or damaged" in text
+    assert "samples/2-0.png is missing or damaged" in text
+    assert text.count("not drawn") == 1
+    strip = section(page, "samples").partition("momentum")[2]
+    assert re.findall(r'<th scope="row" class="text">\s*(\w+)', strip)[:3] == ["scratch", "unprotected", "protected"]
+    assert "img" not in markdown
+
+
+def test_further_measurements_by_hand(tmp_path):
+    page, markdown = write(tmp_path, audit(generating(tmp_path), feature_network="a network"))
+    assert rows(markdown, "## Further")[-1] == ["`momentum`", "eps-MSE t 0-9", "0.05", "0.0125", "0.075"]
+    assert len(rows(markdown, "## Further")) == 3
+    assert "Frechet" not in page
+    found = [one | {"details": {"Frechet distance": 9.0}} for one in trio("a", 1.0, 2.0, 3.0)]
+    assert "features: a network." in write(tmp_path, audit(found, feature_network="a network"))[0]
+    assert "features: a network that the audit does not name." in write(tmp_path, audit(found))[0]
+
+
+# ---- to repeat it ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_and_the_experiment_repeat_the_audit(tmp_path):
+    assert command(CONTEXT) == (
+        "sophon audit --config-dir=conf experiment=repeat checkpoint=out/protected reference=out/reference "
+        "run_dir=repeat"
+    )
+    config = {"name": "x: y", "seed": 3, "attack": {"strategies": {"a": {"lr": 1e-5, "head": None}}, "seeds": 2}}
+    text = experiment(config)
+    assert text.startswith("# @package _global_\n")
+    (tmp_path / "repeat.yaml").write_text(text)
+    read = OmegaConf.to_container(OmegaConf.load(tmp_path / "repeat.yaml"))
+    assert read.pop("defaults") == [{"override /attack": None}]
+    assert read == config
