@@ -13,9 +13,8 @@ from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
 from sophon.models.classifiers import with_fresh_head
-from sophon.surgery import means as module
 from sophon.surgery.means import Means
-from tests.audit.staging import BENIGN, FRESH, ORIGINAL, RESTRICTED, build_tiny
+from tests.audit.staging import BENIGN, FRESH, ORIGINAL, RESTRICTED
 from tests.tiny import (
     CLASSES,
     assert_same_state,
@@ -27,14 +26,6 @@ from tests.tiny import (
     tiny_unet,
     tiny_unet_spec,
 )
-
-
-@pytest.fixture(autouse=True)
-def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = module.build
-    monkeypatch.setattr(
-        module, "build", lambda spec: build_tiny(spec) if spec.architecture == "tiny" else genuine(spec)
-    )
 
 
 def means_of(**changes: Any) -> Means:

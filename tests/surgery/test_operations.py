@@ -1,57 +1,29 @@
-"""Weight surgery: what each operation does to the bit, what it leaves alone, and what it refuses."""
+"""Weight surgery without training: what each operation does to the bit, and what it leaves alone."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, GroupNorm1, LayerNorm2d
-from torch import Tensor, nn
+from torch import nn
 
-from sophon.attacker import FineTuneStrategy, Operation
-from sophon.domains import Batch, batches
-from sophon.errors import UserError
-from sophon.finetune import fine_tune, flops_per_step
-from sophon.surgery import means as means_module
 from sophon.surgery import operations as surgery
-from sophon.surgery.means import Means
-from sophon.surgery.renormalise import NORMS
-from sophon.tasks import ClassificationTask
 from tests.surgery.surgical import (
-    WIDE,
-    build_also,
     changed,
     fresh_state,
     means_for,
     resnet,
     unet,
-    wide,
-    wide_domain,
 )
 from tests.tiny import (
-    CLASSES,
-    TinyNet,
     assert_same_state,
     state_of,
-    tiny_bands,
-    tiny_domain,
-    tiny_images,
     tiny_model,
-    tiny_spec,
-    tiny_task,
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(means_module, "build", build_also)
-
 
 # --- reinitialise ---------------------------------------------------------------------------------------------------
 
@@ -82,11 +54,6 @@ def test_reinitialise_a_denoisers_first_block() -> None:
     found = changed(model, before)
     assert found <= {name for name in before if name.startswith(("conv_in.", "time_embedding.", "down_blocks.0."))}
     assert {"conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"} <= found
-
-
-def test_reinitialise_more_blocks_than_there_are() -> None:
-    with pytest.raises(UserError, match=r"^surgery: reinitialise has 3 blocks to replace; the model has only 2$"):
-        surgery.reinitialise(tiny_model(), means_for(), blocks=3)
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------
@@ -195,65 +162,6 @@ def test_shrink_perturb_at_its_ends() -> None:
     assert all(torch.equal(parameter, fresh[name]) for name, parameter in model.named_parameters())
 
 
-# --- restate --------------------------------------------------------------------------------------------------------
-
-
-def test_restate_averages_the_statistics_of_the_attackers_batches() -> None:
-    model, means = tiny_model(), means_for()
-    model.eval()
-    model.bn2.train()
-    model.bn1.momentum = 0.3
-    before = state_of(model)
-    stream = batches(means.images, 8, torch.Generator().manual_seed(0))
-    inputs = [means.task.prepare(next(stream).images) for _ in range(4)]
-    with torch.no_grad():
-        first = [model.conv1(images) for images in inputs]
-        second = [model.conv2(torch.tanh(F.batch_norm(x, None, None, *model.bn1.parameters(), True))) for x in first]
-    assert surgery.restate(model, means, batches=4) is model
-    for norm, seen in ((model.bn1, first), (model.bn2, second)):
-        torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
-        torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
-        assert int(norm.num_batches_tracked) == 4
-    assert (model.bn1.momentum, model.bn2.momentum) == (0.3, 0.1)
-    assert [part.training for part in (model, model.bn1, model.bn2, model.fc)] == [False, False, True, False]
-    assert not any("running" in name or "tracked" in name for name in set(before) - changed(model, before))
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-
-
-def test_restate_counts_its_forward_passes() -> None:
-    one, four = means_for(), means_for()
-    surgery.restate(tiny_model(), one, batches=1)
-    surgery.restate(tiny_model(), four, batches=4)
-    pixels = 8 * 36
-    assert one.flops == 2 * pixels * (4 * 9 + 4 * 4 * 9) + 2 * 8 * 4 * 3
-    assert four.flops == 4 * one.flops
-
-
-def test_restate_a_resnet_of_timms() -> None:
-    """One batch of all images: what a forward pass in training mode sees."""
-    model, means = resnet()
-    means.batch_size = len(means.images)
-    twin = copy.deepcopy(model).train()
-    for norm in (part for part in twin.modules() if isinstance(part, nn.BatchNorm2d)):
-        norm.reset_running_stats()
-        norm.momentum = 1.0
-    before = state_of(model)
-    with torch.no_grad():
-        twin(means.task.prepare(means.images.images))
-    surgery.restate(model, means, batches=1)
-    torch.testing.assert_close(state_of(model), state_of(twin), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model.bn1.running_var, before["bn1.running_var"])
-
-
-def test_restate_without_batch_norm_does_nothing() -> None:
-    model, means = unet()
-    before, state = state_of(model), means.generator.get_state()
-    assert surgery.restate(model, means) is model
-    assert_same_state(model, before)
-    assert means.flops == 0
-    assert torch.equal(means.generator.get_state(), state)
-
-
 # --- reset_affine ---------------------------------------------------------------------------------------------------
 
 
@@ -302,245 +210,3 @@ def test_reset_affine_of_a_denoiser() -> None:
     found = changed(model, before)
     assert found
     assert all("norm" in name for name in found)
-
-
-# --- heal -----------------------------------------------------------------------------------------------------------
-
-
-def test_heal_is_fine_tuning_on_the_original_domain() -> None:
-    model, twin = tiny_model(), tiny_model()
-    original = tiny_bands("original", ("train",), across=True)
-    means = means_for(original=original)
-    assert surgery.heal(model, means, steps=5, lr=0.01, optimizer="momentum", batch_size=4) is model
-    plan = FineTuneStrategy("momentum", lr=0.01, batch_size=4, steps=5)
-    fine_tune(twin, plan, tiny_task(), original["train"], torch.Generator().manual_seed(0))
-    assert_same_state(model, state_of(twin))
-    assert means.flops == 5 * flops_per_step(twin, plan, tiny_task(), original["train"])
-
-
-def test_heal_on_the_benign_domain_leaves_a_benign_head() -> None:
-    model, twin = tiny_model(), tiny_model()
-    benign = wide_domain("attack")
-    torch.manual_seed(9)
-    surgery.heal(model, means_for(benign=benign), domain="benign", steps=3)
-    assert model.fc.out_features == len(WIDE)
-    torch.manual_seed(9)
-    tiny_task().start_head(twin, "fresh", WIDE)
-    plan = FineTuneStrategy("adam", lr=1e-3, batch_size=128, steps=3)
-    fine_tune(twin, plan, tiny_task(), benign["attack"], torch.Generator().manual_seed(0))
-    assert_same_state(model, state_of(twin))
-
-
-@pytest.mark.parametrize("conditional", [False, True])
-def test_heal_denoisers_on_the_benign_domain(conditional: bool) -> None:
-    model, means = unet(conditional=conditional)
-    means.benign = wide_domain("attack")
-    before = state_of(model)
-    surgery.heal(model, means, domain="benign", steps=1, batch_size=4)
-    assert not torch.equal(model.conv_in.weight, before["conv_in.weight"])
-    assert means.classes_of(model) == (len(WIDE) if conditional else None)
-
-
-@pytest.mark.parametrize("domain", ["original", "benign"])
-def test_heal_without_such_a_domain(domain: Any) -> None:
-    line = f"^surgery: heal: the audit was given no {domain} domain; set domain.{domain}$"
-    with pytest.raises(UserError, match=line):
-        surgery.heal(tiny_model(), means_for(), domain=domain)
-
-
-def test_heal_on_the_original_domain_with_a_head_that_does_not_fit() -> None:
-    means = means_for(original=tiny_domain("original", ("train",)), benign=wide_domain("attack"))
-    model = surgery.heal(tiny_model(), means, domain="benign", steps=1)
-    with pytest.raises(UserError, match="head: 'kept' needs as many classes"):
-        surgery.heal(model, means)
-
-
-def test_heal_that_diverges_gives_the_model_back() -> None:
-    original = tiny_domain("original", ("train",))
-    task = ClassificationTask(tiny_spec())
-    means = means_for(task=task, original=original)
-    model = tiny_model().float()
-    assert surgery.heal(model, means, steps=20, lr=1e38, optimizer="nesterov", batch_size=8) is model
-    batch = Batch(means.images.images, means.images.labels)
-    assert not torch.isfinite(task.attacker_loss(model.train(), batch))
-    surgery.operate(model, [operation for operation in CHEAP if operation.name != "heal"], means)
-
-
-# --- distil ---------------------------------------------------------------------------------------------------------
-
-
-def test_distil_teaches_a_fresh_network() -> None:
-    model, means = tiny_model(), means_for()
-    with torch.no_grad():
-        model.fc.weight.mul_(5)
-    before = state_of(model)
-    batch = Batch(means.images.images, means.images.labels)
-    torch.manual_seed(3)
-    student = surgery.distil(model, means, steps=60, lr=0.02)
-    assert student is not model
-    assert_same_state(model, before)
-    untaught = TinyNet().double()
-    untaught.load_state_dict(fresh_state(3))
-    distances = [means.task.imitation_loss(each.eval(), batch, model).item() for each in (student, untaught)]
-    assert distances[0] < 0.3 * distances[1]
-
-
-@pytest.mark.parametrize("on", ["attack", "original"])
-def test_distil_is_fine_tuning_with_another_loss(on: Any) -> None:
-    model, task = tiny_model(), tiny_task()
-    original = tiny_bands("original", ("train",), seed=9)
-    means = means_for(original=original)
-    torch.manual_seed(3)
-    student = surgery.distil(model, means, steps=4, lr=0.01, optimizer="adamw", images=on)
-    twin = TinyNet().double()
-    twin.load_state_dict(fresh_state(3))
-    images = means.images if on == "attack" else original["train"]
-    plan = FineTuneStrategy("adamw", lr=0.01, batch_size=8, steps=4)
-
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        return task.imitation_loss(module, batch, model)
-
-    fine_tune(twin, plan, task, images, torch.Generator().manual_seed(0), loss=loss)
-    assert_same_state(student, state_of(twin))
-    assert means.flops == 4 * flops_per_step(twin, plan, task, images, loss)
-    assert means.flops > 4 * flops_per_step(twin, plan, task, images)  # the teacher's answers
-
-
-def test_distil_without_an_original_domain() -> None:
-    with pytest.raises(UserError, match=r"^surgery: distil: the audit was given no original domain; set domain\.orig"):
-        surgery.distil(tiny_model(), means_for(), images="original")
-
-
-@pytest.mark.parametrize("conditional", [False, True])
-def test_distil_a_denoiser(conditional: bool) -> None:
-    model, means = unet(conditional=conditional)
-    student = surgery.distil(model, means, steps=1)
-    assert set(student.state_dict()) == set(model.state_dict())
-    assert next(student.parameters()).dtype == torch.float64
-
-
-# --- all of them ----------------------------------------------------------------------------------------------------
-
-CHEAP: list[Operation] = [
-    Operation("reinitialise"),
-    Operation("noise", (("scale", 0.1),)),
-    Operation("prune", (("fraction", 0.3),)),
-    Operation("shrink_perturb", (("keep", 0.7),)),
-    Operation("restate", (("batches", 2),)),
-    Operation("reset_affine"),
-    Operation("renormalise"),
-    Operation("centre"),
-    Operation("equalise"),
-    Operation("heal", (("batch_size", 4), ("steps", 2))),
-    Operation("heal", (("batch_size", 4), ("domain", "benign"), ("steps", 2))),
-    Operation("distil", (("steps", 2),)),
-]
-# On the original domain the head of a benign one is refused.
-FITTING = [each for each in CHEAP if each.name != "heal" or ("domain", "benign") in each.arguments]
-DRAWING = ("reinitialise", "noise", "shrink_perturb", "renormalise", "distil")
-
-
-def after(operations: list[Operation], *, seed: int = 0, means: Means | None = None) -> nn.Module:
-    domains = {"original": tiny_domain("original", ("train",)), "benign": wide_domain("attack")}
-    model = tiny_model()
-    torch.manual_seed(seed)
-    return surgery.operate(model, operations, means or means_for(**domains))
-
-
-def test_every_operation_is_listed_here_and_has_defaults_for_all_arguments() -> None:
-    assert {operation.name for operation in CHEAP} == set(surgery.OPERATIONS)
-    surgery.check([Operation(name) for name in surgery.OPERATIONS], "surgery")
-    for function in surgery.OPERATIONS.values():
-        arguments = list(inspect.signature(function).parameters.values())[2:]
-        assert all(argument.kind is inspect.Parameter.KEYWORD_ONLY for argument in arguments)
-        values = tuple((argument.name, argument.default) for argument in arguments)
-        surgery.check([Operation(function.__name__, values)], "surgery")
-
-
-@pytest.mark.parametrize("operation", CHEAP, ids=lambda operation: operation.name)
-def test_the_same_seed_gives_the_same_model(operation: Operation) -> None:
-    first = state_of(after([operation]))
-    assert_same_state(after([operation]), first)
-    if operation.name in DRAWING:
-        assert changed(after([operation], seed=1), first)
-
-
-@pytest.mark.parametrize("operation", FITTING, ids=lambda operation: operation.name)
-def test_every_operation_after_a_head_of_another_size(operation: Operation) -> None:
-    benign = Operation("heal", (("domain", "benign"), ("steps", 1)))
-    model = after([benign, operation])
-    assert model.fc.out_features == len(WIDE)
-
-
-@pytest.mark.parametrize("operation", CHEAP, ids=lambda operation: operation.name)
-def test_the_restricted_domain_may_have_more_classes_than_the_head(operation: Operation) -> None:
-    domains = {"original": tiny_domain("original", ("train",)), "benign": tiny_domain("benign", ("attack",))}
-    model = after([operation], means=means_for(images=wide(tiny_images(40)), **domains))
-    assert model.fc.out_features == len(CLASSES)
-
-
-def test_a_conditional_denoiser_may_have_fewer_classes_than_the_restricted_domain() -> None:
-    model, means = unet(conditional=True)
-    means.images = wide(means.images)
-    for name in ("renormalise", "restate"):
-        surgery.operate(model, [Operation(name)], means)
-    student = surgery.distil(model, means, steps=1)
-    assert means.classes_of(student) == len(CLASSES)
-
-
-def test_operations_compose_in_their_order() -> None:
-    prune, noise = Operation("prune", (("fraction", 0.5),)), Operation("noise")
-    assert int((after([noise, prune]).conv2.weight == 0).sum()) == 72
-    assert int((after([prune, noise]).conv2.weight == 0).sum()) == 0
-    model, means = tiny_model(), means_for()
-    torch.manual_seed(0)
-    surgery.noise(model, means)
-    surgery.prune(model, means)
-    assert_same_state(after([noise, prune]), state_of(model))
-
-
-def test_no_operation_changes_nothing() -> None:
-    assert_same_state(after([]), state_of(tiny_model()))
-
-
-def test_the_next_operation_gets_what_the_one_before_returned() -> None:
-    model, means = tiny_model(), means_for()
-    before = state_of(model)
-    distilled = surgery.operate(model, [Operation("distil", (("steps", 1),)), Operation("prune")], means)
-    assert distilled is not model
-    assert_same_state(model, before)
-    assert int((distilled.conv2.weight == 0).sum()) == 72
-
-
-def test_costs_add_up() -> None:
-    means = means_for(original=tiny_domain("original", ("train",)))
-    heal, distil = Operation("heal", (("steps", 2),)), Operation("distil", (("steps", 3),))
-    costs = []
-    for operations in ([heal], [distil], [heal, distil], [Operation("noise")]):
-        means.flops = 0
-        surgery.operate(tiny_model(), operations, means)
-        costs.append(means.flops)
-    assert costs[2] == costs[0] + costs[1] > costs[0] > 0
-    assert costs[3] == 0
-
-
-def test_a_fresh_model_is_like_the_one_at_hand() -> None:
-    means = means_for()
-    single = means.fresh(tiny_model().float())
-    assert next(single.parameters()).dtype == torch.float32
-    assert means.classes_of(single) == 3
-    model = tiny_model()
-    means.task.start_head(model, "fresh", WIDE)
-    assert means.classes_of(means.fresh(model)) == 5
-
-
-@pytest.mark.parametrize("conditional", [False, True])
-def test_classes_of_a_denoiser(conditional: bool) -> None:
-    model, means = unet(conditional=conditional)
-    assert means.classes_of(model) == (len(CLASSES) if conditional else None)
-    assert means.classes_of(means.fresh(model)) == means.classes_of(model)
-
-
-def test_norms_cover_what_the_libraries_have() -> None:
-    model, _ = unet()
-    assert {type(part) for part in model.modules() if isinstance(part, NORMS)} == {nn.GroupNorm}

@@ -1,0 +1,189 @@
+"""Weight surgery that runs the network: restate, heal and distil against the same steps by hand, and their cost."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sophon.attacker import FineTuneStrategy
+from sophon.domains import Batch, batches
+from sophon.errors import UserError
+from sophon.finetune import fine_tune, flops_per_step
+from sophon.surgery import operations as surgery
+from sophon.tasks import ClassificationTask
+from tests.surgery.surgical import (
+    WIDE,
+    changed,
+    fresh_state,
+    means_for,
+    resnet,
+    unet,
+    wide_domain,
+)
+from tests.tiny import (
+    TinyNet,
+    assert_same_state,
+    state_of,
+    tiny_bands,
+    tiny_domain,
+    tiny_model,
+    tiny_spec,
+    tiny_task,
+)
+
+# --- restate --------------------------------------------------------------------------------------------------------
+
+
+def test_restate_averages_the_statistics_of_the_attackers_batches() -> None:
+    model, means = tiny_model(), means_for()
+    model.eval()
+    model.bn2.train()
+    model.bn1.momentum = 0.3
+    before = state_of(model)
+    stream = batches(means.images, 8, torch.Generator().manual_seed(0))
+    inputs = [means.task.prepare(next(stream).images) for _ in range(4)]
+    with torch.no_grad():
+        first = [model.conv1(images) for images in inputs]
+        second = [model.conv2(torch.tanh(F.batch_norm(x, None, None, *model.bn1.parameters(), True))) for x in first]
+    assert surgery.restate(model, means, batches=4) is model
+    for norm, seen in ((model.bn1, first), (model.bn2, second)):
+        torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+        torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+        assert int(norm.num_batches_tracked) == 4
+    assert (model.bn1.momentum, model.bn2.momentum) == (0.3, 0.1)
+    assert [part.training for part in (model, model.bn1, model.bn2, model.fc)] == [False, False, True, False]
+    assert not any("running" in name or "tracked" in name for name in set(before) - changed(model, before))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_restate_counts_its_forward_passes() -> None:
+    one, four = means_for(), means_for()
+    surgery.restate(tiny_model(), one, batches=1)
+    surgery.restate(tiny_model(), four, batches=4)
+    pixels = 8 * 36
+    assert one.flops == 2 * pixels * (4 * 9 + 4 * 4 * 9) + 2 * 8 * 4 * 3
+    assert four.flops == 4 * one.flops
+
+
+def test_restate_a_resnet_of_timms() -> None:
+    """One batch of all images: what a forward pass in training mode sees."""
+    model, means = resnet()
+    means.batch_size = len(means.images)
+    twin = copy.deepcopy(model).train()
+    for norm in (part for part in twin.modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+    before = state_of(model)
+    with torch.no_grad():
+        twin(means.task.prepare(means.images.images))
+    surgery.restate(model, means, batches=1)
+    torch.testing.assert_close(state_of(model), state_of(twin), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model.bn1.running_var, before["bn1.running_var"])
+
+
+def test_restate_without_batch_norm_does_nothing() -> None:
+    model, means = unet()
+    before, state = state_of(model), means.generator.get_state()
+    assert surgery.restate(model, means) is model
+    assert_same_state(model, before)
+    assert means.flops == 0
+    assert torch.equal(means.generator.get_state(), state)
+
+
+# --- heal -----------------------------------------------------------------------------------------------------------
+
+
+def test_heal_is_fine_tuning_on_the_original_domain() -> None:
+    model, twin = tiny_model(), tiny_model()
+    original = tiny_bands("original", ("train",), across=True)
+    means = means_for(original=original)
+    assert surgery.heal(model, means, steps=5, lr=0.01, optimizer="momentum", batch_size=4) is model
+    plan = FineTuneStrategy("momentum", lr=0.01, batch_size=4, steps=5)
+    fine_tune(twin, plan, tiny_task(), original["train"], torch.Generator().manual_seed(0))
+    assert_same_state(model, state_of(twin))
+    assert means.flops == 5 * flops_per_step(twin, plan, tiny_task(), original["train"])
+
+
+def test_heal_on_the_benign_domain_leaves_a_benign_head() -> None:
+    model, twin = tiny_model(), tiny_model()
+    benign = wide_domain("attack")
+    torch.manual_seed(9)
+    surgery.heal(model, means_for(benign=benign), domain="benign", steps=3)
+    assert model.fc.out_features == len(WIDE)
+    torch.manual_seed(9)
+    tiny_task().start_head(twin, "fresh", WIDE)
+    plan = FineTuneStrategy("adam", lr=1e-3, batch_size=128, steps=3)
+    fine_tune(twin, plan, tiny_task(), benign["attack"], torch.Generator().manual_seed(0))
+    assert_same_state(model, state_of(twin))
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_heal_denoisers_on_the_benign_domain(conditional: bool) -> None:
+    model, means = unet(conditional=conditional)
+    means.benign = wide_domain("attack")
+    before = state_of(model)
+    surgery.heal(model, means, domain="benign", steps=1, batch_size=4)
+    assert not torch.equal(model.conv_in.weight, before["conv_in.weight"])
+    assert means.classes_of(model) == (len(WIDE) if conditional else None)
+
+
+def test_heal_on_the_original_domain_with_a_head_that_does_not_fit() -> None:
+    means = means_for(original=tiny_domain("original", ("train",)), benign=wide_domain("attack"))
+    model = surgery.heal(tiny_model(), means, domain="benign", steps=1)
+    with pytest.raises(UserError, match="head: 'kept' needs as many classes"):
+        surgery.heal(model, means)
+
+
+def test_heal_that_diverges_gives_the_model_back() -> None:
+    original = tiny_domain("original", ("train",))
+    task = ClassificationTask(tiny_spec())
+    means = means_for(task=task, original=original)
+    model = tiny_model().float()
+    assert surgery.heal(model, means, steps=20, lr=1e38, optimizer="nesterov", batch_size=8) is model
+    batch = Batch(means.images.images, means.images.labels)
+    assert not torch.isfinite(task.attacker_loss(model.train(), batch))
+
+
+# --- distil ---------------------------------------------------------------------------------------------------------
+
+
+def test_distil_teaches_a_fresh_network() -> None:
+    model, means = tiny_model(), means_for()
+    with torch.no_grad():
+        model.fc.weight.mul_(5)
+    before = state_of(model)
+    batch = Batch(means.images.images, means.images.labels)
+    torch.manual_seed(3)
+    student = surgery.distil(model, means, steps=60, lr=0.02)
+    assert student is not model
+    assert_same_state(model, before)
+    untaught = TinyNet().double()
+    untaught.load_state_dict(fresh_state(3))
+    distances = [means.task.imitation_loss(each.eval(), batch, model).item() for each in (student, untaught)]
+    assert distances[0] < 0.3 * distances[1]
+
+
+@pytest.mark.parametrize("on", ["attack", "original"])
+def test_distil_is_fine_tuning_with_another_loss(on: Any) -> None:
+    model, task = tiny_model(), tiny_task()
+    original = tiny_bands("original", ("train",), seed=9)
+    means = means_for(original=original)
+    torch.manual_seed(3)
+    student = surgery.distil(model, means, steps=4, lr=0.01, optimizer="adamw", images=on)
+    twin = TinyNet().double()
+    twin.load_state_dict(fresh_state(3))
+    images = means.images if on == "attack" else original["train"]
+    plan = FineTuneStrategy("adamw", lr=0.01, batch_size=8, steps=4)
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return task.imitation_loss(module, batch, model)
+
+    fine_tune(twin, plan, task, images, torch.Generator().manual_seed(0), loss=loss)
+    assert_same_state(student, state_of(twin))
+    assert means.flops == 4 * flops_per_step(twin, plan, task, images, loss)
+    assert means.flops > 4 * flops_per_step(twin, plan, task, images)  # the teacher's answers

@@ -1,0 +1,219 @@
+"""Re-normalisation touches only layers whose output nothing but a normalisation reads, of whatever kind they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from sophon.domains import Batch
+from sophon.models import ModelSpec
+from sophon.surgery.means import Means
+from sophon.surgery.renormalise import Per, norms, renormalise, scale_free
+from sophon.tasks import ClassificationTask
+from tests.surgery.surgical import SPARE, changed, means_for, outputs
+from tests.tiny import CLASSES, state_of, tiny_model
+
+
+class Net(nn.Module):
+    """Convolutions of many fates; only ``plain`` and ``hidden`` feed a normalisation and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped = nn.Conv2d(1, 4, 1)
+        self.skipped_norm = nn.BatchNorm2d(4)
+        self.plain = nn.Conv2d(4, 4, 1)
+        self.plain_norm = nn.BatchNorm2d(4)
+        self.inplace = nn.Conv2d(4, 4, 1)
+        self.inplace_norm = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.twice_norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.pair = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)])
+        self.pair_norm = nn.BatchNorm2d(4)
+        self.computed = weight_norm(nn.Conv2d(4, 4, 1))
+        self.computed_norm = nn.BatchNorm2d(4)
+        self.tied = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)])
+        self.tied[1].weight = self.tied[0].weight
+        self.tied_norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.hidden = nn.Linear(4, 4)
+        self.hidden_norm = nn.BatchNorm1d(4)
+        self.fc = nn.Linear(4, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.skipped(images)
+        x = x + self.skipped_norm(x)
+        x = torch.tanh(self.plain_norm(self.plain(x)))
+        x = self.inplace_norm(F.silu(self.inplace(x), inplace=True))
+        for norm in self.twice_norms:
+            x = torch.tanh(norm(self.twice(x)))
+        for layer in self.pair:
+            x = torch.tanh(self.pair_norm(layer(x)))
+        x = torch.tanh(self.computed_norm(self.computed(x)))
+        for layer, norm in zip(self.tied, self.tied_norms, strict=True):
+            x = torch.tanh(norm(layer(x)))
+        return self.fc(torch.tanh(self.hidden_norm(self.hidden(x.mean((2, 3))))))
+
+
+def other_means(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]) -> tuple[nn.Module, Means]:
+    """Return a model in float64 that no library has, its statistics settled, and means that can build it afresh."""
+    monkeypatch.setitem(SPARE, "other", lambda spec: make())
+    torch.manual_seed(0)
+    model = make().double().train()
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.randn(8, 1, 6, 6, dtype=torch.float64))
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    spec = ModelSpec("torchvision", "other", CLASSES, 1, 6, (0.5,), (0.25,))
+    return model, means_for(spec, ClassificationTask(spec, dtype=torch.float64))
+
+
+def test_renormalise_touches_only_what_normalisation_alone_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, means = other_means(monkeypatch, Net)
+    model.fc.requires_grad_(False)
+    before, expected, modes = state_of(model), outputs(model), [part.training for part in model.modules()]
+    renormalise(model, means)
+    affected = {f"{name}.{kind}" for name in ("plain", "hidden") for kind in ("weight", "bias")}
+    affected |= {
+        f"{name}_norm.{kind}" for name in ("plain", "hidden") for kind in ("weight", "running_mean", "running_var")
+    }
+    assert changed(model, before) == affected
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
+    assert [part.training for part in model.modules()] == modes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def normalised_by(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), norm(), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1000.0])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.GroupNorm(2, 4),
+        lambda: nn.BatchNorm2d(4, affine=False),
+        lambda: nn.BatchNorm2d(4, track_running_stats=False),
+        lambda: LayerNorm2d(4),
+    ],
+    ids=["group", "not affine", "no statistics", "layer"],
+)
+def test_renormalise_where_epsilon_cannot_be_made_up_for(
+    norm: Callable[[], nn.Module], factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, means = other_means(monkeypatch, normalised_by(norm))
+    with torch.no_grad():
+        model[0].weight.mul_(factor)
+        model[0].bias.mul_(factor)
+        if getattr(model[1], "running_var", None) is not None:
+            model[1].running_mean.mul_(factor)
+            model[1].running_var.mul_(factor**2)
+    expected = outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    torch.manual_seed(2)
+    renormalise(model, means)
+    assert model[0].weight.norm().item() == pytest.approx(fresh[0].weight.norm().item())
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "alone"),
+    [
+        (lambda: nn.BatchNorm2d(4), True),
+        (lambda: nn.BatchNorm2d(4, track_running_stats=False), True),
+        (lambda: nn.InstanceNorm2d(4, affine=True), True),
+        (lambda: nn.GroupNorm(4, 4), True),
+        (lambda: nn.GroupNorm(2, 4), False),
+        (lambda: LayerNorm2d(4), False),
+    ],
+    ids=["batch", "no statistics", "instance", "group of one", "group of two", "layer"],
+)
+def test_per_channel_falls_back_to_the_layer_where_channels_are_normalised_together(
+    norm: Callable[[], nn.Module], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, means = other_means(monkeypatch, normalised_by(norm))
+    twin, expected = copy.deepcopy(model), outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    for each, per in ((model, "channel"), (twin, "layer")):
+        torch.manual_seed(2)
+        renormalise(each, means, per=per)
+    found, wanted = (each[0].weight.flatten(1).norm(dim=1) for each in (model, fresh))
+    assert torch.allclose(found, wanted, rtol=1e-12) == alone
+    assert alone or not changed(model, state_of(twin))
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("per", ["layer", "channel"])
+def test_transposed_convolutions(groups: int, per: Per, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their output channels lie on the second axis; in groups on two, so that the whole layer is scaled."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 2, 1),
+            nn.ConvTranspose2d(2, 4, 3, groups=groups),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        )
+
+    model, means = other_means(monkeypatch, make)
+    expected = outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    torch.manual_seed(2)
+    renormalise(model, means, per=per)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
+    axes = (0, 2, 3) if per == "channel" and groups == 1 else (0, 1, 2, 3)
+    found, wanted = (each[1].weight.square().sum(axes) for each in (model, fresh))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+class Tokens(nn.Module):
+    """A linear layer on a sequence as long as it is wide: normalised along the sequence, not along its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.fc = nn.Linear(6, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.tanh(self.norm(self.linear(images[:, 0]))).mean(1))
+
+
+@pytest.mark.parametrize("per", ["layer", "channel"])
+def test_a_linear_layer_whose_outputs_are_not_the_channels(per: Per, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, means = other_means(monkeypatch, Tokens)
+    expected = outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    torch.manual_seed(2)
+    renormalise(model, means, per=per)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
+    assert model.linear.weight.norm().item() == pytest.approx(fresh.linear.weight.norm().item(), rel=1e-12)
+
+
+def test_scale_free_says_what_it_found() -> None:
+    model, means = tiny_model(), means_for()
+    batch = Batch(means.images.images[:4], means.images.labels[:4])
+    found = scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel")
+    assert [(each.name, each.norm_name, each.axis) for each in found] == [("conv1", "bn1", 0), ("conv2", "bn2", 0)]
+    assert [each.layer for each in found] == [model.conv1, model.conv2]
+    assert norms(model.conv1, 0).shape == (4, 1, 1, 1)
+    assert norms(model.conv1, None).item() == pytest.approx(model.conv1.weight.norm().item())
