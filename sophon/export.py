@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,14 +60,15 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
     if paths.is_folder(out) and paths.entries(out) and not paths.exists(out / _MANIFEST):
         raise UserError(f"out: '{out}' is not empty and holds no sophon checkpoint; give another folder")
     require_finite(model, f"cannot export to {out}")
+    adapter = models.adapter_of(spec)
     with atomic_directory(out) as folder:
-        models.save(folder, model, spec)
+        adapter.save(model, folder)
         complete = {
             "format_version": FORMAT_VERSION,
             **manifest,
-            "model": dataclasses.asdict(spec),
+            "model": spec.plain(),
             "versions": package_versions(),
-            "weights_sha256": sha256_file(folder / models.weights_file(spec)),
+            "weights_sha256": sha256_file(folder / adapter.weights),
         }
         write_json(folder / _MANIFEST, complete)
         write_text(folder / _CARD, _model_card(spec, complete))
@@ -110,15 +110,16 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     _require(path, _MANIFEST, key)
     manifest = read_json(path / _MANIFEST)
     spec = _spec(path, manifest, key)
-    for name in (models.config_file(spec), models.weights_file(spec)):
+    adapter = models.adapter_of(spec)
+    for name in (adapter.settings, adapter.weights):
         _require(path, name, key)
-    weights = path / models.weights_file(spec)
+    weights = path / adapter.weights
     sha256 = sha256_file(weights)
     if sha256 != manifest.get("weights_sha256"):
         raise UserError(f"{key}: '{weights}' is refused; its sha256 is not the one in {_MANIFEST}")
     with torch.random.fork_rng(devices=[]):
         model = models.build(spec)
-    models.load_weights(model, spec, weights, key=key)
+    adapter.load_weights(model, weights, key=key)
     return Checkpoint(model.eval(), spec, manifest, path, sha256)
 
 
@@ -149,4 +150,4 @@ def _model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
     environment.filters["figure"] = lambda value, unit: f"{value:.2f}" if unit == "%" else f"{value:.4g}"
     template = environment.get_template("model_card.md.j2")
     domains = manifest.get("domains") or {}
-    return template.render(spec=spec, card=models.card(spec), manifest=manifest, domains=domains) + "\n"
+    return template.render(spec=spec, card=models.adapter_of(spec).card(), manifest=manifest, domains=domains) + "\n"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -15,55 +14,55 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.export import Checkpoint
 from sophon.files import sha256_file
-from sophon.models import classifiers, pipeline, timm_folder
-from sophon.models.weights import find_weights, refuse_pickle
+from sophon.models.weights import refuse_pickle
 
-_ALLOWED = "a folder of sophon, timm or diffusers, or a .safetensors state dict"
+_ALLOWED = "a folder of sophon, timm, transformers or diffusers, or a .safetensors state dict"
 
 
-class _Found(NamedTuple):
-    """A foreign checkpoint: what it is in words, what it is built from, and its weights."""
+def described(path: str | Path, model: ModelConfig, key: str = "checkpoint") -> ModelConfig:
+    """Return the ``model`` group of a checkpoint that sophon did not make, weights and all.
 
-    kind: str
-    config: ModelConfig
-    weights: Path
+    Args:
+        path: a folder of a library's own format, which says which model it holds; or a ``.safetensors`` state dict, of
+            the architecture that ``model`` names.
+        model: the ``model`` group; what a folder says of itself takes its place.
+        key: the configuration key that messages name.
+
+    Raises:
+        UserError: nothing is there, it is a pickle, or none of these.
+    """
+    path = Path(path)
+    if not paths.exists(path, key):
+        raise UserError(f"{key}: '{path}' does not exist; give {_ALLOWED}")
+    refuse_pickle(path, key, model.library)
+    if paths.is_file(path, key) and path.suffix != ".safetensors":
+        raise UserError(f"{key}: '{path}' is not a checkpoint; give {_ALLOWED}")
+    return models.describe(replace(model, pretrained=False, weights=str(path)), key)
 
 
 def open_foreign(path: str | Path, model: ModelConfig, classes: Sequence[str], key: str = "checkpoint") -> Checkpoint:
     """Open a checkpoint that sophon did not make. Draws nothing from torch's global generator and reads no pickle.
 
     Args:
-        path: a timm folder, whose ``config.json`` names architecture, input and number of classes; a diffusers
-            pipeline, which carries its network and noise; or a ``.safetensors`` state dict, of the architecture that
-            ``model`` names.
+        path: see `described`.
         model: the ``model`` group; what a folder says of itself takes its place.
         classes: names of the original domain's classes, in the order of the labels; a classifier or a conditional
             denoiser must have as many.
         key: the configuration key that messages name.
 
     Returns:
-        The checkpoint. Its manifest has ``foreign`` (true), ``kind``, ``name``, ``model`` and ``weights_sha256``, and
-        so neither a method nor a sampler's support.
+        The checkpoint. Its manifest has ``foreign`` (true), ``name``, ``model`` and ``weights_sha256``, and so neither
+        a method nor a sampler's support.
 
     Raises:
-        UserError: nothing is there, it is a pickle, truncated or not finite, or of another architecture or number of
-            classes.
+        UserError: see `described`; or it is truncated, not finite, or of another architecture or number of classes.
     """
-    path = Path(path)
     with _named(key):
-        found = _find(path, model, classes)
-        config = replace(found.config, pretrained=False, weights=str(path))
         with torch.random.fork_rng(devices=[]):
-            module, spec = models.create(config, classes)
-        sha256 = sha256_file(found.weights)
-    manifest = {
-        "foreign": True,
-        "kind": found.kind,
-        "name": path.name,
-        "model": asdict(spec),
-        "weights_sha256": sha256,
-    }
-    return Checkpoint(module.eval(), spec, manifest, path, sha256)
+            module, spec = models.create(described(path, model, key), classes)
+        sha256 = sha256_file(models.adapter_of(spec).weights_in(Path(path)))
+    manifest = {"foreign": True, "name": Path(path).name, "model": spec.plain(), "weights_sha256": sha256}
+    return Checkpoint(module.eval(), spec, manifest, Path(path), sha256)
 
 
 @contextmanager
@@ -72,22 +71,5 @@ def _named(key: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{key}: {str(error).removeprefix('model.weights: ')}") from error
-
-
-def _find(path: Path, model: ModelConfig, classes: Sequence[str]) -> _Found:
-    if not paths.exists(path):
-        raise UserError(f"'{path}' does not exist; give {_ALLOWED}")
-    if paths.is_file(path):
-        refuse_pickle(path, "model.weights", model.library)
-        if path.suffix != ".safetensors":
-            raise UserError(f"'{path}' is not a checkpoint; give {_ALLOWED}")
-        return _Found("state dict", model, path)
-    if paths.is_file(path / pipeline.CONFIG):
-        return _Found("diffusers pipeline", pipeline.describe(path, model), pipeline.within(path, pipeline.WEIGHTS))
-    if not paths.is_file(path / classifiers.CONFIG):
-        raise UserError(
-            f"'{path}' holds neither sophon.json nor {classifiers.CONFIG} nor {pipeline.CONFIG}; give {_ALLOWED}"
-        )
-    weights = find_weights(path, classifiers.WEIGHTS, "model.weights", "timm")
-    return _Found("timm folder", timm_folder.describe(path, model, classes), weights)
+        message = str(error).removeprefix("model.weights: ")
+        raise UserError(message if message.startswith(f"{key}: ") else f"{key}: {message}") from error

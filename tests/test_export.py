@@ -12,8 +12,7 @@ import torch
 from sophon.errors import UserError
 from sophon.export import FORMAT_VERSION, read_checkpoint, write_checkpoint
 from sophon.files import read_json, sha256_file, write_json
-from sophon.models import ModelSpec, build
-from sophon.models.classifiers import with_fresh_head
+from sophon.models import ModelSpec, adapter_of, build
 from sophon.tensor_files import read_tensors, write_tensors
 
 CLASSES = ("cat", "dog | fox", "owl")
@@ -186,7 +185,8 @@ def test_a_checkpoint_from_before_there_were_denoisers_still_reads(checkpoint):
 
 def test_a_model_with_a_fresh_head_exports_with_its_new_classes(tmp_path):
     model = model_of(TIMM)
-    spec = with_fresh_head(model, TIMM, ["a", "b", "c", "d"])
+    adapter_of(TIMM).start_head(model, "abcd")
+    spec = dataclasses.replace(TIMM, classes=tuple("abcd"))
     write_checkpoint(tmp_path / "out", model, spec, PRETRAIN)
     assert read_json(tmp_path / "out" / "config.json")["num_classes"] == 4
     assert read_checkpoint(tmp_path / "out").spec.classes == ("a", "b", "c", "d")
@@ -296,8 +296,8 @@ def edit_manifest(folder: Path, **changes: object) -> None:
         (lambda folder: edit_manifest(folder, model=None), "does not describe a model"),
         (lambda folder: edit_manifest(folder, model={"classes": []}), "does not describe a model"),
         (
-            lambda folder: edit_manifest(folder, model={**dataclasses.asdict(TIMM), "library": "keras"}),
-            "^reference: .*sophon.json': library: 'keras' is not known; allowed: diffusers, timm, torchvision",
+            lambda folder: edit_manifest(folder, model={**TIMM.plain(), "library": "keras"}),
+            "^reference: .*sophon.json': library: 'keras' is not known; allowed: diffusers, python, timm, torchvision",
         ),
         (lambda folder: edit_manifest(folder, weights_sha256=None), "is refused"),
     ],

@@ -32,15 +32,20 @@ class TinyNet(nn.Module):
         return self.fc(features.mean((2, 3)))
 
 
+def tiny_net(classes: int = len(CLASSES)) -> nn.Module:
+    return TinyNet(classes).double()
+
+
 def tiny_spec(classes: tuple[str, ...] = CLASSES) -> ModelSpec:
-    """Return a spec whose library ``torchvision`` makes the last linear layer the head."""
-    return ModelSpec("torchvision", "tiny", classes, 1, SIZE, (0.5,), (0.25,))
+    """Return the spec of the network in float64, as anybody's own module has it."""
+    arguments = {"classes": len(classes)}
+    return ModelSpec("python", "tests.tiny:tiny_net", classes, 1, SIZE, (0.5,), (0.25,), arguments, head="fc")
 
 
 def tiny_model(seed: int = 0) -> nn.Module:
     """Return the network in float64 with BatchNorm statistics that are not their initial ones."""
     torch.manual_seed(seed)
-    model = TinyNet().double()
+    model = tiny_net()
     model.train()
     with torch.no_grad():
         model(torch.randn(16, 1, SIZE, SIZE, dtype=torch.float64))

@@ -26,7 +26,7 @@ from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch, LoadedDomain, batches
 from sophon.errors import UserError
 from sophon.export import read_checkpoint
-from sophon.models import build, load_weights
+from sophon.models import adapter_of, build
 from sophon.optimizers import build_optimizer
 from sophon.seeds import seed_all
 from sophon.tasks import ClassificationTask
@@ -80,7 +80,7 @@ def main(options: argparse.Namespace) -> None:
     models = {"unprotected": reference.model}
     for path in options.weights:
         models[path.stem] = build(reference.spec)
-        load_weights(models[path.stem], reference.spec, path, key="--weights")
+        adapter_of(reference.spec).load_weights(models[path.stem], path, key="--weights")
     print("| weights | attack | loss, first | last 20 steps | accuracy | restated |\n|---|---|---|---|---|---|")
     for name, model in models.items():
         for optimizer, lr in ATTACKS:

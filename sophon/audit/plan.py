@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain, few_shot
 from sophon.errors import UserError, choose
 from sophon.finetune import rehearse
-from sophon.models import ModelSpec
+from sophon.models import ModelSpec, adapter_of
+from sophon.surgery import NEED_FRESH
 from sophon.tasks import Task
 from sophon.validation import strategy_from
 
@@ -53,6 +55,12 @@ class Scene:
     benign: LoadedDomain | None = None
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     support: Mapping[str, Any] | None = None
+
+    @cached_property
+    def buildable(self) -> bool:
+        """Whether there can be a model with random weights: a module in memory may have nothing that builds it."""
+        with torch.random.fork_rng(devices=[]):
+            return adapter_of(self.spec).fresh() is not None
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,8 @@ def _check_means(operation: Operation, model: nn.Module, scene: Scene) -> None:
     The arguments by themselves have been checked.
     """
     given = dict(operation.arguments)
+    if operation.name in NEED_FRESH and not scene.buildable:
+        raise UserError(f"surgery: {operation.name} needs a model with random weights, and this one has no factory")
     if given.get("domain") == "benign":
         if scene.benign is None:
             raise UserError(f"surgery: {operation.name} needs a benign domain; set domain.benign")
@@ -220,6 +230,9 @@ class Plan:
 
     def _jobs(self, fitting: Mapping[str, FineTuneStrategy], searches: Mapping[str, SearchConfig]) -> Iterator[Job]:
         roles = [role for role in ROLES if role in self.config.roles]
+        if "scratch" in roles and not self.scene.buildable:
+            self.left_out["the scratch role"] = "the model cannot be built with random weights; give a factory"
+            roles.remove("scratch")
         for name, each in searches.items():
             yield from (Search(name, each, role) for role in roles)
         for name, strategy in fitting.items():

@@ -75,10 +75,14 @@ class ModelConfig:
     """A model.
 
     Attributes:
-        library: ``timm`` or ``torchvision`` for classifiers, ``diffusers`` for denoisers.
+        library: ``timm``, ``torchvision``, ``transformers`` or ``python`` (any module) for classifiers; for denoisers
+            ``diffusers``.
         architecture: the library's name of it; a timm hub name such as ``caformer_m36.sail_in22k_ft_in1k`` also works,
-            and with ``pretrained`` a denoiser's Hub id such as ``google/ddpm-cifar10-32``.
+            with ``pretrained`` a denoiser's Hub id such as ``google/ddpm-cifar10-32``, and with ``python`` the dotted
+            path of a class or function, ``package.module:name``.
         model_args: keyword arguments of its constructor.
+        head: dotted name of the linear layer that ends a classifier, such as ``fc``. The libraries know theirs; with
+            ``python`` it is needed.
         image_size: images are resized to this many pixels on each side.
         channels: channels that the model takes; 1 or 3; grey images are repeated, colour ones reduced to luminance.
         mean: normalisation per channel on a 0..1 scale; one number serves all channels.
@@ -93,6 +97,7 @@ class ModelConfig:
     library: str = "timm"
     architecture: str = MISSING
     model_args: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None
     image_size: int = 32
     channels: int = 3
     mean: list[float] = field(default_factory=lambda: [0.5])

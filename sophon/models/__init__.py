@@ -1,106 +1,164 @@
-"""Models and what must travel with their weights.
+"""Models: an adapter a library, and what must travel with their weights."""
 
-Each model kind is a module with the same functions and names; here the spec's library chooses among them.
-"""
+from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, cast
 
 from torch import nn
 
+from sophon import paths
 from sophon.config import ModelConfig
-from sophon.errors import choose
-from sophon.models import classifiers, diffusion
-from sophon.models.common import Card
+from sophon.errors import UserError, choose
+from sophon.files import read_json
+from sophon.models.adapter import AdaptedModel, Card, ModelAdapter
 from sophon.models.spec import ModelSpec
 
 __all__ = [
     "LIBRARIES",
+    "AdaptedModel",
     "Card",
+    "ModelAdapter",
     "ModelSpec",
+    "adapt",
+    "adapter_of",
     "build",
-    "card",
-    "config_file",
     "create",
-    "load_weights",
-    "save",
-    "weights_file",
+    "describe",
 ]
 
-
-class _Kind(Protocol):
-    """What a model kind's module has."""
-
-    WEIGHTS: str
-    CONFIG: str
-
-    def create(self, config: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, ModelSpec]: ...
-
-    def build(self, spec: ModelSpec) -> nn.Module: ...
-
-    def load_weights(self, module: nn.Module, path: str | Path, *, key: str) -> None: ...
-
-    def save(self, folder: Path, module: nn.Module, spec: ModelSpec) -> None: ...
-
-    def card(self, spec: ModelSpec) -> Card: ...
-
-
-LIBRARIES = (*classifiers.LIBRARIES, *diffusion.LIBRARIES)
-_KINDS: dict[str, _Kind] = {
-    **dict.fromkeys(classifiers.LIBRARIES, classifiers),
-    **dict.fromkeys(diffusion.LIBRARIES, diffusion),
+# Where each library's adapter is; it is imported, and with it the library, when a model asks for it.
+LIBRARIES = {
+    "timm": "sophon.models.timm_models:TimmAdapter",
+    "torchvision": "sophon.models.torchvision_models:TorchvisionAdapter",
+    "transformers": "sophon.models.transformers_models:TransformersAdapter",
+    "diffusers": "sophon.models.diffusers_models:DiffusersAdapter",
+    "python": "sophon.models.python_module:PythonAdapter",
 }
+# what `adapt` may be told of a model
+FACTS = ("channels", "classes", "factory", "head", "image_size", "mean", "model_args", "scheduler", "std")
 
 
-def create(config: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, ModelSpec]:
+def _adapter(library: str) -> type[ModelAdapter]:
+    choose("model.library", library, LIBRARIES)
+    return cast(type[ModelAdapter], pkgutil.resolve_name(LIBRARIES[library]))
+
+
+def adapter_of(spec: ModelSpec) -> ModelAdapter:
+    """Return the adapter of a model that a spec describes.
+
+    Raises:
+        UserError: the library is not known or not installed.
+    """
+    return _adapter(spec.library)(spec)
+
+
+def create(config: ModelConfig, classes: Sequence[str]) -> AdaptedModel:
     """Build the model that a configuration asks for, with the weights that it names; else with random ones.
 
     Args:
-        config: the ``model`` group.
+        config: the ``model`` group; where its weights are a folder, completed by `describe`.
         classes: names of the original domain's classes, in the order of the labels.
 
     Raises:
         UserError: a value is out of range or contradicts another, or weights cannot be had or do not fit.
     """
-    choose("model.library", config.library, _KINDS)
-    return _KINDS[config.library].create(config, classes)
+    adapter = _adapter(config.library).from_config(config, classes)
+    return AdaptedModel(adapter.start(config), adapter.spec)
 
 
 def build(spec: ModelSpec) -> nn.Module:
     """Build a model with random weights, drawn from torch's global generator.
 
     Raises:
-        UserError: the architecture is not known or its arguments do not fit it.
+        UserError: the architecture is not known, its arguments do not fit it, or it cannot be built again.
     """
-    choose("model.library", spec.library, _KINDS)
-    return _KINDS[spec.library].build(spec)
+    module = adapter_of(spec).fresh()
+    if module is None:
+        raise UserError(f"factory: '{spec.architecture}' cannot be built again; give the function that builds it")
+    return module
 
 
-def load_weights(module: nn.Module, spec: ModelSpec, path: str | Path, *, key: str) -> None:
-    """Load a model's weights, all of them; messages name ``key``.
+def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
+    """Complete a configuration by what the folder of its weights says of the model: all but the weights themselves.
+
+    Args:
+        config: the ``model`` group; without weights, or with those of a file, it is returned as it is.
+        key: the configuration key that messages name.
 
     Raises:
-        UserError: the file is missing or corrupt, or its names or shapes are not the model's. The model is unchanged.
+        UserError: the folder is none of a library's own format.
     """
-    _KINDS[spec.library].load_weights(module, path, key=key)
+    if config.weights is None or not paths.is_folder(config.weights, key):
+        return config
+    folder = Path(config.weights)
+    if paths.is_folder(folder / "checkpoint", key):
+        folder = folder / "checkpoint"
+    library = _library_of(folder, key)
+    try:
+        return replace(_adapter(library).describe(folder, config), weights=str(folder))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
-def save(folder: Path, module: nn.Module, spec: ModelSpec) -> None:
-    """Write weights and configuration into ``folder`` as the spec's library loads them."""
-    _KINDS[spec.library].save(folder, module, spec)
+def _library_of(folder: Path, key: str) -> str:
+    """Say by a folder's files whose format it is."""
+    if paths.is_file(folder / "model_index.json", key):
+        return "diffusers"
+    if not paths.is_file(folder / "config.json", key):
+        raise UserError(
+            f"{key}: '{folder}' holds neither sophon.json nor config.json nor model_index.json; give a folder of "
+            "sophon, timm, transformers or diffusers, or a .safetensors state dict"
+        )
+    settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict):
+        raise UserError(f"{key}: '{folder / 'config.json'}' is not a JSON object")
+    library = settings.get("library") or ("transformers" if "model_type" in settings else "timm")
+    choose(f"{key}: '{folder / 'config.json'}': library", library, LIBRARIES)
+    return str(library)
 
 
-def weights_file(spec: ModelSpec) -> str:
-    """Return where the weights lie in a checkpoint's folder."""
-    return _KINDS[spec.library].WEIGHTS
+def adapt(
+    module: nn.Module, *, architecture: str | None = None, library: str | None = None, **facts: Any
+) -> AdaptedModel:
+    """Say of a model in memory what sophon needs to know; timm's, torchvision's, transformers' and diffusers' say most.
+
+    Args:
+        module: images [B, C, H, W] to logits [B, classes], or a `diffusers.UNet2DModel`.
+        architecture: of any other module, the dotted path of what builds it, ``package.module:name``, where it is
+            to be exported so that others can load it; by default that of its class.
+        library: a key of `LIBRARIES`, where a model is not to be taken for what its class says.
+        facts: ``head`` (dotted name of the last linear layer; by default the last one in order), ``classes`` (names in
+            the order of the logits), ``image_size`` (pixels), ``channels``, ``mean`` and ``std`` (one number a channel
+            on a 0..1 scale), ``model_args`` (arguments of ``architecture``), ``factory`` (called without arguments it
+            builds the model with random weights), and for a U-Net ``scheduler`` (its pipeline's).
+
+    Returns:
+        The model itself, and its spec.
+
+    Raises:
+        UserError: what is not known is missing, or what is given does not fit the model.
+    """
+    for name in facts:
+        if name not in FACTS:
+            raise UserError(f"{name}: not known; allowed: {', '.join(FACTS)}")
+    given = {name: value for name, value in facts.items() if value is not None}
+    if architecture is not None:
+        given["architecture"] = architecture
+    home = type(module).__module__.partition(".")[0]
+    for name in (library,) if library else (home if home in LIBRARIES and home != "python" else "python", "python"):
+        spec = _adapter(name).recognise(module, **given)
+        if spec is not None:
+            return AdaptedModel(module, _complete(spec))
+    raise UserError(f"library: the model is not one of {library}'s; leave it out")
 
 
-def config_file(spec: ModelSpec) -> str:
-    """Return where the library's own configuration lies in a checkpoint's folder."""
-    return _KINDS[spec.library].CONFIG
+def _complete(spec: ModelSpec) -> ModelSpec:
+    """Check the input of a model in memory; mean and std become one number a channel."""
+    from sophon.models.common import check_input
 
-
-def card(spec: ModelSpec) -> Card:
-    """Return what a model card says of the model itself."""
-    return _KINDS[spec.library].card(spec)
+    mean, std = check_input(spec.config(), ())
+    return replace(spec, mean=mean, std=std, classes=tuple(spec.classes))

@@ -1,33 +1,24 @@
-"""What the model kinds share: checks of their configuration, and their part of the model card."""
+"""What adapters share: checks of their configuration, and refusals of what cannot be built."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
 
 from sophon.config import ModelConfig
-from sophon.errors import UserError
+from sophon.errors import UserError, one_line
+from sophon.models.spec import ModelSpec
 
-
-class Card(NamedTuple):
-    """What a model card says of the model itself.
-
-    Attributes:
-        pipeline_tag: the Hub's name of what it does.
-        kind: what it is, a noun phrase that begins a sentence.
-        notes: sentences on its input and its output.
-        loading: Python code that loads it from ``PATH`` without sophon.
-    """
-
-    pipeline_tag: str
-    kind: str
-    notes: tuple[str, ...]
-    loading: str
+_SHOWN = 3  # as many names as fit into a message of one line
 
 
 def check_input(config: ModelConfig, reserved: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Check what every model kind takes; return mean and std with one number a channel.
+    """Check what every model takes; return mean and std with one number a channel.
 
     Raises:
         UserError: a value is out of range or contradicts another, or ``model_args`` has a ``reserved`` key.
@@ -53,3 +44,35 @@ def _per_channel(key: str, values: Sequence[float], channels: int) -> tuple[floa
         allowed = "finite numbers" if key == "mean" else "finite numbers above 0"
         raise UserError(f"model.{key}: {list(values)} is not allowed; give {allowed}")
     return tuple(float(value) for value in values) * (channels if len(values) == 1 else 1)
+
+
+def constructed(spec: ModelSpec, create: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """Call a library's constructor with the architecture's name; the model comes in channels-last format.
+
+    Raises:
+        UserError: the constructor fails, whatever its first misused argument leads to.
+    """
+    try:
+        module = create(spec.architecture, **arguments)
+    except Exception as error:
+        raise misfit(spec, error) from error
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def misfit(spec: ModelSpec, error: Exception) -> UserError:
+    """Say in one line that ``model_args`` do not make the architecture."""
+    return UserError(f"model.model_args: {dict(spec.model_args)} does not fit '{spec.architecture}': {one_line(error)}")
+
+
+def unknown_architecture(spec: ModelSpec, names: Iterable[str]) -> UserError:
+    """Say which architectures are close to one that the library does not know."""
+    close = difflib.get_close_matches(spec.architecture, list(names), n=_SHOWN)
+    hint = f"close to it: {', '.join(close)}" if close else "nothing is close to it"
+    return UserError(f"model.architecture: '{spec.architecture}' is not known to {spec.library}; {hint}")
+
+
+def require(facts: Mapping[str, Any], *names: str) -> None:
+    """Raise a `UserError` unless ``facts`` of a model in memory have what it does not say itself."""
+    if missing := [name for name in names if name not in facts]:
+        it = "it" if len(missing) == 1 else "them"
+        raise UserError(f"{', '.join(missing)}: not known of this model; give {it}")

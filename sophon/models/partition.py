@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 # Dotted names of modules that together own a block's parameters and buffers; of a tensor itself where its module is
@@ -59,6 +58,8 @@ def partition(module: nn.Module, head: str) -> list[Block]:
 
 def _matched(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:
     """Number every tensor's group as timm sees it."""
+    from timm.models._manipulate import group_with_matcher  # only here: other libraries' models do not wait for it
+
     matcher = module.group_matcher(coarse=False)  # type: ignore[operator]
     return dict(group_with_matcher(iter(state.items()), matcher, reverse=True))
 
@@ -72,7 +73,8 @@ def _parts(module: nn.Module, prefix: str = "") -> Iterator[str]:
     for name, _ in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
         yield prefix + name
     for name, child in module.named_children():
-        if isinstance(child, _CONTAINERS) or any(_is_sequence_of_blocks(part) for part in child.children()):
+        below = (part for part in child.modules() if part is not child)
+        if isinstance(child, _CONTAINERS) or any(_is_sequence_of_blocks(part) for part in below):
             yield from _parts(child, f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import nn
 
 from sophon.config import ModelConfig
 
@@ -14,8 +16,8 @@ class ModelSpec:
     """An architecture with the input that it expects; with its weights, a whole model.
 
     Attributes:
-        library: ``timm``, ``torchvision`` or ``diffusers``.
-        architecture: the library's name of it.
+        library: a key of `sophon.models.LIBRARIES`.
+        architecture: the library's name of it; of library ``python`` the dotted path of a class or function.
         model_args: keyword arguments of the library's constructor, plain JSON data.
         classes: names of the original domain's classes, in order: those that a classifier's head tells apart.
         channels: channels of the input.
@@ -23,8 +25,10 @@ class ModelSpec:
         mean: per channel, on a 0..1 scale; subtracted from the input.
         std: per channel, on a 0..1 scale; the input is divided by it.
         scheduler: of a denoiser, the whole configuration of its noise schedule (diffusers' DDPMScheduler).
+        head: dotted name of the last linear layer; None where the library knows, or the last one in order is meant.
         files: text of the library's own files that are written back as they were read, by name: which sampler a
             pipeline draws with, say. They do not decide what the weights make, so specs that differ in them are equal.
+        factory: builds a model of library ``python`` that lives in memory and cannot be built by its dotted path.
     """
 
     library: str
@@ -36,7 +40,14 @@ class ModelSpec:
     std: tuple[float, ...]
     model_args: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    head: str | None = None
     files: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    factory: Callable[[], nn.Module] | None = field(default=None, compare=False, repr=False)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as plain JSON data; the factory, which lives in memory only, is not among them."""
+        return {name: value for name, value in asdict(self).items() if name != "factory"}
 
     def config(self) -> ModelConfig:
         """Return the ``model`` group that describes this model; it names no weights."""
@@ -48,6 +59,7 @@ class ModelSpec:
             channels=self.channels,
             mean=list(self.mean),
             std=list(self.std),
+            head=self.head,
             scheduler=dict(self.scheduler),
             class_conditional=bool(self.model_args.get("num_class_embeds")),
         )

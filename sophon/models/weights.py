@@ -123,6 +123,18 @@ def load_state(
     module.load_state_dict(tensors)
 
 
+def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors that cannot be a model's, going by their names, where a library casts and renames what it loads.
+
+    Raises:
+        UserError: see `load_state`.
+    """
+    for name, tensor in tensors.items():
+        whole = name.endswith(("num_batches_tracked", "_index", "_ids"))
+        if fault := _fault(name, tensor, torch.int64 if whole else torch.float32):
+            raise UserError(f"{where}: weight '{name}' {fault}; give the weights as they were trained")
+
+
 def _fault(name: str, tensor: Tensor, own: torch.dtype) -> str | None:
     """Say why a tensor cannot be what the model calls ``name``; None if it can."""
     if own.is_floating_point:

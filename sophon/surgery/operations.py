@@ -221,6 +221,7 @@ def distil(
     return student
 
 
+NEED_FRESH = ("reinitialise", "shrink_perturb", "renormalise", "distil")  # those that take a model with random weights
 OPERATIONS: dict[str, Callable[..., nn.Module]] = {
     "reinitialise": reinitialise,
     "noise": noise,

@@ -2,7 +2,7 @@
 
 from sophon.config import Config
 from sophon.errors import choose
-from sophon.models import ModelSpec
+from sophon.models import ModelSpec, adapter_of
 from sophon.tasks.classification import ClassificationTask
 from sophon.tasks.denoising import DenoisingTask
 from sophon.tasks.task import Measured, Metric, Task, evaluating
@@ -27,7 +27,7 @@ TASKS: dict[str, type[ClassificationTask] | type[DenoisingTask]] = {
 
 def kind_of(spec: ModelSpec) -> str:
     """Name the task that a model is made for."""
-    return next(name for name, task in TASKS.items() if spec.library in task.libraries)
+    return adapter_of(spec).kind
 
 
 def make_task(config: Config, spec: ModelSpec, *, amp: bool, protects: bool = False) -> Task:

@@ -17,9 +17,8 @@ from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
-from sophon.models.classifiers import LIBRARIES, blocks, head_prefix, with_fresh_head
 from sophon.models.partition import Block, attention
-from sophon.tasks.task import Measured, Metric, evaluating, within_scope
+from sophon.tasks.task import Measured, Metric, evaluating, fitting_adapter, within_scope
 
 
 class ClassificationTask:
@@ -37,7 +36,7 @@ class ClassificationTask:
         UserError: the suppression loss is not known, or the model does not classify.
     """
 
-    libraries = LIBRARIES
+    kind = "classification"
     metric = Metric("accuracy", "%", higher_is_better=True)
     evaluation_batch_size = 500
     suspects = "model.mean, model.std, model.image_size, the order of the classes and of the colour channels"
@@ -52,7 +51,7 @@ class ClassificationTask:
         amp: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        choose("model.library", spec.library, self.libraries)
+        self.adapter = fitting_adapter(spec, self.kind)
         self.spec = spec
         self.distillation = distillation
         self.temperature = temperature
@@ -86,9 +85,7 @@ class ClassificationTask:
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the model's logits, float [B, classes], for uint8 images [B, C, H, W]."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            output = model(self.prepare(images))
-        # in training mode GoogLeNet and Inception hand over the logits of auxiliary heads besides
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+            logits = self.adapter.forward(model, self.prepare(images))
         return logits.float() if self.amp else logits
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -119,12 +116,12 @@ class ClassificationTask:
 
     def chance_loss(self, model: nn.Module) -> float:
         """Return log C, the cross-entropy of a uniform guess over the model's C outputs."""
-        return math.log(model.get_parameter(head_prefix(model, self.spec) + ".weight").shape[0])
+        return math.log(model.get_parameter(f"{self.adapter.head}.weight").shape[0])
 
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the input of the last layer, float [B, D]; in training mode it is a training pass."""
         seen: list[Tensor] = []
-        head = model.get_submodule(head_prefix(model, self.spec))
+        head = model.get_submodule(str(self.adapter.head))
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             self.logits(model, images)
@@ -182,16 +179,16 @@ class ClassificationTask:
         names = within_scope(self, model, scope, blocks) | self.head_names(model)
         model.train(scope != "head")
         if scope == "head":
-            model.get_submodule(head_prefix(model, self.spec)).train()
+            model.get_submodule(str(self.adapter.head)).train()
         return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
     def blocks(self, model: nn.Module) -> list[Block]:
         """Return the blocks from input to output, the last layer left out."""
-        return blocks(model, self.spec)
+        return self.adapter.blocks(model)
 
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the parameters of the last layer."""
-        prefix = head_prefix(model, self.spec) + "."
+        prefix = f"{self.adapter.head}."
         return {name for name, _ in model.named_parameters() if name.startswith(prefix)}
 
     def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
@@ -201,9 +198,9 @@ class ClassificationTask:
             UserError: the head is to be kept, but the model and ``classes`` differ in number.
         """
         if head != "kept":
-            with_fresh_head(model, self.spec, classes)
+            self.adapter.start_head(model, classes)
             return
-        outputs = model.get_parameter(head_prefix(model, self.spec) + ".weight").shape[0]
+        outputs = model.get_parameter(f"{self.adapter.head}.weight").shape[0]
         if outputs != len(classes):
             raise UserError(
                 f"head: 'kept' needs as many classes as the model has, but the model has {outputs} and the restricted "

@@ -17,9 +17,8 @@ from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
-from sophon.models.diffusion import LIBRARIES, blocks, class_count, with_fresh_classes
 from sophon.models.partition import Block, owned
-from sophon.tasks.task import Measured, Metric, evaluating, within_scope
+from sophon.tasks.task import Measured, Metric, evaluating, fitting_adapter, within_scope
 
 
 class Noised(NamedTuple):
@@ -55,7 +54,7 @@ class DenoisingTask:
         UserError: the suppression loss is not known, or the model does not denoise.
     """
 
-    libraries = LIBRARIES
+    kind = "denoising"
     metric = Metric("eps-MSE", "", higher_is_better=False)
     evaluation_batch_size = 250
     suspects = "model.scheduler, model.image_size, the range and the order of the colour channels"
@@ -73,7 +72,7 @@ class DenoisingTask:
         amp: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        choose("model.library", spec.library, self.libraries)
+        self.adapter = fitting_adapter(spec, self.kind)
         self.spec = spec
         self.distillation = distillation
         self.evaluation_images = evaluation_images
@@ -123,9 +122,8 @@ class DenoisingTask:
 
     def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return what the network says: noise, velocity or clean images, as the scheduler has it; [B, C, H, W]."""
-        conditions = {"class_labels": labels} if "num_class_embeds" in self.spec.model_args else {}
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            output: Tensor = model(images, timesteps, return_dict=False, **conditions)[0]
+            output = self.adapter.forward(model, images, timesteps=timesteps, labels=labels)
         return output.float() if self.amp else output
 
     def _target(self, noised: Noised) -> Tensor:
@@ -172,7 +170,7 @@ class DenoisingTask:
         Where there are classes, both networks are asked for ones drawn uniformly among the reference's.
         """
         noised = self._drawn(batch.images)
-        labels = torch.randint(max(1, class_count(reference)), (len(batch.images),), device=batch.images.device)
+        labels = torch.randint(max(1, self._classes(reference)), (len(batch.images),), device=batch.images.device)
         output = self._output(model, noised.images, noised.timesteps, labels)
         return self._distance(output, noised, labels, reference)
 
@@ -260,7 +258,7 @@ class DenoisingTask:
         shape = (self.spec.channels, self.spec.image_size, self.spec.image_size)
         device = next(model.parameters()).device
         noise = torch.randn(count, *shape, generator=generator, dtype=torch.float32).to(device, self.dtype)
-        labels = torch.arange(count, device=device) % max(1, class_count(model))
+        labels = torch.arange(count, device=device) % max(1, self._classes(model))
         size = self.evaluation_batch_size
         with evaluating(model):
             parts = [
@@ -300,12 +298,17 @@ class DenoisingTask:
 
     def blocks(self, model: nn.Module) -> list[Block]:
         """Return the blocks from input to output, the class embedding left out."""
-        return blocks(model)
+        return self.adapter.blocks(model)
 
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the class embedding's parameters: all that belongs to a domain; none if the model has no classes."""
         names = {name for name, _ in model.named_parameters()}
-        return owned(names, ("class_embedding",)) if class_count(model) else set()
+        return owned(names, (str(self.adapter.head),)) if self._classes(model) else set()
+
+    def _classes(self, model: nn.Module) -> int:
+        """Return how many classes the model is conditioned on; 0 for an unconditional one."""
+        head = dict(model.named_modules()).get(str(self.adapter.head))
+        return head.num_embeddings if isinstance(head, nn.Embedding) else 0
 
     def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
         """Replace the class embedding unless it is ``kept``.
@@ -313,13 +316,13 @@ class DenoisingTask:
         Raises:
             UserError: the model has no classes to embed anew, or is to keep another number of them.
         """
-        count = class_count(model)
+        count = self._classes(model)
         if head != "kept" and not count:
             raise UserError(
                 f"head: '{head}' needs a class-conditional denoiser; this one has no classes; allowed: kept"
             )
         if head != "kept":
-            with_fresh_classes(model, classes)
+            self.adapter.start_head(model, classes)
         elif count and count != len(classes):
             raise UserError(
                 f"head: 'kept' needs as many classes as the model has, but the model has {count} and the restricted "

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
-from sophon.models import ModelSpec
+from sophon.models import ModelAdapter, ModelSpec, adapter_of
 from sophon.models.partition import Block, attention, owned
+
+
+def fitting_adapter(spec: ModelSpec, kind: str) -> ModelAdapter:
+    """Return the adapter of a model.
+
+    Raises:
+        UserError: it is not a model of that ``kind`` of task.
+    """
+    adapter = adapter_of(spec)
+    if adapter.kind != kind:
+        raise UserError(f"task.name: '{kind}' does not fit a model of library {spec.library}; allowed: {adapter.kind}")
+    return adapter
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,15 @@ class Task(Protocol):
     What a loss draws at random (noise, dropout) comes from torch's global generator, which the loops seed.
 
     Attributes:
+        spec: of the model.
+        adapter: what is particular to the model's library.
         amp: whether passes are autocast to bfloat16; who needs more precision may switch it off for a while.
         suspects: what is usually wrong with the input of a trained model that does no better than `chance`.
     """
 
     metric: Metric
     spec: ModelSpec
+    adapter: ModelAdapter
     amp: bool
     suspects: str
 

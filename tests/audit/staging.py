@@ -23,11 +23,9 @@ from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain
 from sophon.errors import UserError
-from sophon.models import ModelSpec
 from sophon.sampler import SamplerConfig, StrategySampler
-from sophon.surgery import means
 from sophon.tracking import Tracker
-from tests.tiny import TinyNet, tiny_bands, tiny_model, tiny_spec, tiny_task
+from tests.tiny import tiny_bands, tiny_model, tiny_spec, tiny_task
 
 RESTRICTED = tiny_bands("restricted", ("attack", "select", "test", "adapt", "query"), seed=40, across=True)
 BENIGN = tiny_bands("benign", ("attack", "select", "test"), seed=60)
@@ -49,10 +47,6 @@ SEARCH = SearchConfig(
     choices={"batch_size": [8], "head": ["kept", "fresh"]},
 )
 SEARCHING = AttackConfig(eval_points=2, roles=["protected"], search={"tuned": SEARCH})
-
-
-def build_tiny(spec: ModelSpec) -> nn.Module:
-    return TinyNet(len(spec.classes)).double()
 
 
 def scene(**changes: Any) -> Scene:
@@ -135,9 +129,7 @@ def wait() -> None:
 
 
 def in_worker(folder: Path, config: AttackConfig, trouble: Callable[[], None]) -> Runner:
-    """Make the runner in a worker, which has none of what the tests patch."""
     torch.set_num_threads(1)
-    module.build = means.build = build_tiny  # type: ignore[attr-defined]
     made = Troubled(scene(benign=BENIGN), config, 0, folder)
     made.trouble = trouble
     return made

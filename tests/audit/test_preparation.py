@@ -19,9 +19,8 @@ from sophon.config import AttackConfig
 from sophon.domains import Batch, ImageSet, LoadedDomain
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
-from sophon.surgery import means
 from sophon.tasks import ClassificationTask
-from tests.audit.staging import BENIGN, DISTILLED, FRESH, KEPT, ORIGINAL, RESTRICTED, build_tiny, run_all, staged
+from tests.audit.staging import BENIGN, DISTILLED, FRESH, KEPT, ORIGINAL, RESTRICTED, run_all, staged
 from tests.tiny import assert_same_state, state_of, tiny_model, tiny_spec, tiny_task
 
 pytestmark = pytest.mark.slow  # whole attacks
@@ -36,12 +35,6 @@ CHANGES: dict[str, FineTuneStrategy] = {
     "lora": replace(KEPT, scope="lora", lora_rank=2),
     "both": replace(FRESH, scope="lora", lora_rank=1, head="probed", probe_steps=2, surgery=(NOISY, HEALED)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (module, means):
-        monkeypatch.setattr(room, "build", build_tiny)
 
 
 def run(strategy: FineTuneStrategy, model: nn.Module | None = None, task: Any = None, **options: Any) -> Outcome:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.attacker import FineTuneStrategy
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.audit import runner as module
 from sophon.audit.runner import exposure
 from sophon.audit.words import ROLES
@@ -20,8 +20,7 @@ from sophon.audit.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.domains import Batch
 from sophon.errors import UserError
-from sophon.models import ModelSpec
-from sophon.surgery import means
+from sophon.models import adapt
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.audit.staging import (
@@ -30,12 +29,12 @@ from tests.audit.staging import (
     KEPT,
     RESTRICTED,
     attempts_of,
-    build_tiny,
     results,
     run_all,
     staged,
 )
-from tests.tiny import assert_same_state, state_of, tiny_model, tiny_spec
+from tests.models.own import Tokens
+from tests.tiny import assert_same_state, state_of, tiny_model, tiny_net, tiny_spec
 
 
 class Watching(ClassificationTask):
@@ -48,21 +47,6 @@ class Watching(ClassificationTask):
         self.trained.append(batch)
         self.heads.append(model.fc.weight.detach().clone())
         return super().attacker_loss(model, batch)
-
-
-@pytest.fixture(autouse=True)
-def built(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The models that were built from scratch."""
-    models: list[nn.Module] = []
-
-    def build(spec: ModelSpec) -> nn.Module:
-        assert spec == tiny_spec()
-        models.append(build_tiny(spec))
-        return models[-1]
-
-    for room in (module, means):
-        monkeypatch.setattr(room, "build", build)
-    return models
 
 
 def test_records(tmp_path: Path) -> None:
@@ -155,16 +139,33 @@ def test_roles_face_the_same_head_and_batches(tmp_path: Path) -> None:
     assert not torch.equal(runs[0][0].images, runs[1][0].images)
 
 
-def test_scratch_is_built_anew_from_the_attempts_seed(tmp_path: Path, built: list[nn.Module]) -> None:
+def test_scratch_is_built_anew_from_the_attempts_seed(tmp_path: Path) -> None:
+    weights: list[Tensor] = []
+
+    def factory() -> nn.Module:
+        model = tiny_net()
+        weights.append(model.conv1.weight)
+        return model
+
+    spec = replace(tiny_spec(), factory=factory)
     config = AttackConfig(seeds=2, eval_points=2, strategies={"a": replace(FRESH, scope="head")})
-    attempts_of(staged(tmp_path / "one", config))
-    torch.manual_seed(99)
-    attempts_of(staged(tmp_path / "two", config))
-    weights = [model.conv1.weight for model in built]
-    assert len(weights) == 4
-    assert torch.equal(weights[0], weights[2])
-    assert torch.equal(weights[1], weights[3])
-    assert not torch.equal(weights[0], weights[1])
+    for name in ("one", "two"):
+        attempts_of(staged(tmp_path / name, config, spec=spec))
+        torch.manual_seed(99)
+    assert len(weights) == 6  # of each audit the first only says that one can be built
+    assert torch.equal(weights[1], weights[4])
+    assert torch.equal(weights[2], weights[5])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_without_anything_that_builds_the_model_scratch_is_left_out_and_said(tmp_path: Path) -> None:
+    token = Tokens()
+    spec = replace(adapt(token, channels=1, image_size=6, mean=[0.5], std=[0.25]).spec, classes=tiny_spec().classes)
+    reborn = replace(FRESH, surgery=(Operation("reinitialise"),))
+    config = AttackConfig(seeds=1, eval_points=2, strategies={"a": FRESH, "b": reborn})
+    runner = staged(tmp_path, config, spec=spec)
+    assert set(runner.plan.left_out) == {"b", "the scratch role"}
+    assert {record["role"] for record in attempts_of(runner)} == {"protected", "unprotected"}
 
 
 def test_same_seed_same_records(tmp_path: Path) -> None:
@@ -232,12 +233,12 @@ def test_damaged_record(tmp_path: Path) -> None:
         attempts_of(staged(tmp_path, config))
 
 
-def test_diverging_attack_is_a_record_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "build", lambda spec: build_tiny(spec).float())
+def test_diverging_attack_is_a_record_like_any_other(tmp_path: Path) -> None:
+    spec = replace(tiny_spec(), factory=lambda: tiny_net().float())
     wild = replace(FRESH, optimizer="nesterov", lr=1e38, steps=20)
     models: dict[str, nn.Module] = {"protected": tiny_model(1).float(), "unprotected": tiny_model(2).float()}
     config = AttackConfig(seeds=1, eval_points=5, strategies={"wild": wild})
-    records = attempts_of(staged(tmp_path, config, task=ClassificationTask(tiny_spec()), models=models))
+    records = attempts_of(staged(tmp_path, config, task=ClassificationTask(spec), spec=spec, models=models))
     assert {record["role"] for record in records} == set(ROLES)
     for record in records:
         assert record["finished"] is False

@@ -13,7 +13,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
-from sophon.models import card, create, save
+from sophon.models import adapter_of, create
 from sophon.models.noise import NEUTRAL, SAMPLING, SCHEDULERS, read_schedule
 from tests.models.unets import CLASSES, INPUT, NETWORK, config_of
 
@@ -110,13 +110,13 @@ def test_a_pipelines_own_sampler_is_written_back(tmp_path: Path, name: str, kind
     module, spec = create(config_of(weights=str(tmp_path / "theirs")), CLASSES)
     (tmp_path / "ours" / "unet").mkdir(parents=True)
     (tmp_path / "ours" / "scheduler").mkdir()
-    save(tmp_path / "ours", module, spec)
+    adapter_of(spec).save(module, tmp_path / "ours")
     for file in ("model_index.json", "scheduler/scheduler_config.json"):
         assert (tmp_path / "ours" / file).read_text() == (tmp_path / "theirs" / file).read_text()
     loaded = kind.from_pretrained(tmp_path / "ours")
     assert type(loaded.scheduler).__name__ == ("DDIMScheduler" if kind is DDIMPipeline else name)
     place: dict[str, Any] = {}
-    exec(card(spec).loading.replace("PATH", str(tmp_path / "ours")), place)
+    exec(adapter_of(spec).card().loading.replace("PATH", str(tmp_path / "ours")), place)
     assert place["images"].shape == (1, 1, 8, 8)
     assert torch.isfinite(place["images"]).all()
 

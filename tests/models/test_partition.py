@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from sophon.models import ModelSpec, build
-from sophon.models.classifiers import blocks, head_prefix
-from sophon.models.partition import attention, owned, partition
-from tests.models.test_classifiers import shipped_spec
-from tests.tiny import TinyNet, tiny_spec
+from sophon.models import ModelSpec, adapter_of, build
+from sophon.models.partition import Block, attention, owned, partition
+from tests.models.test_timm_and_torchvision import spec_of
+from tests.tiny import tiny_spec
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
 
 
 def published(library: str, architecture: str, image_size: int = 64) -> ModelSpec:
@@ -21,8 +26,8 @@ def published(library: str, architecture: str, image_size: int = 64) -> ModelSpe
 
 
 SPECS = {
-    "resnet_tiny": shipped_spec("resnet_tiny"),
-    "resnet_small": shipped_spec("resnet_small"),
+    "resnet_tiny": spec_of("resnet_tiny"),
+    "resnet_small": spec_of("resnet_small"),
     "caformer": published("timm", "caformer_s18"),
     "vit": published("timm", "test_vit"),
     "tiny": tiny_spec(),
@@ -34,14 +39,17 @@ SPECS = {
 def made(name: str) -> tuple[nn.Module, ModelSpec]:
     spec = SPECS[name]
     with torch.device("meta"):
-        return TinyNet() if name == "tiny" else build(spec), spec
+        return build(spec), spec
+
+
+def blocks(model: nn.Module, spec: ModelSpec) -> list[Block]:
+    return adapter_of(spec).blocks(model)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_every_tensor_outside_the_head_is_in_one_block(name: str) -> None:
     model, spec = made(name)
-    found = blocks(model, spec)
-    head = head_prefix(model, spec)
+    found, head = blocks(model, spec), adapter_of(spec).head
     for tensor in dict(chain(model.named_parameters(), model.named_buffers())):
         holders = [block for block in found if owned([tensor], block)]
         assert len(holders) == (not tensor.startswith(f"{head}.")), tensor
@@ -83,6 +91,14 @@ def test_what_follows_the_last_stage_belongs_to_it_or_stands_alone() -> None:
 
 def test_the_libraries_agree_on_a_resnet() -> None:
     assert blocks(*made("resnet18")) == blocks(*made("resnet18 of torchvision"))
+
+
+def test_blocks_are_found_however_deep_they_lie() -> None:
+    inner = nn.Module()
+    inner.encoder = nn.Module()
+    inner.encoder.layers = nn.ModuleList(Residual() for _ in range(3))
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 1), "vit": inner, "head": nn.Linear(4, 2)})
+    assert partition(model, "head") == [("stem",), *((f"vit.encoder.layers.{at}",) for at in range(3))]
 
 
 @pytest.mark.parametrize(

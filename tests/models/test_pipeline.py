@@ -12,8 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
-from sophon.models import diffusion
-from sophon.models.diffusion import load_weights
+from sophon.models import adapter_of, diffusers_models
 from sophon.tensor_files import read_tensors, write_tensors
 from tests.models.unets import INPUT, NETWORK, WEIGHTS, pipeline, predict, small
 from tests.tiny import assert_same_state, state_of
@@ -85,7 +84,7 @@ def test_a_hub_id_is_fetched_once_and_started_from(
         assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} <= set(allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr(diffusion, "snapshot_download", download)
+    monkeypatch.setattr(diffusers_models, "snapshot_download", download)
     module, spec = small(pretrained=True, architecture="google/ddpm", model_args={})
     assert asked == ["google/ddpm"]
     assert spec.architecture == "UNet2DModel"
@@ -96,7 +95,7 @@ def test_an_unreachable_hub_id_is_refused_in_one_line(monkeypatch: pytest.Monkey
     def offline(*args: object, **kwargs: object) -> str:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(diffusion, "snapshot_download", offline)
+    monkeypatch.setattr(diffusers_models, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"^model\.pretrained: no pipeline 'google/ddpm': no route to host$"):
         small(pretrained=True, architecture="google/ddpm")
 
@@ -158,8 +157,8 @@ def test_pipelines_that_do_not_fit_are_refused_in_one_line(
 
 def test_foreign_weights_change_nothing(tmp_path: Path) -> None:
     pipeline(tmp_path, block_out_channels=[8, 24])
-    module, _ = small()
+    module, spec = small()
     before = state_of(module)
     with pytest.raises(UserError, match=r"^reference: .*model\.safetensors does not fit the model: "):
-        load_weights(module, tmp_path, key="reference")
+        adapter_of(spec).load_weights(module, tmp_path, key="reference")
     assert_same_state(module, before)

@@ -13,17 +13,11 @@ from sophon.attacker import Operation, operations_from
 from sophon.errors import UserError
 from sophon.protect.starts import check_simulated, start
 from sophon.surgery import OPERATIONS, Means, operate
-from sophon.surgery import means as means_module
-from tests.surgery.surgical import build_also, fresh_state, means_for, resnet, unet
+from tests.surgery.surgical import fresh_state, means_for, resnet, unet
 from tests.tiny import assert_same_state, state_of, tiny_domain, tiny_model
 
 ORIGINAL = tiny_domain("original", ("train",))
 SCALE_FREE = ("conv1.weight", "conv2.weight")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(means_module, "build", build_also)
 
 
 def operations(*entries: Any) -> tuple[Operation, ...]:

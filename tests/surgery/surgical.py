@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from sophon.config import ModelConfig
 from sophon.domains import ImageSet, LoadedDomain, MemoryImages
-from sophon.models import ModelSpec, build, create
+from sophon.models import ModelSpec, create
 from sophon.surgery.means import Means
 from sophon.tasks import ClassificationTask
 from tests.tiny import (
@@ -30,12 +29,6 @@ from tests.tiny import (
 
 CONF = Path(__file__).parents[2] / "conf" / "model" / "resnet_tiny.yaml"
 WIDE = tuple("abcde")
-SPARE: dict[str, Callable[[ModelSpec], nn.Module]] = {"tiny": lambda spec: TinyNet(len(spec.classes))}
-
-
-def build_also(spec: ModelSpec) -> nn.Module:
-    """Build a model of a library, or one of the architectures that only the tests have; for a fresh model."""
-    return SPARE.get(spec.architecture, build)(spec)
 
 
 def means_for(spec: ModelSpec | None = None, task: Any = None, images: ImageSet | None = None, **more: Any) -> Means:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
-from sophon.models.classifiers import with_fresh_head
+from sophon.models import adapter_of
 from sophon.surgery.means import Means
 from tests.audit.staging import BENIGN, FRESH, ORIGINAL, RESTRICTED
 from tests.tiny import (
@@ -62,7 +62,7 @@ def test_a_fresh_model_has_random_weights_and_the_others_type(dtype: torch.dtype
 @pytest.mark.parametrize("classes", [2, 5])
 def test_a_fresh_model_has_as_many_classes_as_the_other_has_now(classes: int) -> None:
     model = tiny_model()
-    with_fresh_head(model, tiny_spec(), [str(index) for index in range(classes)])
+    adapter_of(tiny_spec()).start_head(model, [str(index) for index in range(classes)])
     means = means_of()
     assert means.classes_of(model) == classes
     assert means.classes_of(means.fresh(model)) == classes
@@ -86,7 +86,7 @@ def test_denoisers(conditional: bool, classes: int | None) -> None:
 @pytest.mark.parametrize("classes", [1, 2, 3, 5])
 def test_relabelled_images_have_labels_that_the_head_allows(classes: int) -> None:
     model = tiny_model()
-    with_fresh_head(model, tiny_spec(), [str(index) for index in range(classes)])
+    adapter_of(tiny_spec()).start_head(model, [str(index) for index in range(classes)])
     images = RESTRICTED["attack"]
     found = means_of().relabelled(images, model)
     assert found.images is images.images

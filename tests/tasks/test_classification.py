@@ -327,7 +327,7 @@ def test_a_protection_with_a_loss_of_the_other_task_is_refused() -> None:
 
 
 def test_a_denoiser_is_no_classifier() -> None:
-    with pytest.raises(UserError, match=r"^model.library: 'diffusers' is not known; allowed: timm, torchvision$"):
+    with pytest.raises(UserError, match=r"^task.name: 'classification' does not fit .* diffusers; allowed: denoising$"):
         make_task(config(), tiny_unet_spec(), amp=False)
 
 

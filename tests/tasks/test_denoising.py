@@ -776,7 +776,7 @@ def test_a_classifiers_loss_is_refused() -> None:
 
 
 def test_a_classifier_is_no_denoiser() -> None:
-    with pytest.raises(UserError, match=r"^model.library: 'torchvision' is not known; allowed: diffusers$"):
+    with pytest.raises(UserError, match=r"^task.name: 'denoising' does not fit .* python; allowed: classification$"):
         make_task(config(), tiny_spec(), amp=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from omegaconf import OmegaConf
-from torch import nn
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError
-from sophon.models import ModelSpec, create, diffusion, save
-from sophon.models.diffusion import blocks, build, class_count, spec_from_config, with_fresh_classes
-from sophon.models.partition import attention, owned
+from sophon.models import ModelSpec, adapter_of, create, diffusers_models
+from sophon.models.partition import attention
 from tests.models.unets import CLASSES, NETWORK, PLAIN, config_of, predict, small
-from tests.tiny import assert_same_state, state_of
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 # parameters of each shipped model; DDPM's paper counts 35.7 million for its 32x32 images
@@ -52,36 +48,23 @@ def test_every_shipped_denoiser_builds_at_its_size_and_attends_at_16_or_below(na
     }
     assert {spec.image_size // 2**level for level in levels} <= {16, 8, 4}
     assert spec.scheduler["num_train_timesteps"] == 1000
-    assert not class_count(module)
+    assert adapter_of(spec).head is None
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_spec_holds_every_setting_of_the_noise_schedule(prediction: str) -> None:
-    spec = spec_from_config(config_of(scheduler={"num_train_timesteps": 9, "prediction_type": prediction}), CLASSES)
+    _, spec = small(scheduler={"num_train_timesteps": 9, "prediction_type": prediction})
     settings = {name: value for name, value in DDPMScheduler().config.items() if name[0] != "_" and value is not None}
     assert spec.scheduler == {**settings, "num_train_timesteps": 9, "prediction_type": prediction}
     assert spec == ModelSpec("diffusers", "UNet2DModel", CLASSES, 1, 8, (0.5,), (0.5,), NETWORK, spec.scheduler)
 
 
-def test_a_schedule_that_ends_in_pure_noise_is_for_networks_that_do_not_predict_it() -> None:
-    schedule = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-    assert spec_from_config(config_of(scheduler=schedule), CLASSES).scheduler["rescale_betas_zero_snr"] is True
-
-
 def test_a_conditional_denoiser_embeds_the_original_classes() -> None:
     module, spec = small(class_conditional=True)
     assert spec.model_args == {**NETWORK, "num_class_embeds": 3}
-    assert class_count(module) == 3
+    assert adapter_of(spec).head == "class_embedding"
     assert not torch.equal(predict(module, 0), predict(module, 2))
     assert "num_class_embeds" not in NETWORK
-
-
-def test_the_global_seed_decides_the_random_weights_and_trying_out_draws_none() -> None:
-    module, spec = small(1)
-    torch.manual_seed(1)
-    assert_same_state(build(spec), state_of(module))
-    assert not torch.equal(small(2)[0].conv_in.weight, module.conv_in.weight)
-    assert module.conv_in.weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +104,7 @@ def test_the_global_seed_decides_the_random_weights_and_trying_out_draws_none() 
     ],
 )
 def test_wrong_configs_are_refused_in_one_line(changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusion, "snapshot_download", lambda *args, **kwargs: "nowhere")
+    monkeypatch.setattr(diffusers_models, "snapshot_download", lambda *args, **kwargs: "nowhere")
     with pytest.raises(UserError, match=message) as caught:
         create(config_of(**changes), CLASSES)
     assert "\n" not in str(caught.value)
@@ -130,24 +113,20 @@ def test_wrong_configs_are_refused_in_one_line(changes: dict, message: str, monk
 # ---- their parts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"class_conditional": True}, {"model_args": {**NETWORK, **PLAIN}}])
-def test_every_tensor_but_the_class_embedding_is_in_one_block(changes: dict) -> None:
-    module, _ = small(**changes)
-    found = blocks(module)
-    assert found == [
+def test_the_blocks_of_a_denoiser() -> None:
+    module, spec = small(class_conditional=True)
+    assert adapter_of(spec).blocks(module) == [
         ("conv_in", "time_embedding", "down_blocks.0"),
         ("down_blocks.1",),
         ("mid_block",),
         ("up_blocks.0",),
         ("up_blocks.1", "conv_norm_out", "conv_out"),
     ]
-    for name in module.state_dict():
-        assert sum(name in owned([name], block) for block in found) == (name != "class_embedding.weight")
 
 
 def test_a_denoiser_may_have_no_middle() -> None:
-    module, _ = small(model_args={**NETWORK, "mid_block_type": None})
-    assert len(blocks(module)) == 4
+    module, spec = small(model_args={**NETWORK, "mid_block_type": None})
+    assert len(adapter_of(spec).blocks(module)) == 4
 
 
 def test_attention_is_what_diffusers_calls_so() -> None:
@@ -158,18 +137,9 @@ def test_attention_is_what_diffusers_calls_so() -> None:
     assert attention(small(model_args={**NETWORK, **PLAIN})[0]) == ()
 
 
-def test_fresh_classes_are_newly_drawn_and_the_rest_stays(tmp_path: Path) -> None:
+def test_a_new_class_embedding_is_saved_with_its_classes(tmp_path: Path) -> None:
     module, spec = small(class_conditional=True)
-    module.double().eval()
-    before = state_of(module)
-    torch.manual_seed(3)
-    with_fresh_classes(module, "abcde")
-    torch.manual_seed(3)
-    after = state_of(module)
-    assert torch.equal(after.pop("class_embedding.weight"), nn.Embedding(5, 32, dtype=torch.float64).weight)
-    assert not module.class_embedding.training
-    assert all(torch.equal(before[name], value) for name, value in after.items())
-    assert class_count(module) == 5
-    save(tmp_path, module.float(), dataclasses.replace(spec, classes=tuple("abcde")))
+    adapter_of(spec).start_head(module, "abcde")
+    adapter_of(spec).save(module, tmp_path)
     loaded = UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
     assert torch.equal(predict(loaded, 4), predict(module, 4))

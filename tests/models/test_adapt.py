@@ -1,0 +1,129 @@
+"""Models in memory are adapted, models of one's own are built, and what is no model is refused in one line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from sophon.config import ModelConfig
+from sophon.errors import UserError
+from sophon.models import adapt, adapter_of, create
+from tests.models.own import GroupNormNet, Tokens
+from tests.models.test_adapter_contract import CLASSES, OWN, VIT
+from tests.tiny import assert_same_state, state_of
+
+INPUT: dict[str, Any] = {"image_size": 16, "channels": 1, "mean": [0.5], "std": [0.25]}
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"image_size": None}, "image_size: not known of this model; give it"),
+        ({"mean": None, "std": None}, "mean, std: not known of this model; give them"),
+        ({"std": [0.0]}, "std: .* give finite numbers above 0"),
+        ({"classes": ("a", "b")}, "classes: 2 names for 3 outputs of 'fc'"),
+        ({"size": 3}, "size: not known; allowed: channels, classes, factory, head, image_size, mean, model_args, sch"),
+        ({"library": "timm"}, "library: the model is not one of timm's; leave it out"),
+    ],
+)
+def test_what_is_not_known_of_a_model_is_asked_for(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        adapt(GroupNormNet(), **{**INPUT, **facts})
+
+
+# ---- any module of one's own -----------------------------------------------------------------------------------------
+
+
+def test_a_module_without_a_factory_is_initialised_anew_part_by_part() -> None:
+    model, of = adapt(GroupNormNet(), **INPUT, classes=CLASSES)
+    before = state_of(model)
+    torch.manual_seed(5)
+    first = adapter_of(of).fresh()
+    torch.manual_seed(5)
+    second = adapter_of(of).fresh()
+    assert first is not None
+    assert second is not None
+    assert_same_state(second, state_of(first))
+    assert not torch.equal(first.fc.weight, model.fc.weight)
+    assert first.features[0].norm.weight.eq(1).all()
+    assert_same_state(model, before)
+
+
+def test_a_module_that_cannot_be_initialised_anew_has_no_fresh_model_unless_a_factory_is_given() -> None:
+    module = Tokens()
+    unknown = adapt(module, **INPUT).spec
+    assert adapter_of(unknown).fresh() is None
+    given = adapt(module, **INPUT, factory=Tokens)
+    assert isinstance(adapter_of(given.spec).fresh(), Tokens)
+    assert given.spec.plain() == unknown.plain()
+
+
+def test_a_head_is_the_last_linear_layer_unless_it_is_named() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3))
+    assert adapt(module, **INPUT).spec.head == "3"
+    with pytest.raises(UserError, match=r"^head: '0' is not a linear layer of the model"):
+        adapt(module, **INPUT, head="0")
+    with pytest.raises(UserError, match=r"^head: the model has no linear layer"):
+        adapt(nn.Conv2d(1, 3, 1), **INPUT)
+
+
+def test_a_changed_model_of_torchvision_is_a_module_like_any_other() -> None:
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=3)
+    model.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(1024, 3))
+    of = adapt(model, image_size=32, mean=[0.5], std=[0.5]).spec
+    assert (of.library, of.head, of.channels, of.mean) == ("python", "fc.1", 3, (0.5, 0.5, 0.5))
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+PLAIN = {"library": "timm", "architecture": "resnet18", "image_size": 32}
+PYTHON = {"library": "python", "architecture": OWN, "head": "fc", "channels": 1, "image_size": 16}
+HUGGING = {
+    "library": "transformers",
+    "architecture": "ViTForImageClassification",
+    "model_args": VIT,
+    "image_size": 16,
+    "channels": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PLAIN | {"library": "keras"}, "model.library: 'keras' is not known; allowed: diffusers, python, timm, torchv"),
+        (PLAIN | {"head": "fc2"}, "model.head: 'fc2' is not a linear layer of 'resnet18'"),
+        (PLAIN | {"head": "conv1"}, "model.head: 'conv1' is not a linear layer of 'resnet18'"),
+        (PYTHON | {"head": None}, "model.head: needed with library python"),
+        (PYTHON | {"head": "features"}, "model.head: 'features' is not a linear layer of 'tests.models.own:GroupNorm"),
+        (PYTHON | {"pretrained": True}, "model.pretrained: true is not allowed with library python"),
+        (PYTHON | {"architecture": "nowhere:net"}, "model.architecture: 'nowhere:net' cannot be imported: No module"),
+        (PYTHON | {"architecture": "tests.models.own:Net"}, "model.architecture: .* has no function 'Net'"),
+        (PYTHON | {"architecture": "GroupNormNet"}, "model.architecture: 'GroupNormNet'"),
+        (PYTHON | {"architecture": "tests.models.own:no_module"}, "builds no torch.nn.Module"),
+        (PYTHON | {"model_args": {"depth": 2}}, "model.model_args: .* does not fit '.*GroupNormNet': .*depth"),
+        (PYTHON | {"model_args": {"classes": 7}}, "builds 7 outputs for the 3 classes of the original domain"),
+        (HUGGING | {"architecture": "ViTModel"}, "model.architecture: 'ViTModel' is not an image classifier"),
+        (HUGGING | {"architecture": "NoForImageClassification"}, "is not an image classifier of transformers"),
+        (HUGGING | {"model_args": {}}, "model.model_args: {} does not fit 'ViTForImageClassification'"),
+        (HUGGING | {"model_args": {"model_type": "vat"}}, "model.model_args: .*vat"),
+        (HUGGING | {"model_args": {**VIT, "hidden_size": "wide"}}, "model.model_args: .* does not fit"),
+        (HUGGING | {"model_args": {**VIT, "num_labels": 3}}, "model.model_args.num_labels: set by sophon"),
+        (HUGGING | {"pretrained": True}, "model.pretrained: not allowed with library transformers"),
+        (HUGGING | {"class_conditional": True}, "model.class_conditional: only models of library diffusers have one"),
+    ],
+)
+def test_what_is_not_a_model_is_refused_in_one_line(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^.*{message}") as caught:
+        create(ModelConfig(**config), CLASSES)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_library_that_is_not_installed_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"^model.library: transformers is not installed; pip install 'sophon\[transf"):
+        create(ModelConfig(**HUGGING), CLASSES)
