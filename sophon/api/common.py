@@ -19,7 +19,7 @@ from sophon.domains import LoadedDomain, load_original, load_restricted, with_cl
 from sophon.domains.names import few
 from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint
-from sophon.foreign import open_foreign
+from sophon.foreign import described, open_foreign
 from sophon.models import ModelSpec
 from sophon.paths import exists
 from sophon.tasks import Measured, Task, evaluating, make_task
@@ -48,8 +48,8 @@ def required(path: str, key: str) -> str:
 
 
 def reference_of(config: Config) -> Checkpoint:
-    """Read the unprotected checkpoint."""
-    return read_checkpoint(required(config.reference or str(default(config, "pretrain")), "reference"), "reference")
+    """Read the unprotected checkpoint, also one that sophon did not make."""
+    return checkpoint_of(config, "reference", "pretrain")
 
 
 def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
@@ -63,7 +63,7 @@ def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
     path = required(getattr(config, key) or str(default(config, verb)), key)
     if is_ours(path):
         return read_checkpoint(path, key)
-    model = config.model
+    model = described(path, config.model, key)
     original = load_original(
         config.domain.original,
         image_size=model.image_size,

@@ -99,7 +99,7 @@ def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
         folder = folder / "checkpoint"
     library = _library_of(folder, key)
     try:
-        return replace(_adapter(library).describe(folder, config), weights=str(folder))
+        return replace(_adapter(library).describe(folder, config), library=library, weights=str(folder))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 

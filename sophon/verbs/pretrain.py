@@ -17,7 +17,7 @@ from sophon.domains import LoadedDomain, load_original
 from sophon.errors import UserError
 from sophon.export import write_checkpoint
 from sophon.finetune import fine_tune, rehearse
-from sophon.models import ModelSpec, create
+from sophon.models import ModelSpec, create, describe
 from sophon.paths import exists
 from sophon.run_folder import run_folder
 from sophon.seeds import derive_seed, seed_all
@@ -27,6 +27,7 @@ from sophon.tasks import Task
 def pretrain(config: Config) -> None:
     """Train the unprotected reference on the original domain; write ``run_dir/checkpoint``."""
     device = resolve_device(config.device)
+    config = replace(config, model=describe(config.model))
     original = load_original(
         config.domain.original,
         image_size=config.model.image_size,
