@@ -80,8 +80,9 @@ def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], ke
     require_finite(model, key)
     module = copy.deepcopy(model).cpu().eval()
     with tempfile.TemporaryDirectory() as folder:
-        models.save(Path(folder), module, spec)
-        sha256 = sha256_file(Path(folder) / models.weights_file(spec))
+        adapter = models.adapter_of(spec)
+        adapter.save(module, Path(folder))
+        sha256 = sha256_file(Path(folder) / adapter.weights)
     return Checkpoint(module, spec, dict(manifest), Path(key), sha256)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sophon.domains import Batch
-from sophon.models import ModelSpec
+from sophon.models import adapt
 from sophon.surgery.means import Means
 from sophon.surgery.renormalise import Per, norms, renormalise, scale_free
 from sophon.tasks import ClassificationTask
-from tests.surgery.surgical import SPARE, changed, means_for, outputs
+from tests.surgery.surgical import changed, means_for, outputs
 from tests.tiny import CLASSES, state_of, tiny_model
 
 
@@ -60,9 +60,8 @@ class Net(nn.Module):
         return self.fc(torch.tanh(self.hidden_norm(self.hidden(x.mean((2, 3))))))
 
 
-def other_means(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]) -> tuple[nn.Module, Means]:
+def other_means(make: Callable[[], nn.Module]) -> tuple[nn.Module, Means]:
     """Return a model in float64 that no library has, its statistics settled, and means that can build it afresh."""
-    monkeypatch.setitem(SPARE, "other", lambda spec: make())
     torch.manual_seed(0)
     model = make().double().train()
     with torch.no_grad():
@@ -70,12 +69,12 @@ def other_means(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]) 
             model(torch.randn(8, 1, 6, 6, dtype=torch.float64))
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    spec = ModelSpec("torchvision", "other", CLASSES, 1, 6, (0.5,), (0.25,))
+    spec = adapt(model, classes=CLASSES, channels=1, image_size=6, mean=[0.5], std=[0.25], factory=make).spec
     return model, means_for(spec, ClassificationTask(spec, dtype=torch.float64))
 
 
-def test_renormalise_touches_only_what_normalisation_alone_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, means = other_means(monkeypatch, Net)
+def test_renormalise_touches_only_what_normalisation_alone_reads() -> None:
+    model, means = other_means(Net)
     model.fc.requires_grad_(False)
     before, expected, modes = state_of(model), outputs(model), [part.training for part in model.modules()]
     renormalise(model, means)
@@ -109,10 +108,8 @@ def normalised_by(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     ],
     ids=["group", "not affine", "no statistics", "layer"],
 )
-def test_renormalise_where_epsilon_cannot_be_made_up_for(
-    norm: Callable[[], nn.Module], factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, means = other_means(monkeypatch, normalised_by(norm))
+def test_renormalise_where_epsilon_cannot_be_made_up_for(norm: Callable[[], nn.Module], factor: float) -> None:
+    model, means = other_means(normalised_by(norm))
     with torch.no_grad():
         model[0].weight.mul_(factor)
         model[0].bias.mul_(factor)
@@ -141,9 +138,9 @@ def test_renormalise_where_epsilon_cannot_be_made_up_for(
     ids=["batch", "no statistics", "instance", "group of one", "group of two", "layer"],
 )
 def test_per_channel_falls_back_to_the_layer_where_channels_are_normalised_together(
-    norm: Callable[[], nn.Module], alone: bool, monkeypatch: pytest.MonkeyPatch
+    norm: Callable[[], nn.Module], alone: bool
 ) -> None:
-    model, means = other_means(monkeypatch, normalised_by(norm))
+    model, means = other_means(normalised_by(norm))
     twin, expected = copy.deepcopy(model), outputs(model)
     torch.manual_seed(2)
     fresh = means.fresh(model)
@@ -158,7 +155,7 @@ def test_per_channel_falls_back_to_the_layer_where_channels_are_normalised_toget
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("per", ["layer", "channel"])
-def test_transposed_convolutions(groups: int, per: Per, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transposed_convolutions(groups: int, per: Per) -> None:
     """Their output channels lie on the second axis; in groups on two, so that the whole layer is scaled."""
 
     def make() -> nn.Module:
@@ -172,7 +169,7 @@ def test_transposed_convolutions(groups: int, per: Per, monkeypatch: pytest.Monk
             nn.Linear(4, 3),
         )
 
-    model, means = other_means(monkeypatch, make)
+    model, means = other_means(make)
     expected = outputs(model)
     torch.manual_seed(2)
     fresh = means.fresh(model)
@@ -198,8 +195,8 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("per", ["layer", "channel"])
-def test_a_linear_layer_whose_outputs_are_not_the_channels(per: Per, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, means = other_means(monkeypatch, Tokens)
+def test_a_linear_layer_whose_outputs_are_not_the_channels(per: Per) -> None:
+    model, means = other_means(Tokens)
     expected = outputs(model)
     torch.manual_seed(2)
     fresh = means.fresh(model)
