@@ -51,11 +51,23 @@ def operations_from(key: str, entries: Any) -> tuple[Operation, ...]:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("operation"), str):
             raise UserError(f"{key}[{index}]: {entry} names no operation; write {{operation: NAME, ...}}")
         rest = {str(name): value for name, value in entry.items() if name != "operation"}
-        for name, value in rest.items():
-            if not isinstance(value, str | int | float | None):
-                raise UserError(f"{key}[{index}].{name}: {value} is not allowed; give a number, a word, true or false")
-        operations.append(Operation(entry["operation"], tuple(sorted(rest.items()))))
+        operations.append(Operation(entry["operation"], _arguments(f"{key}[{index}]", rest)))
     return tuple(operations)
+
+
+def _arguments(key: str, values: Any, *, lists: bool = False) -> tuple[tuple[str, Any], ...]:
+    """Make sorted pairs of a mapping of arguments, and tuples of its lists: the form that can be hashed."""
+    if isinstance(values, tuple):
+        return values
+    if not isinstance(values, Mapping):
+        raise UserError(f"{key}: {values} is not allowed; give a mapping such as {{momentum: 0.9}}")
+    pairs = []
+    for name, value in values.items():
+        parts = value if lists and isinstance(value, list | tuple) else [value]
+        if not all(isinstance(part, str | int | float | None) for part in parts):
+            raise UserError(f"{key}.{name}: {value} is not allowed; give a number, a word, true or false")
+        pairs.append((str(name), tuple(parts) if parts is value else value))
+    return tuple(sorted(pairs))
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,8 @@ class FineTuneStrategy:
     """How somebody fine-tunes: everything that an attacker may choose. Immutable and hashable.
 
     Attributes:
-        optimizer: a key of `OPTIMIZERS`.
+        optimizer: a key of `OPTIMIZERS`, or the dotted path of a factory of (parameters, lr=, weight_decay=, ...) that
+            returns a torch optimizer. One that has an argument ``model`` is given the model.
         lr: peak learning rate, > 0.
         weight_decay: >= 0; decoupled for AdamW, as an L2 term for the others.
         schedule: a key of `SCHEDULES`, applied to ``lr`` over ``steps``.
@@ -90,6 +103,8 @@ class FineTuneStrategy:
         lora_rank: rank of the adapters, >= 1; as ``lora_layers``, ignored unless the scope is ``lora``.
         lora_layers: which layers get one: a key of `LORA_LAYERS`.
         surgery: what is done to the weights before the head is started, in this order.
+        optimizer_args: the optimizer's other arguments: pairs of name and value, sorted by name.
+        loop: a key of `LOOPS`, or the dotted path of a function like `sophon.finetune.fine_tune`.
     """
 
     optimizer: str = "momentum"
@@ -111,15 +126,21 @@ class FineTuneStrategy:
     lora_rank: int = 8
     lora_layers: str = "all"
     surgery: tuple[Operation, ...] = ()
+    optimizer_args: tuple[tuple[str, Any], ...] = ()
+    loop: str = "fine_tune"
 
     def plain(self) -> dict[str, Any]:
         """Return the strategy as plain JSON data: the form that result files and configurations have."""
-        return {**dataclasses.asdict(self), "surgery": [operation.plain() for operation in self.surgery]}
+        arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in self.optimizer_args}
+        surgery = [operation.plain() for operation in self.surgery]
+        return {**dataclasses.asdict(self), "optimizer_args": arguments, "surgery": surgery}
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "strategy") -> FineTuneStrategy:
         """Make a strategy of plain data, as `plain` returns it; ``where`` is for messages."""
-        return cls(**{**values, "surgery": operations_from(f"{where}.surgery", values.get("surgery", ()))})
+        surgery = operations_from(f"{where}.surgery", values.get("surgery", ()))
+        arguments = _arguments(f"{where}.optimizer_args", values.get("optimizer_args", ()), lists=True)
+        return cls(**{**values, "surgery": surgery, "optimizer_args": arguments})
 
     def validate(self, where: str) -> None:
         """Raise a `UserError` that names ``where`` and the field if a value is outside its range."""
@@ -142,18 +163,23 @@ HEADS = ("kept", "fresh", "probed")
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
 
 
-# Every optimizer an attacker may use: its class in torch.optim, with the settings that its name implies. Both engines
-# of the simulation and the audit build it from here; all defaults not named are torch's own.
+# Optimizers by name: the dotted path of the factory, and the arguments that the name implies; those not named are the
+# factory's own. Both engines of the simulation take the steps of `SIMULATED`; the others are for audits.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sgd": ("SGD", {}),
-    "momentum": ("SGD", {"momentum": 0.9}),
-    "nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
-    "adam": ("Adam", {}),
-    "adamw": ("AdamW", {}),
-    "adagrad": ("Adagrad", {}),
-    "adadelta": ("Adadelta", {}),
-    "rmsprop": ("RMSprop", {}),
+    "sgd": ("torch.optim.SGD", {}),
+    "momentum": ("torch.optim.SGD", {"momentum": 0.9}),
+    "nesterov": ("torch.optim.SGD", {"momentum": 0.9, "nesterov": True}),
+    "adam": ("torch.optim.Adam", {}),
+    "adamw": ("torch.optim.AdamW", {}),
+    "adagrad": ("torch.optim.Adagrad", {}),
+    "adadelta": ("torch.optim.Adadelta", {}),
+    "rmsprop": ("torch.optim.RMSprop", {}),
+    "kfac": ("sophon.kfac.KFAC", {}),
+    "muon": ("sophon.muon.Muon", {}),
 }
+SIMULATED = tuple(name for name in OPTIMIZERS if name not in ("kfac", "muon"))
+# Training loops by name.
+LOOPS = {"fine_tune": "sophon.finetune.fine_tune"}
 
 
 def _warmup(step: int, steps: int) -> float:
@@ -167,6 +193,7 @@ def _cosine(step: int, steps: int) -> float:
 # Factor on the learning rate at step 0 .. steps - 1.
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "constant": lambda step, steps: 1.0,
+    "linear": lambda step, steps: 1.0 - step / steps,
     "cosine": _cosine,
     "warmup": _warmup,
     "warmup_cosine": lambda step, steps: _warmup(step, steps) * _cosine(step, steps),
@@ -179,9 +206,12 @@ def learning_rate(strategy: FineTuneStrategy, step: int) -> float:
 
 
 def check_field(key: str, name: str, value: Any) -> None:
-    """Raise a `UserError` that names ``key`` unless ``value`` is one that the strategy's field ``name`` can have."""
+    """Raise a `UserError` that names ``key`` unless ``value`` is one that the strategy's field ``name`` can have.
+
+    What a dotted path names is looked at by `sophon.finetune.check`.
+    """
+    named: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "loop": LOOPS}
     choices: dict[str, Iterable[str]] = {
-        "optimizer": OPTIMIZERS,
         "schedule": SCHEDULES,
         "scope": SCOPES,
         "head": HEADS,
@@ -191,6 +221,13 @@ def check_field(key: str, name: str, value: Any) -> None:
     }
     if name == "surgery":
         operations_from(key, value)
+        return
+    if name == "optimizer_args":
+        _arguments(key, value, lists=True)
+        return
+    if name in named:
+        if not isinstance(value, str) or "." not in value:
+            choose(key, value, (*named[name], "a dotted path"))
         return
     if name in choices:
         choose(key, value, choices[name])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,14 +17,18 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sophon.attacker import FineTuneStrategy, learning_rate
-from sophon.domains import Batch, ImageSet, batches
+from sophon.arguments import check_arguments, function_at
+from sophon.attacker import LOOPS, OPTIMIZERS, SCHEDULES, FineTuneStrategy
+from sophon.domains import Batch, ImageSet, MemoryImages, batches
 from sophon.errors import UserError, one_line
-from sophon.optimizers import build_optimizer
+from sophon.optimizers import build_optimizer, check_optimizer
 from sophon.tasks import Task
 
 _LARGEST_TRIED = 512  # pixels a side at which it is tried whether a model wants larger images
 Loss = Callable[[nn.Module, Batch], Tensor]
+OnStep = Callable[[int, float], None]
+Loop = Callable[[nn.Module, FineTuneStrategy, Task, ImageSet, torch.Generator, OnStep], nn.Module]
+_LOOP = ("model", "strategy", "task", "images", "generator", "on_step")
 
 
 def fine_tune(
@@ -32,10 +37,11 @@ def fine_tune(
     task: Task,
     images: ImageSet,
     generator: torch.Generator,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: OnStep = lambda step, loss: None,
+    *,
     loss: Loss | None = None,
-) -> bool:
-    """Fine-tune ``model`` in place on ``images`` for ``strategy.steps`` steps.
+) -> nn.Module:
+    """Fine-tune ``model`` in place on ``images`` for ``strategy.steps`` steps: the plainest `Loop`.
 
     Args:
         model: on the images' device.
@@ -43,58 +49,60 @@ def fine_tune(
         task: says what the scope trains, and gives the loss unless another is given.
         images: the training images.
         generator: on the CPU; draws the batches and the augmentation.
-        after_step: called with the number of steps done and the loss, after each step.
+        on_step: called with the number of steps done and the loss, after each step; it may raise.
         loss: to minimise in place of the task's.
 
     Returns:
-        True; False when the loss stopped being finite, at which point fine-tuning ends.
+        ``model``.
+
+    Raises:
+        FloatingPointError: the loss is not finite; ``model`` is as the step before left it.
     """
     objective = loss or task.attacker_loss
-    descent = Descent(model, strategy, task)
+    parameters = list(thaw(model, strategy, task).values())
+    averaged = AveragedModel(model, avg_fn=partial(_averaged, strategy.ema)) if strategy.ema else None
+    optimizer = build_optimizer(strategy, parameters, model=model)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.zero_grad()
     stream = batches(images, strategy.batch_size, generator, strategy.augmentation)
-    for step in range(strategy.steps):
-        value = objective(model, next(stream))
-        if not math.isfinite(value.item()):
-            return False
-        value.backward()  # type: ignore[no-untyped-call]
-        descent.step()
-        after_step(step + 1, value.item())
-    return True
+    try:
+        for step in range(strategy.steps):
+            value = objective(model, next(stream))
+            if not math.isfinite(value.item()):
+                raise FloatingPointError(f"the loss is {value.item()} at step {step + 1}")
+            value.backward()  # type: ignore[no-untyped-call]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * SCHEDULES[strategy.schedule](step, strategy.steps)
+            if strategy.max_norm is not None:
+                clip_grad_norm_(parameters, strategy.max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if averaged is not None:
+                averaged.update_parameters(model)
+                if step + 1 == strategy.steps:
+                    for mean, parameter in zip(averaged.module.parameters(), model.parameters(), strict=True):
+                        parameter.data.copy_(mean)
+            on_step(step + 1, value.item())
+    finally:
+        for hook in getattr(optimizer, "hooks", ()):
+            hook.remove()
+    return model
 
 
-class Descent:
-    """The steps of a strategy's optimizer, for whoever gives the parameters their gradients.
+def loop_of(strategy: FineTuneStrategy) -> Loop:
+    """Return the training loop that a strategy names.
 
-    Args:
-        model: what the strategy's scope trains takes gradients from here on, and nothing else; none has one yet.
-        strategy: optimizer, learning rates, clipping and averaging.
-        task: says what the scope trains.
+    A loop trains ``model`` in place, takes its batches and all else that it draws from ``generator``, calls ``on_step``
+    after each step, and returns the model that it ends with, which may be another.
     """
+    return function_at(LOOPS.get(strategy.loop, strategy.loop), "loop")
 
-    def __init__(self, model: nn.Module, strategy: FineTuneStrategy, task: Task) -> None:
-        self._model = model
-        self._strategy = strategy
-        self._parameters = list(thaw(model, strategy, task).values())
-        self._averaged = AveragedModel(model, avg_fn=partial(_averaged, strategy.ema)) if strategy.ema else None
-        self._optimizer = build_optimizer(strategy, self._parameters)
-        self._optimizer.zero_grad()
-        self._done = 0
 
-    def step(self) -> None:
-        """Take the next step along the gradients, and clear them."""
-        strategy = self._strategy
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(strategy, self._done)
-        if strategy.max_norm is not None:
-            clip_grad_norm_(self._parameters, strategy.max_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._done += 1
-        if self._averaged is not None:
-            self._averaged.update_parameters(self._model)
-            if self._done == strategy.steps:
-                for mean, parameter in zip(self._averaged.module.parameters(), self._model.parameters(), strict=True):
-                    parameter.data.copy_(mean)
+def check(strategy: FineTuneStrategy, where: str) -> None:
+    """Raise a `UserError` that names a key below ``where`` unless its optimizer and its loop can be called."""
+    check_optimizer(strategy, where)
+    key = f"{where}.loop"
+    check_arguments(key, strategy.loop, function_at(LOOPS.get(strategy.loop, strategy.loop), key), _LOOP, {})
 
 
 def _averaged(decay: float, mean: Tensor, now: Tensor, updates: Tensor | int) -> Tensor:
@@ -127,36 +135,38 @@ def flops_per_step(
 def rehearse(
     model: nn.Module, strategy: FineTuneStrategy, task: Task, images: ImageSet, key: str, loss: Loss | None = None
 ) -> None:
-    """Take one training pass on at most two images, so that what cannot work is found before the work starts.
+    """Take one training step on at most two images, so that what cannot work is found before the work starts.
 
     Args:
-        model: a copy, ready for the strategy's first step; it ends with other modes and statistics.
-        strategy: its scope, ``batch_norm`` and ``batch_size`` count.
+        model: a copy, ready for the strategy's first step; it ends with other weights, modes and statistics.
+        strategy: all but its steps and its augmentation counts.
         task: says what the scope trains, and gives the loss unless another is given.
         images: the training images.
         key: the configuration key of the batch size, for messages.
-        loss: to minimise in place of the task's.
+        loss: to minimise in place of the task's, by the plain loop.
 
     Raises:
-        UserError: the pass fails; the message says whether more images at a time, or larger ones, would do.
+        UserError: the step fails; the message says whether more images at a time, or larger ones, would do.
     """
-    thaw(model, strategy, task)
-    objective = loss or task.attacker_loss
+    loop = partial(fine_tune, loss=loss) if loss else loop_of(strategy)
     few = images.batch(torch.arange(2) % len(images))
+    device, size = few.images.device, few.images.shape[-1]
 
     def failure(count: int, zoom: int = 1) -> str | None:
-        pixels = few.images[:count].repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        pixels = few.images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        step = replace(strategy, steps=1, batch_size=count, augmentation="none")
+        larger = MemoryImages(pixels, few.labels, images.classes)
         try:
-            objective(model, Batch(pixels, few.labels[:count]))
+            loop(model, step, task, larger, torch.Generator().manual_seed(0), lambda step, loss: None)
         except UserError:
             raise
-        except Exception as error:  # models raise whatever their first misfit leads to
+        except FloatingPointError:  # an attacker who diverges is one that can be tried
+            return None
+        except Exception as error:  # models, loops and optimizers raise whatever their first misfit leads to
             return one_line(error)
         return None
 
-    size = few.images.shape[-1]
-    device = few.images.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         reason = failure(min(2, strategy.batch_size))
         if reason is None:
             return
@@ -167,9 +177,10 @@ def rehearse(
                 raise UserError(
                     f"model.image_size: {size} is too small for this model in training ({reason}); {zoom * size} works"
                 )
-    raise UserError(
-        f"model.architecture: a training pass on images of {size} x {size} fails ({reason}); choose another"
-    )
+    key = "model.architecture"
+    if strategy.loop not in LOOPS or strategy.optimizer not in OPTIMIZERS:
+        key = "loop" if strategy.loop not in LOOPS else "optimizer"
+    raise UserError(f"{key}: a training step on images of {size} x {size} fails ({reason}); choose another")
 
 
 def thaw(model: nn.Module, strategy: FineTuneStrategy, task: Task) -> dict[str, nn.Parameter]:

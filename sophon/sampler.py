@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sophon.attacker import OPTIMIZERS, FineTuneStrategy, check_field, operations_from
+from sophon.attacker import SIMULATED, FineTuneStrategy, check_field, operations_from
 from sophon.errors import UserError, choose
 
 if TYPE_CHECKING:  # help and refusals do not wait for torch
@@ -58,13 +58,15 @@ class StrategySampler:
     Args:
         config: the distribution.
         where: the configuration key of its optimizers, for messages.
+        simulated: whether protection is to simulate what is drawn.
 
     Raises:
         UserError: a range or a list is empty, reversed or names something unknown.
     """
 
-    def __init__(self, config: SamplerConfig, where: str = "sampler.optimizers") -> None:
+    def __init__(self, config: SamplerConfig, where: str = "sampler.optimizers", *, simulated: bool = True) -> None:
         self.where = where
+        self.simulated = simulated
         self.ranges = {name: limits for name, limits in config.optimizers.items() if limits is not None}
         self.config = config
         self._validate()
@@ -76,7 +78,10 @@ class StrategySampler:
         if not self.ranges:
             raise UserError(f"{self.where}: empty; give at least one optimizer with its range of learning rates")
         for name, limits in self.ranges.items():
-            choose(self.where, name, OPTIMIZERS)
+            if self.simulated:
+                choose(self.where, name, SIMULATED)
+            else:
+                check_field(self.where, "optimizer", name)
             if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
                 raise UserError(f"{self.where}.{name}: {limits} is not a range; give [low, high], 0 < low <= high")
         for key in (*_LISTS.values(), "surgeries"):

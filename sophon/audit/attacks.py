@@ -15,7 +15,7 @@ from torch import nn
 from sophon.attacker import FineTuneStrategy
 from sophon.audit.adapters import add_adapters
 from sophon.domains import LoadedDomain, few_shot
-from sophon.finetune import fine_tune, flops_per_step
+from sophon.finetune import flops_per_step, loop_of
 from sophon.models import ModelSpec
 from sophon.seeds import derive_seed, seed_all
 from sophon.surgery import operate, restate
@@ -105,16 +105,32 @@ class Attacker:
         self._points = {round(strategy.steps * i / (eval_points - 1)) for i in range(1, eval_points)}
         self._curve: list[tuple[int, float]] = []
 
-    def measure(self, step: int) -> None:
-        """Add to the curve how the model does now, after ``step`` steps."""
-        model = self._measured()
-        self._curve.append((step, self.task.evaluate(model, self._restricted["select"])))
-        self._at_point(model, *self._curve[-1])
+    def fine_tune(self) -> bool:
+        """Run the strategy's loop, and measure where the curve has a point; return whether the loss stayed finite."""
+        self._measure(0)
+        try:
+            found = loop_of(self.strategy)(
+                self.model, self.strategy, self.task, self.images, self.generator, self._on_step
+            )
+        except FloatingPointError:
+            return False
+        another, self.model = found is not self.model, found
+        if another or self._curve[-1][0] < self.strategy.steps:
+            self._measure(self.strategy.steps)
+        return True
 
-    def after_step(self, step: int, loss: float) -> None:
-        """Measure where the curve has a point; to be called after each step, as `fine_tune` does."""
+    def _measure(self, step: int) -> None:
+        """Put into the curve how the model does now, after ``step`` steps."""
+        model = self._measured()
+        value = self.task.evaluate(model, self._restricted["select"])
+        self._curve = [point for point in self._curve if point[0] < step] + [(step, value)]
+        self._at_point(model, step, value)
+
+    def _on_step(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}")
         if step in self._points:
-            self.measure(step)
+            self._measure(step)
 
     def outcome(self, finished: bool) -> Outcome:
         """Return what came of it, with ``test`` if that is to be read; ``finished``: the loss stayed finite."""
@@ -143,9 +159,7 @@ def attack(
     The arguments are those of `Attacker`.
     """
     attacker = Attacker(model, strategy, task, restricted, **options)
-    attacker.measure(0)
-    finished = fine_tune(attacker.model, strategy, task, attacker.images, attacker.generator, attacker.after_step)
-    return attacker.outcome(finished)
+    return attacker.outcome(attacker.fine_tune())
 
 
 def _prepare(model: nn.Module, strategy: FineTuneStrategy, means: Means, seed: int) -> nn.Module:

@@ -176,10 +176,12 @@ def _trained(
             model.load_state_dict(_cached(path, facts))
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, "features", "batches"))
-            if not fine_tune(model, strategy, task, images, generator):
+            try:
+                fine_tune(model, strategy, task, images, generator)
+            except FloatingPointError as error:
                 raise UserError(
                     "attack.frechet_samples: the feature network's training diverged on these domains; set it to 0"
-                )
+                ) from error
             write_tensors(path, model.state_dict(), facts)
     return _Features(model, task)
 

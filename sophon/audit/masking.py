@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -149,7 +150,8 @@ def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict
     found = {0: (_quantities(attacker.model, start), _norms(attacker.model, start.layers))}
     if strategy.steps:
         seed_all(derive_seed(start.seed, "steps"))
-        fine_tune(attacker.model, strategy, start.task, attacker.images, attacker.generator)
+        with suppress(FloatingPointError):
+            fine_tune(attacker.model, strategy, start.task, attacker.images, attacker.generator)
         found[strategy.steps] = _quantities(attacker.model, start), _norms(attacker.model, start.layers)
     return found
 

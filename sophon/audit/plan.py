@@ -22,7 +22,7 @@ from sophon.audit.words import ORACLE, ROLES
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain, few_shot
 from sophon.errors import UserError, choose
-from sophon.finetune import rehearse
+from sophon.finetune import check, rehearse
 from sophon.models import ModelSpec, adapter_of
 from sophon.surgery import NEED_FRESH
 from sophon.tasks import Task
@@ -131,6 +131,7 @@ def strategies(config: AttackConfig) -> dict[str, FineTuneStrategy]:
     for name, strategy in named.items():
         strategy.validate(f"attack.strategies.{name}")
         surgery.check(strategy.surgery, f"attack.strategies.{name}.surgery")
+        check(strategy, f"attack.strategies.{name}")
     return named
 
 
@@ -273,6 +274,7 @@ class Plan:
             for value in values:
                 strategy = strategy_from(f"attack.search.{name}.choices", {**beside, key: value})
                 surgery.check(strategy.surgery, f"attack.search.{name}.choices.surgery")
+                check(strategy, f"attack.search.{name}.choices")
                 reason = unfit(self._headed(strategy, key), self.scene, self.scene.restricted)
                 if reason is None:
                     kept.append(value)

@@ -36,7 +36,8 @@ from sophon.seeds import derive_seed
 Report = Callable[[int, float], None]
 Evaluate = Callable[[FineTuneStrategy, Report], float | None]
 
-_FIELDS = [part.name for part in dataclasses.fields(FineTuneStrategy) if part.name not in ("optimizer", "lr", "steps")]
+_GIVEN = ("optimizer", "optimizer_args", "lr", "steps")  # by the search itself, or by the optimizer's name
+_FIELDS = [part.name for part in dataclasses.fields(FineTuneStrategy) if part.name not in _GIVEN]
 # These matter only beside certain values of another field; elsewhere they would be noise to the sampler.
 _CONDITIONS = {
     **{field: ("scope", scopes) for field, scopes in OF_SCOPE.items()},

@@ -42,15 +42,14 @@ else:
     # OmegaConf makes a frozen dataclass read-only, so that no configuration file could fill it in. This is the same
     # dataclass unfrozen; `sophon.validation` hands on FineTuneStrategy itself.
     _types = get_type_hints(FineTuneStrategy)
-    # Its operations are lists of mappings there.
+    # Its operations are lists of mappings there, and the optimizer's arguments a mapping.
+    _plain = {
+        "surgery": ("surgery", list[Any], field(default_factory=list)),
+        "optimizer_args": ("optimizer_args", dict[str, Any], field(default_factory=dict)),
+    }
     StrategyConfig = make_dataclass(
         "StrategyConfig",
-        [
-            ("surgery", list[Any], field(default_factory=list))
-            if part.name == "surgery"
-            else (part.name, _types[part.name], part.default)
-            for part in fields(FineTuneStrategy)
-        ],
+        [_plain.get(part.name, (part.name, _types[part.name], part.default)) for part in fields(FineTuneStrategy)],
     )
     StrategyConfig.__doc__ = FineTuneStrategy.__doc__
 

@@ -42,7 +42,7 @@ class SearchConfig:
 
     def validate(self, key: str) -> None:
         """Raise a `UserError` that names ``key`` if the optimizers' ranges are none."""
-        StrategySampler(SamplerConfig(self.optimizers), where=f"{key}.optimizers")
+        StrategySampler(SamplerConfig(self.optimizers), f"{key}.optimizers", simulated=False)
 
 
 @dataclass

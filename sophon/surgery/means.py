@@ -79,7 +79,11 @@ class Means:
         """
         images = self.images if images is None else images
         self.flops += strategy.steps * flops_per_step(model, strategy, self.task, images, loss)
-        return fine_tune(model, strategy, self.task, images, self.generator, loss=loss)
+        try:
+            fine_tune(model, strategy, self.task, images, self.generator, loss=loss)
+        except FloatingPointError:
+            return False
+        return True
 
     def domain(self, name: str, where: str) -> LoadedDomain:
         """Return the ``original`` or the ``benign`` domain.

@@ -16,7 +16,7 @@ from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_original
 from sophon.errors import UserError
 from sophon.export import write_checkpoint
-from sophon.finetune import fine_tune, rehearse
+from sophon.finetune import check, loop_of, rehearse
 from sophon.models import ModelSpec, create, describe
 from sophon.paths import exists
 from sophon.run_folder import run_folder
@@ -48,6 +48,7 @@ def pretrain(config: Config) -> None:
     model, spec = create(config.model, original.classes)
     model.to(device)
     task = task_of(config, spec, device)
+    check(config.pretrain, "pretrain")
     rehearse(copy.deepcopy(model), config.pretrain, task, original["train"], "pretrain.batch_size")
     with run_folder(run_dir(config), "pretrain", identity) as folder:
         if exists(folder / "checkpoint"):
@@ -66,10 +67,12 @@ def _pretrain(
             tracker.log({"loss": loss}, step)
             advance(f"loss {loss:.3f}")
 
-        if not fine_tune(model, config.pretrain, task, original["train"], generator, after_step):
+        try:
+            loop_of(config.pretrain)(model, config.pretrain, task, original["train"], generator, after_step)
+        except FloatingPointError as error:
             raise UserError(
                 f"pretrain.lr: the loss stopped being finite at lr={config.pretrain.lr}; lower it, in a new run_dir"
-            )
+            ) from error
     origin = {key: getattr(config.model, key) for key in ("weights", "pretrained", "strip_prefix")}
     manifest = manifest_of(replace(config, model=replace(spec.config(), **origin)), "pretrain", None, original)
     key = "pretrain.lr" if config.pretrain.steps else "model.weights"
