@@ -13,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.attacker import OPTIMIZERS, FineTuneStrategy
-from sophon.audit import attacks
+from sophon.attacker import FineTuneStrategy
 from sophon.audit.attacks import Outcome, attack, linear_probe
 from sophon.domains import Batch, ImageSet, LoadedDomain
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
-from sophon.surgery import means
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task
 
@@ -203,11 +201,6 @@ def test_it_can_be_given_up_at_any_point(stop: int) -> None:
     assert not any(images is RESTRICTED["test"] for images in task.measured)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_attacks(optimizer: str) -> None:
-    assert run(replace(PLAN, optimizer=optimizer, steps=2)).finished
-
-
 def test_head_starts() -> None:
     released = tiny_model().fc.weight.detach()
 
@@ -226,25 +219,15 @@ def test_head_starts() -> None:
     assert not torch.equal(first_heads("fresh", seed=1)[0], fresh[0])
 
 
-def test_probing_moves_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probing_moves_the_head_alone() -> None:
     """As its docstring says: alone, with Adam, at probe_lr, on the attacker's own batches."""
     plan = replace(PLAN, head="probed", probe_steps=5, probe_lr=0.03, augmentation="crop", weight_decay=0.1)
     assert linear_probe(plan) == FineTuneStrategy("adam", 0.03, 0.0, "constant", 8, 5, "head", augmentation="crop")
-    model, states, genuine = tiny_model(), [state_of(tiny_model())], attacks.fine_tune
-
-    def watched(*arguments: Any, **options: Any) -> bool:
-        finished = genuine(*arguments, **options)
-        states.append(state_of(model))
-        return finished
-
-    for room in (attacks, means):
-        monkeypatch.setattr(room, "fine_tune", watched)
-    run(plan, model=model)
-    assert len(states) == 3
-    changed = {name for name, value in states[1].items() if not torch.equal(value, states[0][name])}
-    assert changed == {"fc.weight", "fc.bias"}
-    changed = {name for name, value in states[2].items() if not torch.equal(value, states[1][name])}
-    assert changed == set(states[0])
+    before, probed, tuned = (
+        state_of(model) for model in (tiny_model(), run(replace(plan, steps=0)).model, run(plan).model)
+    )
+    assert {name for name in before if not torch.equal(before[name], probed[name])} == {"fc.weight", "fc.bias"}
+    assert all(not torch.equal(probed[name], tuned[name]) for name in before)
 
 
 def test_flops_count_the_steps_and_the_probe() -> None:
@@ -287,22 +270,6 @@ def test_kept_head_needs_the_same_classes() -> None:
     narrow = LoadedDomain("two", ("a", "b"), RESTRICTED.splits, {})
     with pytest.raises(UserError, match="head: 'kept'"):
         attack(tiny_model(), PLAN, tiny_task(), narrow, spec=tiny_spec(), seed=0, eval_points=2)
-
-
-@pytest.mark.parametrize("head", ["kept", "fresh", "probed"])
-def test_same_seed_same_outcome(head: str) -> None:
-    plan = replace(PLAN, head=head, augmentation="standard", data_budget=24, probe_steps=2)
-    torch.manual_seed(1)
-    first = run(plan)
-    torch.manual_seed(2)
-    assert facts(run(plan)) == facts(first)
-    weights = []
-    for seed in (0, 0, 1):
-        model = tiny_model()
-        run(plan, seed=seed, model=model)
-        weights.append(state_of(model))
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert not torch.equal(weights[0]["conv1.weight"], weights[2]["conv1.weight"])
 
 
 @pytest.mark.parametrize("head", ["fresh", "probed"])

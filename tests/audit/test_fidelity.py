@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_a_damaged_network_is_refused(domains, trained, tmp_path, keep):
 
 
 def test_training_that_diverges_leaves_nothing(domains, tmp_path, monkeypatch):
-    monkeypatch.setattr(fidelity, "fine_tune", lambda *_: False)
+    monkeypatch.setattr(fidelity, "fine_tune", Mock(side_effect=FloatingPointError))
     with pytest.raises(UserError, match=r"attack\.frechet_samples: .*diverged"):
         network(domains, tmp_path)
     assert list(tmp_path.iterdir()) == []
