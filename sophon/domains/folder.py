@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ from sophon.config import DomainConfig
 from sophon.domains.decoding import SUFFIXES, open_image
 from sophon.domains.labels import Side, labelled
 from sophon.domains.metadata import METADATA_FILES, read_metadata
-from sophon.domains.names import escaped, is_writable
+from sophon.domains.names import escaped, few, is_writable
 from sophon.domains.part import Part, data_root
 from sophon.errors import UserError
-from sophon.paths import exists, explained, is_folder
+from sophon.paths import entries, exists, explained, is_folder
 
 # What archives, file servers and desktops leave in folders; names with a dot in front are hidden anyway.
 _JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
@@ -40,7 +41,11 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     tests = [root / name for name in _TEST_FOLDERS if is_folder(root / name, key)]
     if not is_folder(root / "train", key) or not tests:
         missing = "test (nor val, nor valid)" if is_folder(root / "train", key) else "train"
-        raise UserError(f"{key}: there is no folder {missing} in {root}; give root/train/CLASS and root/test/CLASS")
+        folders = [path.name for path in entries(root, key) if is_folder(path, key)] if is_folder(root, key) else []
+        only = f", only {escaped(few(folders))}" if folders else ""
+        raise UserError(
+            f"{key}: there is no folder {missing} in {root}{only}; give root/train/CLASS and root/test/CLASS"
+        )
     train, test = _Side(root / "train", key), _Side(tests[0], key)
     if config.labels == "none" and not train.folders:
         return train.unlabelled(), test.unlabelled()
@@ -73,11 +78,18 @@ class _Side:
         self.folder, self._key = folder, key
         self.left_out: Counter[str] = Counter()
         with explained(folder, "read", key):
-            entries = self._entries(str(folder))
-            folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
-        self._files = [entry.name for entry in entries if entry.name not in folders]
-        self.folders = {name: path for name, path in folders.items() if os.path.realpath(path) not in _above(path)}
-        self._skip(_LINK, len(folders) - len(self.folders))
+            found = self._entries(str(folder))
+            folders = [entry for entry in found if entry.is_dir()]
+        self._files = [entry.name for entry in found if entry not in folders]
+        self.folders: dict[str, str] = {}
+        for entry in folders:
+            name = unicodedata.normalize("NFC", entry.name)  # some systems write accents as characters of their own
+            if os.path.realpath(entry.path) in _above(entry.path):
+                self._skip(_LINK)
+            elif name in self.folders:
+                raise UserError(f"{key}: two class folders of {folder} are named {name}, in two spellings; rename one")
+            else:
+                self.folders[name] = entry.path
 
     def part(self, classes: tuple[str, ...], kept: Sequence[str]) -> Part:
         """Return the images of the classes that are kept, labelled by the position in ``classes``."""
@@ -144,9 +156,9 @@ class _Side:
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """List a folder by name, without what is no data."""
         with os.scandir(folder) as listed:
-            entries = sorted(listed, key=lambda entry: entry.name)
-        shown = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _JUNK]
-        self._skip("hidden", len(entries) - len(shown))
+            everything = sorted(listed, key=lambda entry: entry.name)
+        shown = [entry for entry in everything if not entry.name.startswith(".") and entry.name not in _JUNK]
+        self._skip("hidden", len(everything) - len(shown))
         for entry in shown:
             if not is_writable(entry.name):
                 raise UserError(

@@ -127,8 +127,7 @@ def _split(loaded: Loaded, config: DomainConfig, fractions: Mapping[str, float],
     train = _without_duplicates(everything, test)
     if len(train) < len(everything):
         notes.left_out["repeated"] += len(everything) - len(train)
-    key = f"{where}.val_fraction" if "val" in fractions else f"{where}.fractions"
-    indices = _stratified(train, fractions, config.split_seed, key)
+    indices = _stratified(train, fractions, config.split_seed, where)
     splits = {name: train.take(chosen) for name, chosen in indices.items()} | {"test": test}
     if config.labels == "none":
         splits = {name: _without_labels(images) for name, images in splits.items()}
@@ -149,11 +148,17 @@ def _without_duplicates(train: ImageSet, test: ImageSet) -> ImageSet:
     return train.take(torch.tensor(kept, dtype=torch.int64)) if len(kept) < len(train) else train
 
 
-def _stratified(train: ImageSet, fractions: Mapping[str, float], seed: int, key: str) -> dict[str, Tensor]:
+def _stratified(train: ImageSet, fractions: Mapping[str, float], seed: int, where: str) -> dict[str, Tensor]:
     """Split indices of ``train`` so that every class is cut in the same proportions, to within one image."""
+    key = f"{where}.val_fraction" if "val" in fractions else f"{where}.fractions"
     parts: dict[str, list[Tensor]] = {name: [] for name in fractions}
     for label, class_name in enumerate(train.classes):
         members = (train.labels == label).nonzero().flatten()
+        if not len(members):
+            raise UserError(
+                f"{where}: every training image of class '{class_name}' equals another one or a test image; "
+                "give test images of their own, and each image to one class"
+            )
         members = members[torch.randperm(len(members), generator=class_generator(seed, "split", class_name))]
         start, total = 0, 0.0
         for name, fraction in fractions.items():

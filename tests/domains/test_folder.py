@@ -162,6 +162,15 @@ def test_a_name_that_cannot_be_written_is_refused(name: bytes, labels: str, pets
     assert "rename it" in refused(replace(pets, labels=labels))
 
 
+def test_an_accent_is_the_same_in_either_spelling(tmp_path: Path, pets: DomainConfig) -> None:
+    (tmp_path / "train" / "cat").rename(tmp_path / "train" / "cafe\u0301")
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "caf\u00e9")
+    assert load(pets).train.classes == ("caf\u00e9", "dog")
+    copies_of = tmp_path / "train" / "dog"
+    shutil.copytree(copies_of, tmp_path / "train" / "caf\u00e9")
+    assert "in two spellings; rename one" in refused(pets)
+
+
 def test_names_of_any_language_are_kept(tmp_path: Path, pets: DomainConfig) -> None:
     for side in ("train", "test"):
         (tmp_path / side / "cat").rename(tmp_path / side / "猫 и кот")
