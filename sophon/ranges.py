@@ -37,7 +37,7 @@ def limited(
     """
     rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "path": path or None}
     metadata = {name: rule for name, rule in rules.items() if rule is not None}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 

@@ -97,7 +97,7 @@ class ModelConfig:
     architecture: str = MISSING
     model_args: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
-    image_size: int = 32
+    image_size: int = limited(32, ge=1)
     channels: int = 3
     mean: list[float] = field(default_factory=lambda: [0.5])
     std: list[float] = field(default_factory=lambda: [0.5])

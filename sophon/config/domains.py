@@ -10,6 +10,8 @@ from omegaconf import MISSING
 from sophon.errors import UserError
 from sophon.ranges import limited
 
+RESTRICTED_SPLITS = ("adapt", "query", "attack", "select")
+
 
 @dataclass
 class DomainConfig:
@@ -42,15 +44,24 @@ class DomainConfig:
     download: bool = False
     skip_unreadable: bool = False
     classes: list[str] | None = None
-    per_class: int | None = None
-    test_per_class: int | None = None
+    per_class: int | None = limited(None, ge=1)
+    test_per_class: int | None = limited(None, ge=1)
     split_seed: int = 0
-    val_fraction: float = 0.1
-    fractions: dict[str, float] = field(
-        default_factory=lambda: {"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}
-    )
+    val_fraction: float = limited(0.1, gt=0, lt=1)
+    fractions: dict[str, float] = limited({"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}, gt=0)
     labels: str = limited("given", choices=("given", "none"))
     clusters: int = limited(10, ge=2)
+
+    def validate(self, key: str) -> None:
+        """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""
+        if self.classes is not None and len(set(self.classes)) != max(1, len(self.classes)):
+            raise UserError(f"{key}.classes: {self.classes} is not allowed; name each class once, or null for all")
+        if set(self.fractions) != set(RESTRICTED_SPLITS):
+            raise UserError(
+                f"{key}.fractions: {sorted(self.fractions)} is not allowed; give exactly {list(RESTRICTED_SPLITS)}"
+            )
+        if not sum(self.fractions.values()) <= 1 + 1e-9:
+            raise UserError(f"{key}.fractions: their sum is {sum(self.fractions.values()):g}; it must be <= 1")
 
 
 @dataclass
@@ -71,7 +82,7 @@ class DomainsConfig:
     original: DomainConfig = field(default_factory=DomainConfig)
     restricted: dict[str, DomainConfig] = field(default_factory=dict, metadata={"alone": True})
     benign: DomainConfig | None = None
-    memory_gb: float = 8.0
+    memory_gb: float = limited(8.0, ge=0)
 
     def validate(self, key: str) -> None:
         """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""

@@ -16,6 +16,7 @@ from sophon.domains.labels import Side, labelled, plain
 from sophon.domains.names import few
 from sophon.domains.part import Part, UnreadableError, class_generator
 from sophon.errors import UserError
+from sophon.ranges import check
 
 _COLUMNS = ("image", "label")
 FORMS = "a folder, a torch Dataset of (image, label), a tuple (images, labels), or a Hugging Face Dataset"
@@ -56,6 +57,7 @@ class Domain(DomainConfig):
         super().__init__(
             name=name, source="imagefolder" if folder else "python", root=str(data) if folder else "", **settings
         )
+        check(self, name)
         if isinstance(data, Mapping):
             data, test = _sides(data, name, test)
         if folder and test is not None:

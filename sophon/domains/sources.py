@@ -65,7 +65,8 @@ def load_source(
     Raises:
         UserError: a value is not allowed, or the data is missing or damaged.
     """
-    _validate(config, image_size, channels, where)
+    if channels not in MODES:
+        raise UserError(f"model.channels: {channels} is not allowed; it must be 1 or 3")
     parts = dict(zip(("train", "test"), _opened(config, where), strict=True))
     notes = Notes(image_size)
     if config.classes is None:
@@ -96,19 +97,6 @@ def _opened(config: DomainConfig, where: str) -> tuple[Part, Part]:
         return config.parts()
     choose(f"{where}.source", config.source, SOURCES)
     return SOURCES[config.source](config, where)
-
-
-def _validate(config: DomainConfig, image_size: int, channels: int, where: str) -> None:
-    if image_size < 1:
-        raise UserError(f"model.image_size: {image_size} is not allowed; it must be >= 1")
-    if channels not in MODES:
-        raise UserError(f"model.channels: {channels} is not allowed; it must be 1 or 3")
-    for name in ("per_class", "test_per_class"):
-        limit = getattr(config, name)
-        if limit is not None and limit < 1:
-            raise UserError(f"{where}.{name}: {limit} is not allowed; it must be >= 1, or null for all")
-    if config.classes is not None and (not config.classes or len(set(config.classes)) < len(config.classes)):
-        raise UserError(f"{where}.classes: {config.classes} is not allowed; name each class once, or null for all")
 
 
 def _kept_classes(part: Part, config: DomainConfig) -> tuple[str, ...]:

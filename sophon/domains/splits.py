@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sophon.config import DomainConfig
+from sophon.config.domains import RESTRICTED_SPLITS
 from sophon.domains.part import class_generator
 from sophon.domains.sources import Loaded, load_source
 from sophon.domains.types import ImageSet, LoadedDomain
 from sophon.errors import UserError
 
-RESTRICTED_SPLITS = ("adapt", "query", "attack", "select")
 UNLABELLED = ("unlabelled",)
 
 
@@ -37,10 +37,8 @@ def load_original(
         The domain, on the CPU, with the splits ``train``, ``val`` and ``test``.
 
     Raises:
-        UserError: as `load_source`; or ``val_fraction`` is not in (0, 1), or leaves a split without some class.
+        UserError: as `load_source`; or ``val_fraction`` leaves a split without some class.
     """
-    if not 0 < config.val_fraction < 1:
-        raise UserError(f"{where}.val_fraction: {config.val_fraction} is not allowed; it must be > 0 and < 1")
     fractions = {"train": 1 - config.val_fraction, "val": config.val_fraction}
     loaded = load_source(config, image_size=image_size, channels=channels, where=where, memory_gb=memory_gb)
     return _split(loaded, config, fractions, where)
@@ -72,21 +70,10 @@ def load_restricted(
         had; all of them are then of one class, ``unlabelled``.
 
     Raises:
-        UserError: as `load_source`; or ``fractions`` has other keys, a part <= 0 or a sum > 1, or leaves a split
-            without some class.
+        UserError: as `load_source`; or ``fractions`` leaves a split without some class.
     """
-    fractions = config.fractions
-    if set(fractions) != set(RESTRICTED_SPLITS):
-        raise UserError(
-            f"{where}.fractions: {sorted(fractions)} is not allowed; give exactly {list(RESTRICTED_SPLITS)}"
-        )
-    for name, fraction in fractions.items():
-        if not fraction > 0:
-            raise UserError(f"{where}.fractions.{name}: {fraction} is not allowed; it must be > 0")
-    if not sum(fractions.values()) <= 1 + 1e-9:
-        raise UserError(f"{where}.fractions: their sum is {sum(fractions.values()):g}; it must be <= 1")
     loaded = load_source(config, image_size=image_size, channels=channels, where=where, memory_gb=memory_gb)
-    return _split(loaded, config, {name: fractions[name] for name in RESTRICTED_SPLITS}, where)
+    return _split(loaded, config, {name: config.fractions[name] for name in RESTRICTED_SPLITS}, where)
 
 
 def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -> ImageSet:

@@ -14,12 +14,15 @@ import torch
 from omegaconf import OmegaConf
 
 from sophon.config import DomainConfig
-from sophon.domains import SOURCES, bundled, torchvision_sets
+from sophon.domains import SOURCES, Domain, bundled, torchvision_sets
+from sophon.errors import UserError
+from sophon.ranges import check
 from tests.domains import pictures
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED_CONFIGS = sorted((REPOSITORY / "conf" / "domain").glob("*.yaml"))
 DIGITS = DomainConfig(name="digits", source="bundled", dataset="mnist", per_class=5, test_per_class=2)
+FRACTIONS = DIGITS.fractions
 load, refused = (partial(function, image_size=28, channels=1) for function in (pictures.load, pictures.refused))
 
 
@@ -73,11 +76,11 @@ def test_unknown_source_and_data_set_list_what_there_is() -> None:
     assert refused(replace(DIGITS, source="hub")) == (
         "domain.original.source: 'hub' is not known; allowed: bundled, imagefolder, torchvision"
     )
-    assert "domain.original.dataset: 'cifar' is not known; allowed: fashion_mnist, mnist" in refused(
-        replace(DIGITS, dataset="cifar")
+    assert "domain.original.dataset: 'coco' is not known; allowed: fashion_mnist, mnist" in refused(
+        replace(DIGITS, dataset="coco")
     )
-    assert "domain.original.dataset: 'cifar' is not known; allowed: celeba, cifar10, cifar100, " in refused(
-        replace(DIGITS, source="torchvision", dataset="cifar")
+    assert "domain.original.dataset: 'coco' is not known; allowed: celeba, cifar10, cifar100, " in refused(
+        replace(DIGITS, source="torchvision", dataset="coco")
     )
 
 
@@ -108,23 +111,38 @@ def test_a_limit_above_what_there_is_keeps_all() -> None:
     assert len(load(replace(DIGITS, classes=["0"], per_class=10_000))[0]) == 400
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"per_class": 0}, "domain.original.per_class: 0 is not allowed; it must be >= 1, or null for all"),
-        ({"test_per_class": -3}, "domain.original.test_per_class: -3 is not allowed"),
-        ({"classes": []}, "domain.original.classes: [] is not allowed"),
-        ({"classes": ["1", "1"]}, "domain.original.classes: ['1', '1'] is not allowed; name each class once"),
-        ({"classes": ["1", "one"]}, "domain.original.classes: 'one' is not known; allowed: 0, 1, 2"),
-    ],
-)
-def test_bad_options(change: dict[str, object], message: str) -> None:
-    assert refused(replace(DIGITS, **change)).startswith(message)  # type: ignore[arg-type]
+NOT_ALLOWED = {
+    "no image": ({"per_class": 0}, "per_class: 0 is not allowed; give a whole number >= 1 or null"),
+    "less than none": ({"test_per_class": -3}, "test_per_class: -3 is not allowed"),
+    "no class": ({"classes": []}, "classes: [] is not allowed"),
+    "a class twice": ({"classes": ["1", "1"]}, "classes: ['1', '1'] is not allowed; name each class once"),
+    "all for val": ({"val_fraction": 1.0}, "val_fraction: 1.0 is not allowed; give a finite number > 0 and < 1"),
+    "none for val": ({"val_fraction": 0.0}, "val_fraction: 0.0 is not allowed"),
+    "no number for val": ({"val_fraction": float("nan")}, "val_fraction: nan is not allowed"),
+    "nothing": ({"fractions": FRACTIONS | {"adapt": 0.0}}, "fractions.adapt: 0.0 is not allowed; give a finite"),
+    "no number": ({"fractions": FRACTIONS | {"select": float("nan")}}, "fractions.select: nan is not allowed"),
+    "too much": ({"fractions": FRACTIONS | {"attack": 0.41}}, "fractions: their sum is 1.01; it must be <= 1"),
+    "another split": (
+        {"fractions": FRACTIONS | {"train": 0.1}},
+        "fractions: ['adapt', 'attack', 'query', 'select', 't",
+    ),
+    "missing splits": ({"fractions": {"adapt": 0.5}}, "fractions: ['adapt'] is not allowed; give exactly ['adapt', '"),
+}
 
 
-def test_bad_shapes() -> None:
+@pytest.mark.parametrize("name", NOT_ALLOWED)
+def test_what_a_domain_may_not_be(name: str) -> None:
+    change, message = NOT_ALLOWED[name]
+    with pytest.raises(UserError) as caught:
+        check(replace(DIGITS, **change), "domain.original")  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"domain.original.{message}")
+    with pytest.raises(UserError):
+        Domain([], **change)
+
+
+def test_unknown_class_and_channels() -> None:
+    assert "domain.original.classes: 'one' is not known; allowed: 0, 1, 2" in refused(replace(DIGITS, classes=["one"]))
     assert refused(DIGITS, channels=2) == "model.channels: 2 is not allowed; it must be 1 or 3"
-    assert refused(DIGITS, image_size=0) == "model.image_size: 0 is not allowed; it must be >= 1"
 
 
 def test_grey_images_are_repeated_and_resized() -> None:

@@ -111,33 +111,6 @@ def test_fractions_below_one_leave_images_out() -> None:
     assert {name: len(domain[name]) for name in fractions} == {"adapt": 20, "query": 10, "attack": 20, "select": 10}
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 2.0, float("nan")])
-def test_val_fraction_out_of_range(value: float) -> None:
-    with pytest.raises(UserError, match=r"^domain\.original\.val_fraction: .* it must be > 0 and < 1$"):
-        loaded(load_original, images_of([0] * 9), images_of([0]), replace(CONFIG, val_fraction=value))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"adapt": 0.0}, r"fractions\.adapt: 0\.0 is not allowed; it must be > 0"),
-        ({"select": float("nan")}, r"fractions\.select: nan is not allowed"),
-        ({"attack": 0.41}, r"fractions: their sum is 1\.01; it must be <= 1"),
-        ({"train": 0.1}, r"fractions: \['adapt', .*'train'\] is not allowed; give exactly \['adapt', 'query',"),
-    ],
-)
-def test_bad_fractions(change: dict[str, float], message: str) -> None:
-    config = replace(CONFIG, fractions=CONFIG.fractions | change)
-    with pytest.raises(UserError, match=rf"^domain\.restricted\.{message}"):
-        loaded(load_restricted, images_of([0] * 90), images_of([0]), config)
-
-
-def test_a_missing_fraction_is_named() -> None:
-    config = replace(CONFIG, fractions={"adapt": 0.5, "attack": 0.5})
-    with pytest.raises(UserError, match=r"fractions: \['adapt', 'attack'\] is not allowed; give exactly"):
-        loaded(load_restricted, images_of([0] * 90), images_of([0]), config)
-
-
 def test_a_split_without_a_class_is_refused() -> None:
     train = images_of([0] * 30 + [1] * 3)
     with pytest.raises(
@@ -153,19 +126,6 @@ def test_a_split_without_a_class_is_refused() -> None:
         match=r"^domain\.original: every training image of class 'class 0' equals another one or a test image",
     ):
         loaded(load_original, images_of([0] * 3), images_of([0] * 3))
-
-
-def test_bundled_images_split_end_to_end() -> None:
-    config = DomainConfig(name="digits", source="bundled", dataset="mnist", per_class=20, test_per_class=3)
-    domain = load_restricted(config, image_size=28, channels=1)
-    counts = {name: Counter(images.labels.tolist()) for name, images in domain.splits.items()}
-    assert {name: set(count.values()) for name, count in counts.items()} == {
-        "adapt": {8},
-        "query": {2},
-        "attack": {8},
-        "select": {2},
-        "test": {3},
-    }
 
 
 @settings(deadline=None)
@@ -188,11 +148,6 @@ def test_few_shot_is_balanced_nested_and_repeatable(sizes: list[int], part: floa
     assert all(counts[label] == size or counts[label] >= most - 1 for label, size in enumerate(sizes))
     assert keys(draw(budget)) == keys(drawn)
     assert set(keys(draw(len(sizes)))) <= set(keys(drawn))
-
-
-def test_few_shot_without_a_budget_gives_everything() -> None:
-    images = images_of([0, 1, 1])
-    assert few_shot(images, None, torch.Generator()) is images
 
 
 def test_few_shot_draws_the_remainder_from_any_class() -> None:
