@@ -1,7 +1,7 @@
 """Make pre-trained models non-fine-tunable in a restricted domain, and audit how well that holds.
 
 From Python: `protect` makes a model hard to fine-tune on a domain, `audit` says how hard, `load` reads a checkpoint
-back.
+back, and `adapt` says of any ``nn.Module`` what the others need to know.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from sophon.config import GuardConfig as Guard
     from sophon.domains import Domain
     from sophon.errors import GuardError, UserError
+    from sophon.models import adapt
     from sophon.sampler import SamplerConfig as Attackers
 
-__all__ = ["Attackers", "Domain", "Guard", "GuardError", "UserError", "audit", "load", "protect"]
+__all__ = ["Attackers", "Domain", "Guard", "GuardError", "UserError", "adapt", "audit", "load", "protect"]
 __version__ = "0.1.0"
 
 mend_on_import()
@@ -29,6 +30,7 @@ _HOMES = {
     "Guard": "sophon.config:GuardConfig",
     "GuardError": "sophon.errors:GuardError",
     "UserError": "sophon.errors:UserError",
+    "adapt": "sophon.models:adapt",
     "audit": "sophon.api.calls:audit",
     "load": "sophon.api.calls:load",
     "protect": "sophon.api.calls:protect",

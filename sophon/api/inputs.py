@@ -17,18 +17,18 @@ from sophon import models
 from sophon.config import Config, DomainConfig, ModelConfig
 from sophon.config.shipped import STANDARD, USUAL, chosen
 from sophon.domains import Domain
-from sophon.domains.sources import SOURCES
+from sophon.domains.sources import class_names
 from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.files import sha256_file
 from sophon.foreign import open_foreign
-from sophon.models import ModelSpec
+from sophon.models import AdaptedModel, ModelSpec
 from sophon.models.weights import require_finite
 from sophon.paths import exists
 from sophon.validation import from_omegaconf
 
 Data = Any  # a folder, a torch Dataset, arrays, a Hugging Face Dataset, or a `Domain` of one of these
-Model = nn.Module | Checkpoint | str | PathLike[str]
+Model = nn.Module | AdaptedModel | Checkpoint | str | PathLike[str]
 Choice = str | Mapping[str, Any] | Any  # the name of a shipped file, the path of one's own, or its content
 
 
@@ -67,8 +67,12 @@ def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
             raise UserError(f"{key}: '{path}' does not exist; give a model, or the folder of a checkpoint")
         if is_ours(path):
             return read_checkpoint(path, key)
-        return open_foreign(path, ModelConfig(), _class_names(original), key)
-    raise UserError(f"{key}: a {type(model).__name__} is not allowed; give a torch.nn.Module or a folder")
+        return open_foreign(path, ModelConfig(), class_names(original, "original"), key)
+    if not isinstance(model, AdaptedModel):
+        if not isinstance(model, nn.Module):
+            raise UserError(f"{key}: a {type(model).__name__} is not allowed; give a torch.nn.Module or a folder")
+        model = models.adapt(model, classes=class_names(original, "original"))
+    return in_memory(model.model, model.spec, {"name": model.spec.architecture}, key)
 
 
 def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], key: str) -> Checkpoint:
@@ -84,10 +88,6 @@ def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], ke
         adapter.save(module, Path(folder))
         sha256 = sha256_file(Path(folder) / adapter.weights)
     return Checkpoint(module, spec, dict(manifest), Path(key), sha256)
-
-
-def _class_names(domain: DomainConfig) -> tuple[str, ...]:
-    return tuple(domain.classes or SOURCES[domain.source](domain, domain.name)[0].classes)
 
 
 def config_of(

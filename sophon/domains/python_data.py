@@ -55,7 +55,7 @@ class Domain(DomainConfig):
     ) -> None:
         folder = isinstance(data, (str, PathLike))
         super().__init__(
-            name=name, source="imagefolder" if folder else "python", root=str(data) if folder else "", **settings
+            name=name, source="imagefolder" if folder else "python", root=str(data) if folder else "memory", **settings
         )
         check(self, name)
         if isinstance(data, Mapping):

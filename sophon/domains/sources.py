@@ -92,6 +92,11 @@ def load_source(
     return Loaded(train, test, notes)
 
 
+def class_names(config: DomainConfig, where: str) -> tuple[str, ...]:
+    """Return the names of a data set's classes without reading an image; see `load_source` for what is raised."""
+    return _kept_classes(_opened(config, where)[0], config)
+
+
 def _opened(config: DomainConfig, where: str) -> tuple[Part, Part]:
     if isinstance(config, Domain) and config.source == "python":
         return config.parts()

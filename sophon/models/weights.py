@@ -37,7 +37,9 @@ def refuse_pickle(path: Path, key: str, library: str = "timm", target: Path | No
     if not paths.is_file(path, key):
         return
     with paths.explained(path, "read", key), path.open("rb") as file:
-        pickled = file.read(4).startswith(_PICKLED)
+        begins = file.read(9)
+    # a safetensors file begins with its header's length, which may look alike, and goes on with the header
+    pickled = begins.startswith(_PICKLED) and begins[8:] != b"{"
     if not pickled and path.suffix.lower() not in PICKLES:
         return
     if library == "diffusers":

@@ -128,6 +128,15 @@ def test_a_pickle_is_refused_with_code_that_converts_it(
     assert ("safe_serialization=True" if library == "diffusers" else "weights_only=True") in code
 
 
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
+def test_a_header_as_long_as_a_pickle_is_numbered_is_none(tmp_path: Path, version: int) -> None:
+    length = 256 * version + 0x80
+    header = b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'.ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header)
+    refuse_pickle(tmp_path / "a.safetensors", "reference")
+    assert list(read_state(tmp_path / "a.safetensors", "reference")) == ["a"]
+
+
 def test_the_code_that_converts_a_pickle_does(tmp_path: Path) -> None:
     model = TinyNet()
     torch.save(model.state_dict(), tmp_path / "net.pth")
