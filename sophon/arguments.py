@@ -11,9 +11,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from sophon.errors import UserError
+from sophon.errors import UserError, choose, one_line
+from sophon.ranges import check
+
+T = TypeVar("T")
 
 
 class Limits(NamedTuple):
@@ -37,7 +40,7 @@ def function_at(path: str, key: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # a module may raise anything
-        raise UserError(f"{key}: '{path}' cannot be imported: {_one_line(error)}") from error
+        raise UserError(f"{key}: '{path}' cannot be imported: {one_line(error)}") from error
     if not callable(function):
         raise UserError(f"{key}: '{path}' is not allowed; {module} has no function '{name}'")
     return function  # type: ignore[no-any-return]
@@ -58,7 +61,7 @@ def check_arguments(
     try:
         parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     except Exception as error:  # evaluating an annotation may raise anything
-        raise UserError(f"{key}: the arguments of '{name}' cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{key}: the arguments of '{name}' cannot be read: {one_line(error)}") from error
     first = parameters[: len(given)]
     if len(first) < len(given) or any(each.kind not in _POSITIONAL for each in first):
         raise UserError(f"{key}: '{name}' is not allowed; it must be a function of ({', '.join(given)}, ...)")
@@ -79,8 +82,59 @@ def check_arguments(
             )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def named(key: str, name: str, shipped: Mapping[str, Any], kind: type | None = None) -> Any:
+    """Return the function or class that a name stands for: one of ours, or that at a dotted path.
+
+    Args:
+        key: the configuration key that messages name.
+        name: a key of ``shipped``, or a dotted path.
+        shipped: by name the thing itself, or the dotted path of one that is imported only when named.
+        kind: the class that it must be a subclass of, if it must.
+
+    Raises:
+        UserError: it is not known, cannot be imported, or is not of that kind.
+    """
+    if "." not in name and ":" not in name:
+        choose(key, name, [*shipped, *([] if name in shipped else ["PACKAGE.MODULE.NAME"])])
+    thing = shipped.get(name, name)
+    thing = function_at(thing, key) if isinstance(thing, str) else thing
+    if kind is not None and not (isinstance(thing, type) and issubclass(thing, kind)):
+        raise UserError(f"{key}: '{name}' is not allowed; it must be a subclass of {kind.__module__}.{kind.__name__}")
+    return thing
+
+
+def make(key: str, name: str, entry: Any, word: str, shipped: Mapping[str, Any], kind: type[T]) -> T:
+    """Make an object of the class that an entry of a configuration names, with its arguments.
+
+    Args:
+        key: the configuration key of the entry.
+        name: of the entry; of the class, too, unless the entry says which.
+        entry: a mapping: under ``word`` the class, a key of ``shipped`` or a dotted path; its arguments.
+        word: see ``entry``.
+        shipped: see `named`.
+        kind: the class that it must be a subclass of.
+
+    Raises:
+        UserError: see `named`; or it does not take the arguments.
+    """
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{key}: {entry} is not allowed; give a mapping, such as {{{word}: {name}}}")
+    arguments = {str(argument): value for argument, value in entry.items() if argument != word}
+    path = str(entry.get(word, name))
+    found = named(f"{key}.{word}" if word in entry else key, path, shipped, kind)
+    return filled(key, path, found, arguments)  # type: ignore[no-any-return]
+
+
+def filled(key: str, name: str, kind: type[T], arguments: Mapping[str, Any]) -> T:
+    """Make a dataclass of its fields, each as `sophon.ranges` allows it.
+
+    Raises:
+        UserError: it has no such field, or one may not have its value.
+    """
+    check_arguments(key, name, kind, (), arguments)
+    made = kind(**arguments)
+    check(made, key)
+    return made
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

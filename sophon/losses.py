@@ -9,6 +9,7 @@ e the noise that a denoiser predicts. Sources: SOPHON (Deng et al., 2024, arXiv 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -110,8 +111,11 @@ SUPPRESSION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "negative_entropy": negative_entropy,
     "ce_on_negated_logits": negated_logits_cross_entropy,
 }
-# What these ask of an image depends on its class: they mean nothing where it has none.
-READS_LABELS = frozenset({"ice", "negative_ce", "mlac", "ce_on_negated_logits"})
+
+
+def reads_labels(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Say whether a suppression loss means nothing without labels: one that does not read them has a default there."""
+    return list(inspect.signature(loss).parameters.values())[1].default is inspect.Parameter.empty
 
 
 def denial_of_service(predicted: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sophon.attacker import FineTuneStrategy
-from sophon.config import Config, DomainConfig, StrategyConfig
+from sophon.config import Config, DomainConfig, MethodConfig, StrategyConfig
 from sophon.config.keys import keys
 from sophon.errors import UserError, likely
 from sophon.ranges import check, expand_paths
@@ -85,3 +85,24 @@ def strategy_from(key: str, values: Any) -> FineTuneStrategy:
         below = getattr(error, "full_key", None)
         raise UserError(f"{key}{f'.{below}' if below else ''}: {str(error).splitlines()[0]}") from error
     return FineTuneStrategy.of(vars(strategy), key)
+
+
+METHOD_KEYS = {part.name for part in fields(MethodConfig)} - {"name", "stages"}
+
+
+def method_of(method: MethodConfig, stage: str) -> MethodConfig:
+    """Return the keys of a method as they are for one of its stages.
+
+    Raises:
+        UserError: the stage's entry is no mapping, or has a value for one of them that is not allowed.
+    """
+    key, entry = f"method.stages.{stage}", method.stages.get(stage, {})
+    if not isinstance(entry, dict):
+        raise UserError(f"{key}: {entry} is not allowed; give a mapping of settings, {{}} for none")
+    own = {name: value for name, value in entry.items() if name in METHOD_KEYS}
+    try:
+        merged: Any = OmegaConf.to_object(OmegaConf.merge(_schema(MethodConfig), vars(method), own))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}.{getattr(error, 'full_key', None)}: {str(error).splitlines()[0]}") from error
+    check(merged, key if own else "method")
+    return merged  # type: ignore[no-any-return]

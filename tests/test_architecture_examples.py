@@ -44,6 +44,21 @@ def an_attack(folder: Path) -> None:
     assert "surgery" in attack["outside"]
 
 
+def a_loss(folder: Path) -> None:
+    assert load(folder / "runs/margin/checkpoint/sophon.json")["method"]["suppression_loss"] == "my_losses.margin"
+
+
+def an_objective(folder: Path) -> None:
+    asked = load(folder / "runs/short_steps/checkpoint/sophon.json")["method"]["objectives"]
+    assert list(asked) == ["suppression", "short_steps"]
+
+
+def a_stage(folder: Path) -> None:
+    manifest = load(folder / "runs/noisy/checkpoint/sophon.json")
+    assert [stage["name"] for stage in manifest["stages"]] == ["noise", "alternate"]
+    assert manifest["history"]["rounds"] == 1 + 2
+
+
 def a_data_set(folder: Path) -> None:
     manifest = load(folder / "runs/cats/checkpoint/sophon.json")
     assert manifest["domains"]["restricted"]["classes"] == ["cat", "dog"]
@@ -58,7 +73,14 @@ def a_model(folder: Path) -> None:
 
 
 BEFORE: dict[str, Callable[[Path], object]] = {"A data set": lambda folder: image_folder(folder / "data/cats")}
-AFTER: dict[str, Callable[[Path], None]] = {"An attack": an_attack, "A data set": a_data_set, "A model": a_model}
+AFTER: dict[str, Callable[[Path], None]] = {
+    "An attack": an_attack,
+    "A suppression loss": a_loss,
+    "An objective": an_objective,
+    "A stage": a_stage,
+    "A data set": a_data_set,
+    "A model": a_model,
+}
 
 
 @pytest.fixture(scope="module")

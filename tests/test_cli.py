@@ -19,8 +19,8 @@ import yaml
 
 from sophon import __version__
 from sophon.protect.ntr import NTR
-from sophon.protect.state import last_good
-from sophon.protect.trainer import Trainer
+from sophon.protect.runner import Runner
+from sophon.protect.state import STATE_FILE, read_state
 from sophon.surgery.equalise import equalise_channels
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors
@@ -172,11 +172,13 @@ WRONG_FOR_PROTECT = {
         ["domain.original", "trouser"],
     ),
     "unknown loss": (("method.suppression_loss=magic",), ["method.suppression_loss", "magic", "klu"]),
-    "no attackers": (("method.fts_steps=0",), ["method.fts_steps", "0", "method.gains"]),
-    "gains for another number of interfaces": (("method.gains=[1,2]",), ["method.gains", "1 or 6"]),
-    "a spread without gains": (("method.spread=2",), ["method.spread", "2", "method.gains"]),
-    "a spread below one": (("method.gains=[1]", "method.spread=0.5"), ["method.spread", "0.5", ">= 1"]),
-    "gains in bfloat16": (("method.gains=[1]", "amp=all"), ["amp", "none"]),
+    "no attackers": (("method.fts_steps=0",), ["method.fts_steps", "0", ">= 1"]),
+    "an objective of no such name": (("+method.objectives.magic={}",), ["method.objectives.magic", "clamp"]),
+    "gains for another number of interfaces": (
+        ("+method.stages.reparameterise.gains=[1,2]",),
+        ["method.stages.reparameterise.gains", "1 or 6"],
+    ),
+    "a stage in bfloat16": (("+method.stages.reparameterise={}", "amp=all"), ["amp", "none"]),
     "unknown NTR augmentation": (("method.ntr_augmentation=magic",), ["augmentation", "magic", "standard"]),
     "unknown simulated augmentation": (("sampler.augmentations=[magic]",), ["augmentation", "magic", "standard"]),
     "sampler without optimizers": (("sampler.steps=[5,2]",), ["sampler.steps"]),
@@ -446,7 +448,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(made: Path, copied
         message = refusal(sophon(copied, *PROTECT, NEW))
     assert "last good state is kept" in message
     assert set(tree(copied / "new")) == {"run.json", "state.safetensors"}
-    assert last_good(copied / "new")[1].good_round == 1
+    assert read_state(copied / "new" / STATE_FILE).at.good_round == 1
     assert sophon(copied, "export", *PROTECT[1:], "checkpoint=new", "out=out").code == 0
     assert sophon(copied, *PROTECT, NEW).code == 0
     assert weights_sha256(copied / "new" / "checkpoint") == protected_sha256(made)
@@ -468,28 +470,28 @@ def test_a_guard_that_accepts_nothing_exits_with_3_and_writes_no_checkpoint(copi
 
 # ---- other coordinates ----------------------------------------------------------------------------------------------
 
-COORDINATES = ("method.fts_steps=0", "method.gains=[100]", "method.spread=64", "method.rounds=4")
+COORDINATES = ("+method.stages.reparameterise={gains:[100],spread:64}", "method.rounds=4")
 
 
 def test_other_coordinates_are_released_as_an_ordinary_model_also_from_a_run_that_is_not_finished(copied: Path) -> None:
-    stopped, whole = Trainer._round, 0
+    stopped, whole = Runner._round, 0
 
-    def interrupted(self: Trainer) -> Any:
+    def interrupted(self: Runner, stop: Any) -> Any:
         nonlocal whole
         whole += 1
         if whole == 3:
             raise KeyboardInterrupt
-        return stopped(self)
+        return stopped(self, stop)
 
     command = (*PROTECT, NEW, *COORDINATES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_round", interrupted)
+        patch.setattr(Runner, "_round", interrupted)
         assert sophon(copied, *command).code == 130
     assert sophon(copied, "export", *PROTECT[1:], *COORDINATES, "checkpoint=new", "out=out").code == 0
     assert sophon(copied, *command).code == 0
     for folder, rounds in (("out", 2), ("new/checkpoint", 4)):
         manifest = json.loads((copied / folder / "sophon.json").read_text())
-        assert manifest["method"]["gains"] == [100]
+        assert manifest["method"]["stages"] == {"reparameterise": {"gains": [100], "spread": 64}}
         assert manifest["sampler_support"] is None, "nobody was simulated"
         card = (copied / folder / "README.md").read_text()
         assert "**Compute in float32.**" in card

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sophon.attacker import FineTuneStrategy, fields_outside
-from sophon.protect.state import last_good
+from sophon.protect.state import STATE_FILE, read_state
 from tests.cli_helpers import (
     ATTACKS,
     AUDIT,
@@ -365,7 +365,8 @@ def test_export_of_an_unfinished_run_gives_its_last_good_state(copied: Path) -> 
     run = copied / RUNS / "protect"
     shutil.rmtree(run / "checkpoint")
     before = tree(run)
-    weights, position = last_good(run)
+    state = read_state(run / STATE_FILE)
+    weights, position = state.tensors["good"], state.at
     result = sophon(copied, "export", *PROTECT[1:], "out=out")
     assert result.code == 0, result
     assert tree(run) == before

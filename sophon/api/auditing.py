@@ -122,7 +122,7 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> lis
         )
     spec = protected.spec
     task = task_of(config, spec, device)
-    require_float32((protected.manifest.get("method") or {}).get("gains", []), task)
+    require_float32(bool(protected.manifest.get("float32")), task)
     for key, each in keyed(config.domain.restricted).items():
         if each.labels == "none" and task.head_names(protected.model):
             raise UserError(

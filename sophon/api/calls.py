@@ -82,7 +82,7 @@ def protect(
         with run_folder(folder, "protect", protection.identity):
             if exists(folder / "checkpoint"):
                 return _already(protection, folder)
-            _warn(doubt(protection.task, reference.model, protection.original, "model"))
+            _warn(doubt(protection.context.task, reference.model, protection.context.original, "model"))
             protected = protecting.run(protection, folder, Tracker(progress=progress))
             assert protected is not None  # there is but one rank
             if run_dir is not None:

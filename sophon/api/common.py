@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -83,16 +83,16 @@ def as_loaded(config: Config, spec: ModelSpec) -> Config:
     return replace(config, model=spec.config())
 
 
-def require_float32(gains: Sequence[float], task: Task) -> None:
-    """Compute in full float32 from here on where ``gains`` of a method ask for it; an attacker would.
+def require_float32(needed: bool, task: Task) -> None:
+    """Compute in full float32 from here on where weights ask for it; an attacker would.
 
     Raises:
-        UserError: there are gains, and the task's passes are autocast.
+        UserError: they do, and the task's passes are autocast.
     """
-    if not gains:
+    if not needed:
         return
     if task.amp:
-        raise UserError("amp: bfloat16 drowns what method.gains makes small; give amp=none")
+        raise UserError("amp: bfloat16 drowns what this method makes small; give amp=none")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import product
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,105 +20,87 @@ from sophon.api.common import (
     with_pseudo_labels,
 )
 from sophon.api.manifests import both_splits, manifest_of
-from sophon.attacker import FineTuneStrategy
 from sophon.config import Config, GuardConfig, keyed, plain
 from sophon.domains import LoadedDomain
-from sophon.errors import GuardError, UserError
+from sophon.errors import UserError
 from sophon.export import Checkpoint, write_checkpoint
-from sophon.finetune import Loss, rehearse
-from sophon.losses import READS_LABELS, SUPPRESSION_LOSSES
-from sophon.protect import coordinates
+from sophon.losses import SUPPRESSION_LOSSES, reads_labels
+from sophon.protect.context import Context
 from sophon.protect.distributed import ALONE, Ranks
-from sophon.protect.starts import check_simulated
+from sophon.protect.runner import Planned, Runner
 from sophon.protect.state import Position
-from sophon.protect.trainer import Trainer
 from sophon.sampler import StrategySampler
+from sophon.stages import plan_of
 from sophon.tasks import Task
 from sophon.tracking import Tracker
-
-# points of accuracy on val that a model may differ by from itself in other coordinates
-ROUNDING = 1.0
 
 
 @dataclass(frozen=True)
 class Protection:
-    """What a protection starts from, read and ready.
+    """What a protection starts from, read and checked.
 
     Attributes:
         config: the run's.
         reference: the unprotected checkpoint.
-        original: its domain, with ``train``, ``val`` and ``test``.
-        restricted: the domains that are to be hard to learn, each with ``adapt`` and ``query``.
-        task: the model kind.
+        plan: the stages.
+        context: what the first of them works with, the domains among it.
         identity: everything that decides the result, plain JSON data.
     """
 
     config: Config
     reference: Checkpoint
-    original: LoadedDomain
-    restricted: tuple[LoadedDomain, ...]
-    task: Task
+    plan: list[Planned]
+    context: Context
     identity: dict[str, Any]
 
 
-def prepare(config: Config, reference: Checkpoint, device: torch.device) -> Protection:
-    """Load the domains, and refuse what the model and its simulated attackers cannot do.
+def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: Ranks = ALONE) -> Protection:
+    """Load the domains, and refuse what the model and the stages cannot do.
 
     Args:
         config: the run's.
         reference: the unprotected checkpoint; moved to ``device``.
         device: where to compute.
+        ranks: who shares the work.
 
     Raises:
         UserError: the domains, the method and the model do not go together.
     """
-    task = task_of(config, reference.spec, device, protects=True)
-    original, restricted = protected_domains(config, reference, task, device)
+    plan = plan_of(
+        config.method, lambda method: task_of(replace(config, method=method), reference.spec, device, protects=True)
+    )
+    original, restricted = protected_domains(config, reference, plan, device)
     identity = {
         **plain(config, "seed", "task", "method", "sampler", "guard"),
         **asked_precision(config),
         "reference": reference.sha256,
         **hashes_of(original, restricted),
     }
-    require_float32(config.method.gains, task)
-    if config.method.gains:
-        coordinates.gains_for(reference.model, config.method.gains)
-    for index, operations in enumerate(StrategySampler(config.sampler).surgeries):
-        check_simulated(operations, f"sampler.surgeries[{index}]")
-    _rehearse(config, task, reference.model, original, restricted)
-    return Protection(config, reference, original, restricted, task, identity)
-
-
-def _rehearse(
-    config: Config, task: Task, reference: nn.Module, original: LoadedDomain, restricted: Sequence[LoadedDomain]
-) -> None:
-    """Refuse now, rather than with a folder begun, what the model and its simulated attackers cannot do."""
-    method, sampler = config.method, config.sampler
-    step = FineTuneStrategy(batch_size=method.ntr_batch_size)
-    loss: Loss = partial(task.original_loss, reference=reference)
-    rehearse(copy.deepcopy(reference), step, task, original["train"], "method.ntr_batch_size", loss)
-    for domain, head, scope in product(restricted, dict.fromkeys(sampler.heads), dict.fromkeys(sampler.scopes)):
-        model = copy.deepcopy(reference)
-        task.start_head(model, head, domain.classes)
-        step = FineTuneStrategy(scope=scope, batch_size=min(sampler.batch_sizes))
-        rehearse(model, step, task, domain["adapt"], "sampler.batch_sizes")
-        step = FineTuneStrategy(scope=scope, batch_size=method.query_batch_size)
-        rehearse(model, step, task, domain["query"], "method.query_batch_size", task.suppression_loss)
+    first, sampler, model = plan[0], StrategySampler(config.sampler), reference.model
+    context = Context(model, model, first.task, original, restricted, sampler, first.method, config.seed, ranks)
+    for planned in plan:
+        require_float32(planned.stage.float32, planned.task)
+        planned.stage.check(replace(context, task=planned.task, method=planned.method))
+    return Protection(config, reference, plan, context, identity)
 
 
 def protected_domains(
-    config: Config, reference: Checkpoint, task: Task, device: torch.device
+    config: Config, reference: Checkpoint, plan: Sequence[Planned], device: torch.device
 ) -> tuple[LoadedDomain, tuple[LoadedDomain, ...]]:
     """Load the domains, and put the reference where they are: it says what to learn of those without labels."""
-    configs, loss = keyed(config.domain.restricted), config.method.suppression_loss
-    for key, each in configs.items():
-        if each.labels == "none" and loss in READS_LABELS:
-            allowed = ", ".join(sorted(set(SUPPRESSION_LOSSES) - READS_LABELS))
-            raise UserError(f"method.suppression_loss: '{loss}' reads labels and {key} has none; allowed: {allowed}")
+    configs = keyed(config.domain.restricted)
+    unlabelled = [key for key, each in configs.items() if each.labels == "none"]
+    for planned in plan if unlabelled else ():
+        if planned.stage.simulates and planned.task.reads_labels:
+            allowed = ", ".join(name for name, loss in SUPPRESSION_LOSSES.items() if not reads_labels(loss))
+            raise UserError(
+                f"method.suppression_loss: '{planned.method.suppression_loss}' reads labels and {unlabelled[0]} has "
+                f"none; allowed: {allowed}"
+            )
     original, loaded = domains_of(config, reference.spec, device)
     reference.model.to(device)
     restricted = (
-        with_pseudo_labels(domain, each, key, task, reference.model)
+        with_pseudo_labels(domain, each, key, plan[0].task, reference.model)
         for domain, (key, each) in zip(loaded, configs.items(), strict=True)
     )
     return original, tuple(restricted)
@@ -160,77 +139,57 @@ class Protected:
         write_checkpoint(folder, self.model, self.protection.reference.spec, self.manifest)
 
 
-def run(protection: Protection, folder: Path, tracker: Tracker, ranks: Ranks = ALONE) -> Protected | None:
+def run(protection: Protection, folder: Path, tracker: Tracker) -> Protected | None:
     """Protect the model, or go on where ``folder`` says; None on all ranks but the first.
 
     Raises:
         GuardError: no round's state satisfied the guard.
         KeyboardInterrupt: on SIGINT or SIGTERM, after the round in progress was finished and saved.
     """
-    config, reference = protection.config, protection.reference.model
-    trainer = Trainer(
-        loops_model(config, reference),
-        reference,
-        protection.task,
-        protection.original,
-        protection.restricted,
-        StrategySampler(config.sampler),
-        config.method,
-        config.guard,
-        config.seed,
-        folder,
-        tracker,
-        ranks,
-        config.profile,
-    )
-    position = trainer.run()
-    return release(protection, trainer.model, position) if ranks.rank == 0 else None
+    runner = runner_of(protection, folder, tracker)
+    model = runner.run()
+    return _measured(protection, model, runner.at) if protection.context.ranks.rank == 0 else None
 
 
-def loops_model(config: Config, reference: nn.Module) -> nn.Module:
-    """Return the copy of the reference that the loops work on."""
-    return coordinates.linear(reference) if config.method.gains else copy.deepcopy(reference)
-
-
-def release(protection: Protection, model: nn.Module, position: Position) -> Protected:
-    """Return what is released of what the loops have made, with what it cost the original domain; reads ``test``.
+def last_good(protection: Protection, folder: Path) -> Protected:
+    """Return what can be released of a run that is not finished.
 
     Raises:
-        GuardError: it loses what the loops' own model had kept, for the gains are more than float32 can carry.
+        GuardError: no round's state satisfied the guard so far.
     """
-    config, task, original = protection.config, protection.task, protection.original
-    reference = protection.reference
-    if config.method.gains:
-        model = _in_other_coordinates(config, model, reference.model, task, original)
-    before = both_splits(task, reference.model, original, "reference")
-    after = both_splits(task, model, original, "method.fts_lr")
+    runner = runner_of(protection, folder, Tracker())
+    return _measured(protection, runner.released(), runner.at)
+
+
+def runner_of(protection: Protection, folder: Path, tracker: Tracker) -> Runner:
+    """Return what runs a protection, where ``folder`` says that it stands."""
+    config = protection.config
+    return Runner(protection.plan, protection.context, config.guard, folder, tracker, config.profile)
+
+
+def _measured(protection: Protection, model: nn.Module, at: Position) -> Protected:
+    """Measure what the protection cost the original domain, ``test`` read once."""
+    config, reference, context = protection.config, protection.reference, protection.context
+    before = both_splits(context.task, reference.model, context.original, "reference")
+    after = both_splits(context.task, model, context.original, "method.fts_lr")
     guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
+    stages = {planned.name: planned.stage for planned in protection.plan}
     general = manifest_of(
-        as_loaded(config, reference.spec), "protect", reference.sha256, original, protection.restricted
+        as_loaded(config, reference.spec), "protect", reference.sha256, context.original, context.restricted
     )
     manifest = {
         **general,
         "method": asdict(config.method),
-        # without FTS steps nobody was simulated, so that nothing was seen
-        "sampler_support": StrategySampler(config.sampler).support() if config.method.fts_steps else None,
-        "intactness": {**metric_of(task), "before": before, "after": after, **guard},
-        "history": {"rounds": position.round, "good_round": position.good_round, "rollbacks": position.rollbacks},
+        "stages": [
+            {"name": name, "summary": stage.summary, "limits": list(stage.limits)} for name, stage in stages.items()
+        ],
+        "float32": any(stage.float32 for stage in stages.values()),
+        # where nobody was simulated, nobody was seen
+        "sampler_support": context.sampler.support() if any(s.simulates for s in stages.values()) else None,
+        "intactness": {**metric_of(context.task), "before": before, "after": after, **guard},
+        "history": {"rounds": at.round, "good_round": at.good_round, "rollbacks": at.rollbacks},
     }
-    return Protected(model.eval(), position.history, manifest, protection)
-
-
-def _in_other_coordinates(
-    config: Config, model: nn.Module, reference: nn.Module, task: Task, original: LoadedDomain
-) -> nn.Module:
-    images, gains = original["train"], config.method.gains
-    made = coordinates.release(model, reference, task, images, gains, config.method.spread, config.seed)
-    kept, found = (task.evaluate(each, original["val"]) for each in (model, made))
-    if not abs(found - kept) <= ROUNDING:
-        raise GuardError(
-            f"method.gains: {list(gains)} drowns the original work in rounding: {task.metric.name} on val "
-            f"{found:.4g} instead of {kept:.4g}; lower them"
-        )
-    return made
+    return Protected(model.eval(), at.history, manifest, protection)
 
 
 def lost_on_test(guard: GuardConfig, task: Task, before: float, after: float) -> str | None:

@@ -11,14 +11,13 @@ from omegaconf import MISSING
 from sophon.attacker import FineTuneStrategy
 from sophon.config.attack import AttackConfig, MaskingConfig, SearchConfig
 from sophon.config.domains import ComposedDomains, DomainConfig, DomainsConfig
-from sophon.config.protection import ClampConfig, GuardConfig, MethodConfig
+from sophon.config.protection import GuardConfig, MethodConfig
 from sophon.errors import UserError
 from sophon.ranges import limited
 from sophon.sampler import SamplerConfig
 
 __all__ = [
     "AttackConfig",
-    "ClampConfig",
     "ComposedConfig",
     "ComposedDomains",
     "Config",

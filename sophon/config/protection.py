@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -12,74 +13,30 @@ from sophon.ranges import limited
 
 
 @dataclass
-class ClampConfig:
-    """CLAMP's terms; `sophon.protect.clamp` gives the formulas. A weight of 0 leaves a term out.
-
-    Attributes:
-        curvature: weight, >= 0: the attacker's loss is to curve along its last step by ``kappa_min`` at least. Three
-            passes more at every query.
-        contract: weight, >= 0: the update map is to contract two points near the attacker's last weights by ``c_max``.
-        tail: weight, >= 0: what the attacker has gained, and can gain at most if its updates contract, is to stay
-            within ``slack``.
-        inverse: weight, >= 0: the attacker's loss at its start is to be that of a guess.
-        kappa_min: loss per squared length of the weights; of either sign.
-        c_max: > 0; the map contracts where it is below 1.
-        c_limit: in the tail bound c counts as at most this, > 0 and < 1.
-        probe_width: how far the weights are displaced along a direction, in their own units, > 0 (d of the curvature,
-            eps of the contraction). In float32 much less than 0.01 drowns in rounding.
-        probes: random directions in which the contraction is looked for, the worst of which counts, >= 1.
-        slack: in the attacker's loss, >= 0.
-        lipschitz: of the gradient of the attacker's loss, >= 0 (Lip).
-    """
-
-    curvature: float = limited(0.0, ge=0)
-    contract: float = limited(0.0, ge=0)
-    tail: float = limited(0.0, ge=0)
-    inverse: float = limited(0.0, ge=0)
-    kappa_min: float = 0.0
-    c_max: float = limited(0.95, gt=0)
-    c_limit: float = limited(0.99, gt=0, lt=1)
-    probe_width: float = limited(0.05, gt=0)
-    probes: int = limited(1, ge=1)
-    slack: float = limited(0.0, ge=0)
-    lipschitz: float = limited(1.0, ge=0)
-
-    @property
-    def on(self) -> bool:
-        """Whether any term has a weight."""
-        return any((self.curvature, self.contract, self.tail, self.inverse))
-
-
-@dataclass
 class MethodConfig:
-    """How the model is protected: rounds of FTS alternating with NTR.
+    """How the model is protected: what `sophon.stages.alternate` does, unless ``stages`` says otherwise.
 
     Attributes:
         name: what manifests and reports call the method.
+        stages: the stages of the protection in their order, by name; empty for ``alternate`` alone. An entry holds the
+            stage's own settings, keys of the method that are others for this stage (``rounds``, say), and, where its
+            name does not say it, which ``stage`` it is: one of `sophon.stages.STAGES`, or a dotted path.
+        objectives: what is asked at an attacker's queries, by name with settings: `sophon.protect.objectives`, or
+            ``objective`` with a dotted path. The first one's loss is recorded; null leaves one out. All but plain
+            ``suppression`` need the engine ``first_order``.
         suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`, or for denoisers of
-            `sophon.losses.DENOISING_SUPPRESSION_LOSSES`.
-        suppression_weight: of the suppression loss among what is asked at a query, >= 0. As ``sharpness``, ``clamp``
-            and ``condition``, other values than the default need the engine ``first_order``.
-        sharpness: the suppression's gradient is taken where, within this distance of the attacker's weights, the loss
-            is worst for the defender (rho of SAM), >= 0; 0 takes it at the weights themselves. Twice the passes.
-        clamp: CLAMP's terms, asked besides.
-        condition: weight, >= 0, of ill-conditioning the restricted domain's features where attackers begin, and of
-            keeping the original domain's well-conditioned in NTR; 0 for none. For classifiers.
+            `sophon.losses.DENOISING_SUPPRESSION_LOSSES`; or the dotted path of a function like those.
         fixed_norms: weights that a normalisation follows are kept at the reference's norm, since their growth
             only hides the gradient from attackers: ``none``; ``layer``, of each such weight as a whole; or ``channel``,
             of each of its output channels.
-        gains: the released weights are in coordinates in which steps lead nowhere (`sophon.protect.coordinates`): how
-            many times what an interface's channels share outweighs what they tell, > 0, one number for all interfaces
-            or one for each; empty for ordinary coordinates. For timm's ResNets, without autocast.
-        spread: with ``gains``, the largest scale of an interface's channels over the smallest, >= 1, in powers of two.
-        engine: ``first_order`` or ``second_order`` (a key of `sophon.protect.fts.ENGINES`).
+        engine: ``first_order`` or ``second_order`` (`sophon.protect.inner_loop`).
         segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
             twice: ``segment`` >= K is fastest and needs the most.
         window: second order: inner steps that a query's derivative follows back at most, >= 0, in blocks counted from
             the last step (see `sophon.protect.second_order`); null for all of them, which is exact.
         rounds: how many alternations.
-        fts_steps: FTS steps a round (l_FTS of the paper); 0 simulates no attacker, and needs ``gains``.
+        fts_steps: FTS steps a round (l_FTS of the paper), >= 1.
         ntr_steps: NTR steps a round (l_NTR).
         fts_lr: Adam's rate of FTS (alpha).
         ntr_lr: Adam's rate of NTR (beta).
@@ -112,19 +69,15 @@ class MethodConfig:
     """
 
     name: str = MISSING
+    stages: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Any] = field(default_factory=lambda: {"suppression": {}})
     suppression_loss: str = "klu"
-    suppression_weight: float = limited(1.0, ge=0)
-    sharpness: float = limited(0.0, ge=0)
-    clamp: ClampConfig = field(default_factory=ClampConfig)
-    condition: float = limited(0.0, ge=0)
     fixed_norms: str = limited("none", choices=("none", "layer", "channel"))
-    gains: list[float] = limited([], gt=0)
-    spread: float = limited(1.0, ge=1)
     engine: str = limited("first_order", choices=("first_order", "second_order"))
     segment: int = limited(1, ge=1)
     window: int | None = limited(None, ge=0)
     rounds: int = limited(100, ge=1)
-    fts_steps: int = limited(1, ge=0)
+    fts_steps: int = limited(1, ge=1)
     ntr_steps: int = limited(10, ge=0)
     fts_lr: float = limited(3e-4, gt=0)
     ntr_lr: float = limited(5e-4, gt=0)
@@ -150,26 +103,12 @@ class MethodConfig:
 
     def validate(self, key: str) -> None:
         """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""
-        needs_first_order = {
-            "pool": self.pool > 0,
-            "suppression_weight": self.suppression_weight != 1,
-            "sharpness": self.sharpness > 0,
-            "clamp": self.clamp.on,
-            "condition": self.condition > 0,
-        }
-        for name, needs in needs_first_order.items():
-            if needs and self.engine != "first_order":
-                raise UserError(f"{key}.{name}: not allowed with engine {self.engine}; it needs first_order")
+        if self.pool and self.engine != "first_order":
+            raise UserError(f"{key}.pool: not allowed with engine {self.engine}; it needs first_order")
         if 0 < self.pool < self.attackers:
             raise UserError(
                 f"{key}.pool: {self.pool} is not allowed with {self.attackers} attackers; give 0, or at least as many"
             )
-        if not (self.suppression_weight or self.clamp.on or self.condition):
-            raise UserError(f"{key}.suppression_weight: 0 leaves nothing to ask; give > 0, or weigh clamp or condition")
-        if not (self.gains or self.fts_steps):
-            raise UserError(f"{key}.fts_steps: 0 is not allowed without {key}.gains; it must be >= 1")
-        if self.spread > 1 and not self.gains:
-            raise UserError(f"{key}.spread: {self.spread:g} is not allowed without {key}.gains; it must be 1")
 
 
 @dataclass

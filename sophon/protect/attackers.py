@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
-from sophon.config import MethodConfig
-from sophon.domains import Batch, LoadedDomain, batches
+from sophon.domains import Batch, batches
+from sophon.protect.context import Context
 from sophon.protect.first_order import first_order
 from sophon.protect.starts import Factors, start
 from sophon.seeds import derive_seed
 from sophon.surgery import Means
-from sophon.tasks import Task
 
 
 class Attackers:
     """Makes attackers of the released model, which itself is never run.
 
     Args:
-        model: the released model.
-        task: the model kind.
-        restricted: the domains that attackers fine-tune for.
-        heads: the head starts that there will be.
-        config: how the probed heads are kept fitted.
-        seed: the run's.
-        original: for surgery that trains on it.
+        context: the released model, the domains that attackers fine-tune for, the original one for surgery that trains
+            on it; the sampler's heads, and how the method keeps probed ones fitted.
 
     Attributes:
         probed: for each domain the defender's head, by parameter; empty where no attacker starts from one.
@@ -37,31 +31,23 @@ class Attackers:
         UserError: a head is to be kept that does not fit a domain.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        restricted: Sequence[LoadedDomain],
-        heads: set[str],
-        config: MethodConfig,
-        seed: int,
-        original: LoadedDomain | None = None,
-    ) -> None:
-        self.model = model
-        self.task = task
-        self.restricted = restricted
-        self.config = config
-        self.seed = seed
-        self.original = original
+    def __init__(self, context: Context) -> None:
+        self.model = model = context.model
+        self.task = task = context.task
+        self.restricted = context.restricted
+        self.config = context.method
+        self.seed = context.seed
+        self.original = context.original
+        heads = set(context.sampler.config.heads)
         if "kept" in heads:
-            for domain in restricted:
+            for domain in self.restricted:
                 task.start_head(model, "kept", domain.classes)
         # allocated once: one with the released head, and one for each domain's own
         self._released = copy.deepcopy(model)
         self._own = []
         if heads - {"kept"}:
-            for index, domain in enumerate(restricted):
-                torch.manual_seed(derive_seed(seed, "probed head", *([index] if index else [])))
+            for index, domain in enumerate(self.restricted):
+                torch.manual_seed(derive_seed(self.seed, "probed head", *([index] if index else [])))
                 self._own.append(copy.deepcopy(model))
                 task.start_head(self._own[-1], "fresh", domain.classes)
         self.probed: list[dict[str, Tensor]] = [self._head(other) for other in self._own]
@@ -99,10 +85,6 @@ class Attackers:
     def scratch(self, strategy: FineTuneStrategy, domain: int) -> nn.Module:
         """Return the copy that `begin` would use, as the last attacker has left it."""
         return self._released if strategy.head == "kept" else self._own[domain]
-
-    def copies(self) -> list[nn.Module]:
-        """Return every scratch copy, for who would compile them."""
-        return [self._released, *self._own]
 
     def batches(
         self, domain: int, split: str, size: int, generator: torch.Generator, augmentation: str = "none"

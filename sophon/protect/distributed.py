@@ -20,7 +20,6 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sophon.config import MethodConfig
 from sophon.devices import resolve_device
 from sophon.domains import Batch
 from sophon.errors import GuardError, UserError
@@ -232,20 +231,6 @@ def world_size() -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise UserError(f"WORLD_SIZE: '{text}' is not allowed; torchrun sets it to the number of ranks")
     return int(text)
-
-
-def require_work(method: MethodConfig, ranks: Ranks) -> None:
-    """Refuse ranks that would have nothing to do.
-
-    Raises:
-        UserError: there are fewer attackers, or fewer images in a batch of NTR, than ranks.
-    """
-    for key, count in (("attackers", method.attackers), ("ntr_batch_size", method.ntr_batch_size)):
-        if count < ranks.size:
-            raise UserError(
-                f"method.{key}: {count} leaves some of the {ranks.size} ranks without work; give at least as many, or "
-                "start fewer ranks"
-            )
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -12,9 +12,11 @@ from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
 from sophon.optimizers import build_optimizer
 from sophon.protect.inner_loop import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
-from sophon.protect.objectives import PLAIN
+from sophon.protect.objectives.suppression import Suppression
 from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.tasks import Task
+
+PLAIN: Sequence[Objective] = (Suppression(),)
 
 
 def first_order(

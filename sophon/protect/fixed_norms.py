@@ -36,7 +36,7 @@ class FixedNorms:
         """The layers that keep their norms."""
         return [each.name for each in self._layers]
 
-    def restore(self) -> None:
+    def project(self) -> None:
         """Scale each layer back to its norm, in place.
 
         The function in evaluation mode stays the same but for rounding behind BatchNorm, and as far as epsilon is small

@@ -9,32 +9,35 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
-from sophon.domains import LoadedDomain
+from sophon.errors import UserError
 from sophon.protect.attackers import Attackers
+from sophon.protect.context import Context
 from sophon.protect.curriculum import Curriculum
-from sophon.protect.distributed import ALONE, Ranks
-from sophon.protect.first_order import first_order
-from sophon.protect.inner_loop import Engine, Past, Simulation, query_weights
-from sophon.protect.objectives import objectives_of
+from sophon.protect.first_order import PLAIN, first_order
+from sophon.protect.inner_loop import Engine, Objective, Past, Simulation, query_weights
 from sophon.protect.pool import Member, Pool
 from sophon.protect.second_order import second_order
 from sophon.protect.starts import Factors
-from sophon.sampler import StrategySampler
 from sophon.seeds import derive_seed
-from sophon.tasks import Task
 
 ENGINES: dict[str, Callable[..., Simulation]] = {"first_order": first_order, "second_order": second_order}
 
 
-def engine_of(config: MethodConfig) -> Engine:
-    """Return the engine that a configuration names, with its settings."""
-    if config.engine == "second_order":
-        return partial(ENGINES[config.engine], segment=config.segment, window=config.window)
-    return partial(ENGINES[config.engine], objectives=objectives_of(config))
+def engine_of(config: MethodConfig, objectives: Sequence[Objective] = PLAIN) -> Engine:
+    """Return the engine that a configuration names, with its settings.
+
+    Raises:
+        UserError: it has no such objectives.
+    """
+    if config.engine != "second_order":
+        return partial(ENGINES[config.engine], objectives=objectives)
+    if tuple(objectives) != tuple(PLAIN):
+        raise UserError("method.engine: second_order asks plain suppression alone; give engine first_order")
+    return partial(ENGINES[config.engine], segment=config.segment, window=config.window)
 
 
 class FTSStep(NamedTuple):
@@ -87,39 +90,22 @@ class FTS:
     touches its BatchNorm statistics.
 
     Args:
-        model: the released model; its parameters are stepped in place.
-        task: gives the attacker's and the suppression loss.
-        restricted: the domains, one or more, whose ``adapt`` and ``query`` splits the simulation uses; an attacker
-            fine-tunes for one of them.
-        sampler: the strategies to simulate.
-        config: how many attackers, how they are chosen, which engine, the rate (alpha).
-        seed: the run's.
-        ranks: who simulates which attacker.
-        original: the original domain, for attackers whose surgery trains on it.
+        context: the model, the domains and the sampler; the method's attackers, engine and rate (alpha).
+        objectives: what is asked at an attacker's queries.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        restricted: Sequence[LoadedDomain],
-        sampler: StrategySampler,
-        config: MethodConfig,
-        seed: int,
-        ranks: Ranks = ALONE,
-        original: LoadedDomain | None = None,
-    ) -> None:
-        self.model = model
-        self.task = task
-        self.config = config
-        self.seed = seed
-        self.ranks = ranks
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.fts_lr)
-        self.attackers = Attackers(model, task, restricted, set(sampler.config.heads), config, seed, original)
-        self.curriculum = Curriculum(sampler, config)
-        self._engine = engine_of(config)
-        mine = ranks.mine(config.attackers)
-        self.pool = Pool(config.pool, {place for index in mine for place in self._places(index)})
+    def __init__(self, context: Context, objectives: Sequence[Objective] = PLAIN) -> None:
+        self.model = context.model
+        self.task = context.task
+        self.config = context.method
+        self.seed = context.seed
+        self.ranks = context.ranks
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.fts_lr)
+        self.attackers = Attackers(context)
+        self.curriculum = Curriculum(context.sampler, self.config)
+        self._engine = engine_of(self.config, objectives)
+        mine = self.ranks.mine(self.config.attackers)
+        self.pool = Pool(self.config.pool, {place for index in mine for place in self._places(index)})
 
     def step(self, *key: object, factor: float = 1.0, anchor: Mapping[str, Tensor] | None = None) -> FTSStep:
         """Simulate ``config.attackers`` attackers drawn from the run's seed and ``key``; take one Adam step.

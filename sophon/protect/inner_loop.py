@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +80,22 @@ class Query(NamedTuple):
     before: Sequence[Tensor] = ()
 
 
-class Objective(Protocol):
-    """What the defender minimises at the queries of a simulation.
+class Objective:
+    """What the defender minimises at the queries of a simulation; the base class of all.
+
+    A subclass is a dataclass whose fields are its settings.
 
     Attributes:
         remembers: whether it needs ``start`` and ``before`` of a `Query`, which cost two copies of the moving weights.
+        weighs: whether it has a gradient; one without is measured only.
     """
 
-    remembers: bool
+    remembers: ClassVar[bool] = False
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it has a gradient."""
+        return True
 
     def add(self, model: nn.Module, task: Task, batch: Batch, gamma: float, query: Query) -> Tensor:
         """Add its gradient by the model's parameters to their ``.grad``, and leave the weights to the bit.
@@ -102,6 +110,11 @@ class Objective(Protocol):
         Returns:
             The objective's value, without ``gamma``; a scalar without a graph.
         """
+        raise NotImplementedError
+
+    def on_original(self, model: nn.Module, task: Task, batch: Batch) -> Tensor | None:
+        """Return what NTR minimises besides the original domain's loss on a batch of it; None for nothing."""
+        return None
 
 
 class Engine(Protocol):

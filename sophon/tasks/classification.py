@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import losses
+from sophon.arguments import named
 from sophon.attacker import SCOPES
 from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
@@ -26,7 +27,8 @@ class ClassificationTask:
 
     Args:
         spec: the model's input: images are normalised with its mean and std.
-        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`; None where nothing is protected.
+        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`, or a dotted path;
+            None where nothing is protected.
         distillation: weight of the reference's distillation in `original_loss`, >= 0.
         temperature: of the distillation, > 0.
         amp: autocast passes to bfloat16; what they return, and so every loss, is float32.
@@ -58,8 +60,8 @@ class ClassificationTask:
         self.amp = amp
         self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
         if suppression_loss is not None:
-            choose("method.suppression_loss", suppression_loss, losses.SUPPRESSION_LOSSES)
-            self._suppression = losses.SUPPRESSION_LOSSES[suppression_loss]
+            self._suppression = named("method.suppression_loss", suppression_loss, losses.SUPPRESSION_LOSSES)
+        self.reads_labels = self._suppression is not None and losses.reads_labels(self._suppression)
         self._mean = torch.tensor(spec.mean, dtype=dtype).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.std, dtype=dtype).view(1, -1, 1, 1)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import losses
+from sophon.arguments import named
 from sophon.attacker import SCOPES
 from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet
@@ -42,7 +43,8 @@ class DenoisingTask:
 
     Args:
         spec: the model's; its scheduler says how images are noised and what the network predicts.
-        suppression_loss: a key of `sophon.losses.DENOISING_SUPPRESSION_LOSSES`; None where nothing is protected.
+        suppression_loss: a key of `sophon.losses.DENOISING_SUPPRESSION_LOSSES`, or a dotted path;
+            None where nothing is protected.
         suppression_timesteps: part of the noise schedule, from its start, that it draws timesteps from.
         distillation: weight of the reference's distillation in `original_loss`, >= 0.
         evaluation_images: at most so many (image, timestep, noise) triples are measured.
@@ -56,6 +58,7 @@ class DenoisingTask:
 
     kind = "denoising"
     metric = Metric("eps-MSE", "", higher_is_better=False)
+    reads_labels = False
     evaluation_batch_size = 250
     suspects = "model.scheduler, model.image_size, the range and the order of the colour channels"
     most_bands = 4
@@ -86,8 +89,7 @@ class DenoisingTask:
         self._suppressed = max(1, round(suppression_timesteps * len(self._signal)))
         self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
         if suppression_loss is not None:
-            choose("method.suppression_loss", suppression_loss, losses.DENOISING_SUPPRESSION_LOSSES)
-            self._suppression = losses.DENOISING_SUPPRESSION_LOSSES[suppression_loss]
+            self._suppression = named("method.suppression_loss", suppression_loss, losses.DENOISING_SUPPRESSION_LOSSES)
 
     @classmethod
     def from_config(cls, spec: ModelSpec, settings: TaskConfig, method: MethodConfig | None, *, amp: bool) -> Self:

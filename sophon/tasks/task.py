@@ -74,12 +74,14 @@ class Task(Protocol):
         adapter: what is particular to the model's library.
         amp: whether passes are autocast to bfloat16; who needs more precision may switch it off for a while.
         suspects: what is usually wrong with the input of a trained model that does no better than `chance`.
+        reads_labels: whether the suppression loss means nothing for images without a class.
     """
 
     metric: Metric
     spec: ModelSpec
     adapter: ModelAdapter
     amp: bool
+    reads_labels: bool
     suspects: str
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from sophon.api.protecting import Protected, lost_on_test, prepare, run
 from sophon.config import Config
 from sophon.errors import UserError
 from sophon.paths import exists
-from sophon.protect.distributed import join, require_work
+from sophon.protect.distributed import join
 from sophon.run_folder import run_folder
 from sophon.tasks import Task
 from sophon.tracking import Tracker
@@ -25,13 +25,13 @@ def protect(config: Config) -> None:
     """
     ranks, device = join(config.device)
     with ranks.together():
-        require_work(config.method, ranks)
-        protection = prepare(config, reference_of(config), device)
-        doubted = doubt(protection.task, protection.reference.model, protection.original, "reference")
+        protection = prepare(config, reference_of(config), device, ranks)
+        context = protection.context
+        doubted = doubt(context.task, context.reference, context.original, "reference")
     if len({json.dumps(identity) for identity in ranks.gather(protection.identity)}) > 1:
         raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
     if ranks.rank == 0:
-        say_domains(protection.original, *protection.restricted)
+        say_domains(context.original, *context.restricted)
     folder = run_dir(config)
     with ExitStack() as stack:
 
@@ -47,10 +47,10 @@ def protect(config: Config) -> None:
             warn(doubted)
         with ranks.together():
             tracker = stack.enter_context(tracker_of(config, folder)) if ranks.rank == 0 else Tracker()
-        released = run(protection, folder, tracker, ranks)
+        released = run(protection, folder, tracker)
         if released is not None:
             released.save(folder / "checkpoint")
-            say_released(folder / "checkpoint", config, protection.task, released)
+            say_released(folder / "checkpoint", config, context.task, released)
 
 
 def say_released(out: Path, config: Config, task: Task, released: Protected) -> None:

@@ -26,16 +26,17 @@ from sophon.config import GuardConfig, MethodConfig
 from sophon.domains import Batch, ImageSet, MemoryImages
 from sophon.errors import GuardError, UserError
 from sophon.protect.batch_norm import WholeBatch
-from sophon.protect.distributed import ALONE, Ranks, join, require_work
+from sophon.protect.distributed import ALONE, Ranks, join
 from sophon.protect.fts import FTS
 from sophon.protect.ntr import NTR
+from sophon.protect.runner import Runner
 from sophon.protect.state import STATE_FILE, read_state
-from sophon.protect.trainer import Trainer
-from sophon.sampler import SamplerConfig, StrategySampler
+from sophon.sampler import SamplerConfig
+from sophon.stages.alternate import Alternate
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors, write_tensors
-from sophon.tracking import Tracker
 from tests.cli_helpers import PRETRAIN, PROTECT, REPOSITORY, RUNS, load, refusal, sophon
+from tests.protect.staged import context, runner, training
 from tests.tiny import (
     state_of,
     tiny_bands,
@@ -44,7 +45,6 @@ from tests.tiny import (
     tiny_images,
     tiny_model,
     tiny_spec,
-    tiny_task,
     tiny_unet,
 )
 
@@ -72,8 +72,8 @@ def suppressed(ranks: Ranks, folder: Path, heads: str = "kept", attackers: int =
     """Four FTS steps: the weights after each, what each step said, the probed head, and the pool of all ranks."""
     model = tiny_model()
     method = replace(METHOD, attackers=attackers, pool=pool, chunk=2, fts_max_norm=1.0)
-    sampler = StrategySampler(replace(ATTACKERS, heads=heads.split("+")))
-    fts = FTS(model, tiny_task(), [RESTRICTED], sampler, method, 3, ranks)
+    sampler = replace(ATTACKERS, heads=heads.split("+"))
+    fts = FTS(context(model, method=method, restricted=[RESTRICTED], sampler=sampler, seed=3, ranks=ranks))
     found: Tensors = {}
     for step in range(4):
         told = fts.step(step)
@@ -90,8 +90,8 @@ def diverging(ranks: Ranks, folder: Path) -> Tensors:
     model = tiny_model().float()
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
     wild = {"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}
-    sampler = StrategySampler(replace(ATTACKERS, optimizers=wild, steps=[8, 8]))
-    fts = FTS(model, task, [RESTRICTED], sampler, METHOD, 0, ranks)
+    sampler = replace(ATTACKERS, optimizers=wild, steps=[8, 8])
+    fts = FTS(context(model, task, METHOD, restricted=[RESTRICTED], sampler=sampler, ranks=ranks))
     steps = [fts.step(index) for index in range(6)]
     return state_of(model) | {"diverged": torch.tensor([step.diverged for step in steps])}
 
@@ -126,7 +126,7 @@ def reinforced(ranks: Ranks, folder: Path, network: str = "tiny", batch: int = 9
         model.fc.weight.add_(0.3)
     task = ClassificationTask(tiny_spec(), distillation=weight, dtype=torch.float64)
     method = replace(METHOD, ntr_lr=1e-3, ntr_batch_size=batch, ntr_augmentation="crop")
-    ntr = NTR(model, reference, task, IMAGES, method, 5, ranks)
+    ntr = NTR(context(model, task, method, reference=reference, original=training(IMAGES), seed=5, ranks=ranks))
     found = {"loss": number(ntr.run(3, 0)), "annealed": number(ntr.run(2, 1, "repair", anneal=True))}
     found |= {f"gradient/{name}": value for name, value in ntr.gradient(2, "anchor").items()}
     return found | state_of(model) | {f"reference/{name}": value for name, value in state_of(reference).items()}
@@ -146,49 +146,31 @@ class Measured(ClassificationTask):
         return next(self.values)
 
 
-class Telling(Tracker):
-    def __init__(self, told: Callable[[int], None]) -> None:
-        super().__init__()
-        self.told = told
-
-    def log(self, values: Any, step: int) -> None:
-        self.told(step)
-
-
-def trainer(
-    ranks: Ranks, folder: Path, told: Callable[[int], None] = lambda step: None, method: MethodConfig = METHOD
-) -> Trainer:
-    model, task = tiny_model(), Measured()
+def run_of(
+    ranks: Ranks, folder: Path, told: Callable[[int], object] = lambda step: None, method: MethodConfig = METHOD
+) -> Runner:
+    task = Measured()
     task.rank = ranks.rank
-    sampler = StrategySampler(replace(ATTACKERS, steps=[3, 6], heads=["kept", "fresh", "probed"]))
+    sampler = replace(ATTACKERS, steps=[3, 6], heads=["kept", "fresh", "probed"])
     guard = GuardConfig(every=1, tolerance=1.0, repair_steps=2, max_ntr_steps=4)
     folder.mkdir(exist_ok=True)
-    return Trainer(
-        copy.deepcopy(model),
-        model,
-        task,
-        ORIGINAL,
-        [RESTRICTED],
-        sampler,
-        method,
-        guard,
-        0,
-        folder,
-        Telling(told),
-        ranks,
-    )
+    return runner(
+        folder, task, told, method=method, guard=guard, original=ORIGINAL, restricted=[RESTRICTED], sampler=sampler,
+        ranks=ranks,
+    )  # fmt: skip
 
 
 POOLED = replace(METHOD, pool=5, chunk=1, fts_original_weight=0.5, schedule="cosine")
 
 
-def everything(run: Trainer) -> Tensors:
+def everything(run: Runner) -> Tensors:
     losses = [row[name] for row in run.at.history for name in ("query_loss", "gradient_norm", "ntr_loss")]
     where = [run.at.round, run.at.good_round, run.at.ntr_steps, run.at.rollbacks, run.at.good]
-    pool = run.ranks.collect(run.fts.pool.tensors())
+    stage: Any = run.stage
+    pool = run.context.ranks.collect(stage.fts.pool.tensors())
     return {
-        **state_of(run.model),
-        **{f"good/{name}": value for name, value in run.good.items()},
+        **state_of(run.context.model),
+        **{f"good/{name}": value for name, value in run.guard.good.items()},
         **{f"pool/{name}": value for name, value in pool.items()},
         "losses": torch.tensor(losses, dtype=torch.float64),
         "where": torch.tensor(where, dtype=torch.float64),
@@ -197,7 +179,7 @@ def everything(run: Trainer) -> Tensors:
 
 def trained(ranks: Ranks, folder: Path, pool: bool = False) -> Tensors:
     """Rounds with a repair, a roll-back and, with a pool, the original domain's gradient."""
-    run = trainer(ranks, folder / f"trained{pool}", method=POOLED if pool else METHOD)
+    run = run_of(ranks, folder / f"trained{pool}", method=POOLED if pool else METHOD)
     run.run()
     return everything(run)
 
@@ -210,15 +192,16 @@ def stopped(ranks: Ranks, folder: Path) -> Tensors:
             signal.raise_signal(signal.SIGTERM)
 
     run = interrupted(ranks, folder / "stopped", told)
-    found = everything(run) | {"members": torch.tensor(len(run.fts.pool.members))}
-    own = {place % POOLED.attackers % ranks.size for place in run.fts.pool.members}
+    members = run.stage.fts.pool.members  # type: ignore[attr-defined]
+    found = everything(run) | {"members": torch.tensor(len(members))}
+    own = {place % POOLED.attackers % ranks.size for place in members}
     assert own <= {ranks.rank}
     return found
 
 
-def interrupted(ranks: Ranks, folder: Path, told: Callable[[int], None]) -> Trainer:
-    run = trainer(ranks, folder, told, POOLED)
-    run.task.values = itertools.repeat(50.0)  # type: ignore[attr-defined]
+def interrupted(ranks: Ranks, folder: Path, told: Callable[[int], None]) -> Runner:
+    run = run_of(ranks, folder, told, POOLED)
+    run.context.task.values = itertools.repeat(50.0)  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
         run.run()
     return run
@@ -231,8 +214,8 @@ def left_by_one(folder: Path) -> None:
 
 def resumed(ranks: Ranks, folder: Path, of: str = "one") -> Tensors:
     """Go on from what one process has left, or several."""
-    run = trainer(ranks, folder / of, method=POOLED)
-    run.task.values = itertools.repeat(50.0)  # type: ignore[attr-defined]
+    run = run_of(ranks, folder / of, method=POOLED)
+    run.context.task.values = itertools.repeat(50.0)  # type: ignore[attr-defined]
     assert run.at.round == 3
     run.run()
     return everything(run)
@@ -285,17 +268,16 @@ def refusals(ranks: Ranks) -> dict[str, str]:
         raise UserError(f"both: said by {ranks.rank}")
     with noted("fine"), ranks.together():
         pass
-    with noted("attackers"):
-        require_work(replace(METHOD, attackers=1), ranks)
-    with noted("batch"):
-        require_work(replace(METHOD, ntr_batch_size=1), ranks)
-    with noted("enough"):
-        require_work(METHOD, ranks)
+    for name, method in (
+        ("attackers", replace(METHOD, attackers=1)), ("batch", replace(METHOD, ntr_batch_size=1)), ("enough", METHOD)
+    ):  # fmt: skip
+        with noted(name):
+            Alternate(None).check(context(tiny_model(), method=method, ranks=ranks))
     with noted("not finite"):
         spoilt = MemoryImages(IMAGES.images, IMAGES.labels, IMAGES.classes)
         task = Spoilt(tiny_spec(), dtype=torch.float64)
         task.spoil = ranks.rank == other
-        NTR(tiny_model(), tiny_model(), task, spoilt, METHOD, 0, ranks).run(1, 0)
+        NTR(context(tiny_model(), task, METHOD, original=training(spoilt), ranks=ranks)).run(1, 0)
     return found
 
 
@@ -345,7 +327,7 @@ class Drawing:
             return sum(p.sum() for p in model.parameters()) * 1.0
 
         task.original_loss = original_loss  # type: ignore[method-assign]
-        NTR(model, model, task, IMAGES, METHOD, 0, ranks).run(1, 0)
+        NTR(context(model, task, METHOD, original=training(IMAGES), ranks=ranks)).run(1, 0)
         return drawn
 
 
@@ -389,7 +371,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = str(free.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", f"from tests.protect import test_ranks as t; t.work(t.Path({str(folder)!r}))"],
+            [sys.executable, "-c", f"from tests.protect import test_distributed as t; t.work(t.Path({str(folder)!r}))"],
             cwd=REPOSITORY,
             env=environment(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
@@ -437,10 +419,11 @@ def test_scenarios_are_telling(serial: dict[str, Tensors], ranks: Path) -> None:
     assert {int(key.split("/")[1]) for key in serial["fts of four in a pool"] if key.startswith("pool/")} >= {0, 1}
     state = read_state(ranks / "stopped" / STATE_FILE)
     members = [int(each["members"]) for each in found(ranks, "stopped")]
-    assert sum(members) == len(state.members)
+    assert sum(members) == len(state.data["pool"])
     assert min(members) > 0
     assert state.at.round == 3
-    assert {key.split("/")[0] for key in state.tensors["pool"]} == set(state.members)
+    pool = [key.split("/")[1] for key in state.tensors["stage"] if key.startswith("pool/")]
+    assert set(pool) == set(state.data["pool"])
 
 
 @pytest.mark.slow
@@ -510,7 +493,6 @@ def test_alone_there_is_nothing_to_exchange() -> None:
     tensors = [torch.ones(2)]
     assert ranks.sum(tensors)[0] is tensors[0]
     assert (ranks.gather(3), ranks.any(True), ranks.any(False), list(ranks.mine(3))) == ([3], True, False, [0, 1, 2])
-    require_work(replace(METHOD, attackers=1, ntr_batch_size=1), ranks)
     with pytest.raises(UserError, match="mine"), ranks.together():
         raise UserError("mine")
 
@@ -671,15 +653,15 @@ def test_torchrun_is_interrupted_and_one_process_goes_on(pretrained: Path, tmp_p
 def start_alone(folder: Path, command: tuple[str, ...]) -> Any:
     """Let one process go on with the run, and stop it once it has saved another state."""
     before = (folder / "run" / STATE_FILE).read_bytes()
-    make = Trainer.save
+    make = Runner.save
 
-    def saved(self: Trainer) -> None:
+    def saved(self: Runner) -> None:
         make(self)
         if (folder / "run" / STATE_FILE).read_bytes() != before:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "save", saved)
+        patch.setattr(Runner, "save", saved)
         return sophon(folder, *command)
 
 

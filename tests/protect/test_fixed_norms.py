@@ -55,7 +55,7 @@ def test_norms_come_back_and_the_function_stays(per: Per) -> None:
     pointers = {name: value.data_ptr() for name, value in model.state_dict().items()}
     disturb(model)
     expected, moved = outputs(model), state_of(model)
-    fixed.restore()
+    fixed.project()
     torch.testing.assert_close(outputs(model), expected, rtol=1e-12, atol=1e-13)
     for name in CONVOLUTIONS:
         norms, wanted = filters(model, name), filters(before, name)
@@ -68,7 +68,7 @@ def test_norms_come_back_and_the_function_stays(per: Per) -> None:
     assert changed(model, moved) == {f"conv{i}.weight" for i in (1, 2)} | {f"bn{i}.{k}" for i in (1, 2) for k in kinds}
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == pointers
     again = state_of(model)
-    fixed.restore()
+    fixed.project()
     torch.testing.assert_close(state_of(model), again, rtol=1e-14, atol=1e-15)
 
 
@@ -80,7 +80,7 @@ def test_a_resnet_in_float32(per: Per) -> None:
     wanted = {name: filters(model, name) for name in convolutions}
     disturb(model)
     expected = outputs(model, 32)
-    fixed.restore()
+    fixed.project()
     torch.testing.assert_close(outputs(model, 32), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     for name in convolutions:
         assert model.get_submodule(name).weight.is_contiguous(memory_format=torch.channels_last)
@@ -102,7 +102,7 @@ def test_norms_hold_through_training_and_the_optimizer_keeps_its_parameters() ->
         before = state_of(model)
         optimizer.step()
         assert changed(model, before) >= {"conv1.weight", "conv2.weight"}
-        fixed.restore()
+        fixed.project()
         for name, norm in zip(CONVOLUTIONS, wanted, strict=True):
             assert filters(model, name).norm().item() == pytest.approx(norm.item(), rel=1e-12)
 
@@ -123,7 +123,7 @@ def test_group_norm(per: Per, groups: int) -> None:
     fixed, before = FixedNorms(model, ClassificationTask(spec, dtype=torch.float64), BATCH, per), copy.deepcopy(model)
     disturb(model)
     expected = outputs(model)
-    fixed.restore()
+    fixed.project()
     torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
     norms, wanted = filters(model, "0"), filters(before, "0")
     assert norms.norm().item() == pytest.approx(wanted.norm().item(), rel=1e-12)
@@ -154,7 +154,7 @@ def test_a_model_without_such_layers_is_left_alone(make: Any, per: Per) -> None:
     assert fixed.names == []
     disturb(model)
     before = state_of(model)
-    fixed.restore()
+    fixed.project()
     assert_same_state(model, before)
 
 
@@ -169,7 +169,7 @@ def test_a_unet_whose_embedding_comes_after_the_normalisation_has_norms_to_fix(p
     assert {f"{name}.conv1" for name in blocks} <= set(fixed.names)
     wanted = {name: filters(model, name).norm() for name in fixed.names}
     disturb(model)
-    fixed.restore()
+    fixed.project()
     for name, norm in wanted.items():
         assert filters(model, name).norm().item() == pytest.approx(norm.item(), rel=1e-12)
 

@@ -23,7 +23,8 @@ from sophon.protect.fts import ENGINES, FTS
 from sophon.protect.inner_loop import Simulation, query_weights
 from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.seeds import derive_seed
-from sophon.tasks import ClassificationTask
+from sophon.tasks import ClassificationTask, Task
+from tests.protect.staged import context
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task
 
 RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
@@ -31,13 +32,19 @@ METHOD = MethodConfig(name="test", fts_lr=1e-2, query_batch_size=9, probe_steps=
 HEAD = {"fc.weight", "fc.bias"}
 
 
-def sampler(**changes: Any) -> StrategySampler:
-    fixed = SamplerConfig({"momentum": [0.05, 0.05]}, batch_sizes=[8], steps=[3, 3], heads=["kept"])
-    return StrategySampler(replace(fixed, **changes))
+SAMPLER = SamplerConfig({"momentum": [0.05, 0.05]}, batch_sizes=[8], steps=[3, 3], heads=["kept"])
 
 
-def make_fts(model: nn.Module, method: MethodConfig = METHOD, seed: int = 0, **changes: Any) -> FTS:
-    return FTS(model, tiny_task(), [RESTRICTED], sampler(**changes), method, seed)
+def make_fts(
+    model: nn.Module,
+    method: MethodConfig = METHOD,
+    seed: int = 0,
+    task: Task | None = None,
+    domains: Sequence[LoadedDomain] = (RESTRICTED,),
+    **changes: Any,
+) -> FTS:
+    sampler = replace(SAMPLER, **changes)
+    return FTS(context(model, task, method, sampler=sampler, restricted=domains, seed=seed))
 
 
 @pytest.fixture
@@ -114,7 +121,7 @@ def test_gradient_is_that_of_the_attacker_on_adapt_and_query() -> None:
     model = tiny_model()
     start = parameters_of(model)
     generator = torch.Generator().manual_seed(derive_seed(4, "fts", 7, 0))
-    plan = sampler().sample(generator)
+    plan = StrategySampler(SAMPLER).sample(generator)
 
     def stream(split: str, size: int) -> Iterator[Batch]:
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -368,8 +375,8 @@ def test_other_classes_than_the_original(classes: int) -> None:
     model = tiny_model()
     before = parameters_of(model)
     with pytest.raises(UserError, match=f"the model has 3 and the restricted domain {classes}"):
-        FTS(model, tiny_task(), [domain], sampler(heads=["fresh", "kept"]), METHOD, 0)
-    fts = FTS(model, tiny_task(), [domain], sampler(heads=["fresh", "probed"]), METHOD, 0)
+        make_fts(model, domains=[domain], heads=["fresh", "kept"])
+    fts = make_fts(model, domains=[domain], heads=["fresh", "probed"])
     for index in range(4):
         assert math.isfinite(fts.step(index).query_loss)
     assert fts.attackers.probed[0]["fc.weight"].shape == (classes, 4)
@@ -384,9 +391,11 @@ def test_other_classes_than_the_original(classes: int) -> None:
 def test_all_diverged_leaves_the_weights(weight: float) -> None:
     model = tiny_model().float()
     before = state_of(model)
-    wild = sampler(optimizers={"nesterov": [1e38, 1e38]}, steps=[8, 8])
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
-    fts = FTS(model, task, [RESTRICTED], wild, replace(METHOD, attackers=3, fts_original_weight=weight), 0)
+    fts = make_fts(
+        model, replace(METHOD, attackers=3, fts_original_weight=weight), task=task,
+        optimizers={"nesterov": [1e38, 1e38]}, steps=[8, 8],
+    )  # fmt: skip
     step = fts.step(0, anchor=anchor_of(model) if weight else None)
     assert step.diverged == 3
     assert all(math.isnan(value) for value in (step.query_loss, step.attacker_loss, step.gradient_norm))
@@ -397,9 +406,9 @@ def test_all_diverged_leaves_the_weights(weight: float) -> None:
 def test_the_diverged_are_left_out(simulated: list[tuple[FineTuneStrategy, Simulation]]) -> None:
     model = tiny_model().float()
     start = parameters_of(model)
-    mixed = sampler(optimizers={"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}, steps=[8, 8])
+    mixed = {"nesterov": [1e38, 1e38], "momentum": [0.05, 0.05]}
     task = ClassificationTask(tiny_spec(), suppression_loss="klu")
-    fts = FTS(model, task, [RESTRICTED], mixed, replace(METHOD, attackers=6), 0)
+    fts = make_fts(model, replace(METHOD, attackers=6), task=task, optimizers=mixed, steps=[8, 8])
     step = fts.step(0)
     tame = [run for strategy, run in simulated if strategy.lr < 1]
     assert 0 < len(tame) < 6
@@ -495,7 +504,7 @@ def test_gradients_come_back_through_surgery(simulated: list[tuple[FineTuneStrat
     ((_, run),) = simulated
     attackers = make_fts(tiny_model(), heads=["fresh"], surgeries=surgeries).attackers
     torch.manual_seed(0)
-    plan = sampler(heads=["fresh"], surgeries=surgeries).sample(torch.Generator())
+    plan = StrategySampler(replace(SAMPLER, heads=["fresh"], surgeries=surgeries)).sample(torch.Generator())
     _, factors = attackers.begin(plan, 0, torch.Generator())
     assert {name for name, factor in factors.items() if isinstance(factor, float) and factor == 0} == {
         "bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias", *HEAD
@@ -516,7 +525,7 @@ def test_attackers_of_several_domains(pool: int) -> None:
         for split, part in RESTRICTED.splits.items()
     }, {})  # fmt: skip
     method = replace(METHOD, pool=pool, chunk=2)
-    fts = FTS(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(heads=["fresh", "probed"]), method, 0)
+    fts = make_fts(tiny_model(), method, domains=[RESTRICTED, other], heads=["fresh", "probed"])
     begun, seen = fts.attackers.begin, []
 
     def watched(strategy: FineTuneStrategy, domain: int, generator: torch.Generator) -> Any:
@@ -532,7 +541,7 @@ def test_attackers_of_several_domains(pool: int) -> None:
     members = fts.pool.members.values()
     assert all(member.displacement["fc.weight"].shape[0] == (3, 2)[member.domain] for member in members)
     with pytest.raises(UserError, match="the model has 3 and the restricted domain 2"):
-        FTS(tiny_model(), tiny_task(), [RESTRICTED, other], sampler(), METHOD, 0)
+        make_fts(tiny_model(), domains=[RESTRICTED, other])
 
 
 def test_the_curriculum_hears_of_every_attacker() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import islice
 
 import pytest
@@ -15,9 +15,12 @@ from sophon.config import MethodConfig
 from sophon.domains import batches
 from sophon.errors import UserError
 from sophon.losses import distillation, well_conditioning
+from sophon.protect.inner_loop import Objective
 from sophon.protect.ntr import NTR
+from sophon.protect.objectives.condition import Condition
 from sophon.seeds import derive_seed
-from sophon.tasks import ClassificationTask
+from sophon.tasks import ClassificationTask, Task
+from tests.protect.staged import context, training
 from tests.tiny import (
     assert_same_state,
     state_of,
@@ -31,6 +34,13 @@ from tests.tiny import (
 
 IMAGES = tiny_images(3)
 METHOD = MethodConfig(name="test", ntr_lr=0.01, ntr_batch_size=10, ntr_augmentation="crop")
+
+
+def make_ntr(
+    model: nn.Module, reference: nn.Module, task: Task, seed: int, objectives: Sequence[Objective] = ()
+) -> NTR:
+    found = context(model, task, METHOD, reference=reference, original=training(IMAGES), seed=seed)
+    return NTR(found, objectives)
 
 
 def distilling(weight: float) -> ClassificationTask:
@@ -58,7 +68,7 @@ def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -
         adam.step()
         total += loss.item()
 
-    ntr = NTR(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
+    ntr = make_ntr(model, reference, distilling(weight), 5)
     assert ntr.run(6, 2, "repair", factor=factor, anneal=anneal) == pytest.approx(total / 6, rel=1e-12)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
@@ -67,7 +77,7 @@ def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -
 def test_moments_live_on_between_runs() -> None:
     """Two runs of Adam with one set of moments, not two of one step each."""
     model = tiny_model(1)
-    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 5)
     ntr.run(1, 0)
     ntr.run(2, 1)
     assert {float(state["step"]) for state in ntr.optimizer.state.values()} == {3.0}
@@ -76,7 +86,7 @@ def test_moments_live_on_between_runs() -> None:
 def test_annealing_and_factor_last_for_one_run() -> None:
     """What follows a repair, or a round at a low rate, trains at the full rate again."""
     model = tiny_model(1)
-    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 5)
     ntr.run(4, 0, anneal=True)
     assert ntr.optimizer.param_groups[0]["lr"] < 0.2 * METHOD.ntr_lr
     ntr.run(1, 1)
@@ -100,7 +110,7 @@ def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
     loss = loss + weight * distillation(logits, reference.eval()(inputs), 2.0)
     loss.backward()
 
-    ntr = NTR(model, reference, distilling(weight), IMAGES, METHOD, seed=5)
+    ntr = make_ntr(model, reference, distilling(weight), 5)
     found = ntr.gradient(2, 1, "anchor")
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, parameter in expected.named_parameters():
@@ -116,7 +126,7 @@ def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
 def test_gradient_is_the_first_step_of_a_run_with_its_key() -> None:
     """And asking for it does not disturb the run."""
     model = tiny_model(1)
-    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 5)
     found = ntr.gradient(3)
     steps: list[dict[str, torch.Tensor]] = []
     ntr.optimizer.register_step_pre_hook(
@@ -124,13 +134,13 @@ def test_gradient_is_the_first_step_of_a_run_with_its_key() -> None:
     )
     loss = ntr.run(2, 3)
     assert all(torch.equal(found[name], gradient) for name, gradient in steps[0].items())
-    assert loss == NTR(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).run(2, 3)
+    assert loss == make_ntr(tiny_model(1), tiny_model(1), tiny_task(), 5).run(2, 3)
 
 
 def test_key_and_seed_decide_the_gradient() -> None:
     def gradient(seed: int, *key: object) -> float:
         torch.manual_seed(seed + len(key))  # what came before must not matter
-        found = NTR(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).gradient(*key)
+        found = make_ntr(tiny_model(1), tiny_model(1), tiny_task(), seed).gradient(*key)
         return float(found["conv1.weight"].sum())
 
     assert gradient(1, 0) == gradient(1, 0)
@@ -139,7 +149,7 @@ def test_key_and_seed_decide_the_gradient() -> None:
 
 def test_key_and_seed_decide_the_batches() -> None:
     def loss(seed: int, *key: object) -> float:
-        return NTR(tiny_model(1), tiny_model(1), tiny_task(), IMAGES, METHOD, seed).run(2, *key)
+        return make_ntr(tiny_model(1), tiny_model(1), tiny_task(), seed).run(2, *key)
 
     assert loss(1, 0) == loss(1, 0)
     assert len({loss(1, 0), loss(2, 0), loss(1, 1), loss(1, 0, "repair")}) == 4
@@ -148,7 +158,7 @@ def test_key_and_seed_decide_the_batches() -> None:
 def test_zero_steps_do_nothing() -> None:
     model = tiny_model(1)
     before = state_of(model)
-    assert NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0).run(0, 0) == 0
+    assert make_ntr(model, tiny_model(1), tiny_task(), 0).run(0, 0) == 0
     assert_same_state(model, before)
 
 
@@ -157,7 +167,7 @@ def test_loss_that_is_not_finite() -> None:
     with torch.no_grad():
         model.fc.bias[0] = torch.inf
     before = state_of(model)
-    ntr = NTR(model, tiny_model(1), tiny_task(), IMAGES, METHOD, 0)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 0)
     for ask in (lambda: ntr.run(3, 0), lambda: ntr.gradient(0)):
         with pytest.raises(UserError, match=r"method.ntr_lr: .* nan at ntr_lr=0.01, fts_lr=.*lower") as caught:
             ask()
@@ -178,7 +188,7 @@ def test_distillation_pulls_to_the_reference() -> None:
         model = copy.deepcopy(reference)
         with torch.no_grad():
             model.fc.weight.add_(torch.randn_like(model.fc.weight))
-        NTR(model, reference, distilling(weight), IMAGES, METHOD, 0).run(100, 0)
+        make_ntr(model, reference, distilling(weight), 0).run(100, 0)
         gap = model.eval()(inputs).log_softmax(1) - reference.eval()(inputs).log_softmax(1)
         return float(gap.detach().abs().mean())
 
@@ -190,9 +200,8 @@ def test_condition_keeps_the_originals_features_well_conditioned() -> None:
     """One step's gradient is that of the sum; the batch is recorded in statistics once."""
     model = tiny_model(1).train()
     expected, recorded = copy.deepcopy(model), copy.deepcopy(model)
-    method = replace(METHOD, condition=0.7)
-    found = NTR(model, tiny_model(1), tiny_task(), IMAGES, method, seed=5).gradient(3)
-    NTR(recorded, tiny_model(1), tiny_task(), IMAGES, METHOD, seed=5).gradient(3)
+    found = make_ntr(model, tiny_model(1), tiny_task(), 5, [Condition(0.7)]).gradient(3)
+    make_ntr(recorded, tiny_model(1), tiny_task(), 5).gradient(3)
     for name, value in model.named_buffers():
         assert torch.equal(value, recorded.get_buffer(name))
 
@@ -208,7 +217,6 @@ def test_condition_keeps_the_originals_features_well_conditioned() -> None:
 
 
 def test_condition_needs_features() -> None:
-    method = replace(METHOD, condition=0.7)
-    ntr = NTR(tiny_unet(), tiny_unet(), tiny_denoising(), IMAGES, method, seed=5)
-    with pytest.raises(UserError, match=r"^method\.condition: "):
+    ntr = make_ntr(tiny_unet(), tiny_unet(), tiny_denoising(), 5, [Condition(0.7)])
+    with pytest.raises(UserError, match=r"^method\.objectives\.condition: "):
         ntr.run(1, 0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,13 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sophon.attacker import FineTuneStrategy, learning_rate
-from sophon.config import ClampConfig, MethodConfig
+from sophon.config import MethodConfig
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.losses import ill_conditioning
 from sophon.optimizers import build_optimizer
-from sophon.protect.clamp import Clamp
-from sophon.protect.first_order import first_order
+from sophon.protect.first_order import PLAIN, first_order
 from sophon.protect.fts import engine_of
 from sophon.protect.inner_loop import (
     Objective,
@@ -32,8 +30,14 @@ from sophon.protect.inner_loop import (
     rewinder,
     standing_at,
 )
-from sophon.protect.objectives import PLAIN, Condition, SharpSuppression, Suppression, objectives_of
+from sophon.protect.objectives import objectives_of
+from sophon.protect.objectives.clamp import Clamp
+from sophon.protect.objectives.condition import Condition
+from sophon.protect.objectives.sharpness import Sharpness
+from sophon.protect.objectives.suppression import Suppression
+from sophon.stages.alternate import Alternate
 from sophon.tasks import ClassificationTask, DenoisingTask
+from tests.protect.staged import context
 from tests.tiny import assert_same_state, state_of, tiny_batches, tiny_denoising, tiny_model, tiny_task, tiny_unet
 
 STEPS, EVERY = 4, 2
@@ -145,7 +149,7 @@ def test_plain_suppression_is_what_is_asked_by_default_to_the_bit() -> None:
     attackers = tiny_model(), tiny_model()
     one = first_order(attackers[0], PLAN, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA)
     other = first_order(
-        attackers[1], PLAN, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, objectives=objectives_of(MethodConfig("x"))
+        attackers[1], PLAN, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, objectives=objectives_of({"suppression": {}})
     )
     assert one.query_losses == other.query_losses
     assert all(torch.equal(value, other.gradients[name]) for name, value in one.gradients.items())
@@ -181,14 +185,14 @@ def test_sharp_suppression_looks_where_it_is_worst(scope: str) -> None:
         worse = way.loss(there, batch, "suppression_loss")
         assert worse > loss
         parts.append((0.5 * GAMMA[k - 1], way.grad(worse, there)))
-    run, attacker = run_with((SharpSuppression(SHARP, 0.5),), plan)
+    run, attacker = run_with((Sharpness(SHARP, 0.5),), plan)
     assert run.query_losses == pytest.approx(losses, rel=1e-10)  # comparable with those of plain suppression
     assert_gradients(run.gradients, added(*parts))
     assert_same_state(attacker, state_of(run_with(PLAIN, plan)[1]))
 
 
 def test_no_sharpness_is_plain_suppression() -> None:
-    sharp, plain = run_with((SharpSuppression(0.0),))[0], run_with(PLAIN)[0]
+    sharp, plain = run_with((Sharpness(0.0),))[0], run_with(PLAIN)[0]
     assert_gradients(sharp.gradients, plain.gradients, rtol=1e-12, atol=1e-15)
 
 
@@ -202,7 +206,7 @@ class Flat(ClassificationTask):
 def test_where_the_loss_is_flat_there_is_nowhere_to_go() -> None:
     attacker = tiny_model()
     task = Flat(tiny_task().spec, suppression_loss="klu", dtype=torch.float64)
-    run = first_order(attacker, PLAN, task, iter(ADAPT), iter(QUERY), GAMMA, objectives=(SharpSuppression(1.0),))
+    run = first_order(attacker, PLAN, task, iter(ADAPT), iter(QUERY), GAMMA, objectives=(Sharpness(1.0),))
     assert not any(value.any() for value in run.gradients.values())
 
 
@@ -216,7 +220,7 @@ def directions(way: Way, count: int) -> list[Tensor]:
     return [one / one.norm() for one in drawn]
 
 
-def curvature(way: Way, config: ClampConfig) -> Weights:
+def curvature(way: Way, config: Clamp) -> Weights:
     parts = []
     for k, batch in way.batches.items():
         weights = way.at(k)
@@ -229,7 +233,7 @@ def curvature(way: Way, config: ClampConfig) -> Weights:
     return added(*parts)
 
 
-def end(way: Way, config: ClampConfig) -> tuple[Weights, float, float]:
+def end(way: Way, config: Clamp) -> tuple[Weights, float, float]:
     """Return the gradient of contraction and tail, their value, and the rate c."""
     last, first = way.at(STEPS), way.at(0)
     batch = way.batches[STEPS]
@@ -250,9 +254,9 @@ def end(way: Way, config: ClampConfig) -> tuple[Weights, float, float]:
     return added((1, way.grad(value, last)), (1, way.grad(value, first))), value.item(), c.item()
 
 
-def clamped(plan: FineTuneStrategy, **values: Any) -> tuple[Simulation, ClampConfig]:
-    config = ClampConfig(probe_width=WIDTH, **values)
-    run, attacker = run_with((Suppression(0.0), Clamp(config)), plan)
+def clamped(plan: FineTuneStrategy, **values: Any) -> tuple[Simulation, Clamp]:
+    config = Clamp(probe_width=WIDTH, **values)
+    run, attacker = run_with((Suppression(0.0), config), plan)
     assert_same_state(attacker, state_of(run_with(PLAIN, plan)[1]))
     return run, config
 
@@ -312,7 +316,7 @@ def test_inverse_has_no_reward_for_worse_than_a_guess(chance: float, asked: bool
     plan = replace(PLAN, scope=scope)
     task, way = Guessing(tiny_task().spec, suppression_loss="klu", dtype=torch.float64), Way(plan)
     task.chance = chance
-    objectives = (Suppression(0.0), Clamp(ClampConfig(inverse=0.4)))
+    objectives = (Suppression(0.0), Clamp(inverse=0.4))
     run = first_order(tiny_model(), plan, task, iter(ADAPT), iter(QUERY), GAMMA, objectives=objectives)
     weights = way.at(0)
     if asked:
@@ -325,9 +329,8 @@ def test_inverse_has_no_reward_for_worse_than_a_guess(chance: float, asked: bool
 def test_all_terms_add_up_with_suppression() -> None:
     values = {"curvature": 0.7, "contract": 0.8, "tail": 0.6, "inverse": 0.4, "c_limit": 0.999}
     plan = replace(PLAN, schedule="constant")
-    config = ClampConfig(probe_width=WIDTH, **values)
-    method = MethodConfig("x", suppression_weight=0.5, clamp=config, condition=0.3)
-    together, _ = run_with(objectives_of(method), plan)
+    config = Clamp(probe_width=WIDTH, **values)
+    together, _ = run_with((Suppression(0.5), config, Condition(0.3)), plan)
     parts = [(1.0, clamped(plan, **{**values, **dict.fromkeys(rest, 0.0)})[0].gradients) for rest in rests()]
     parts.append((1.0, run_with((Suppression(0.5),), plan)[0].gradients))
     parts.append((1.0, run_with((Suppression(0.0), Condition(0.3)), plan)[0].gradients))
@@ -356,7 +359,7 @@ def test_differences_are_not_taken_in_half_precision() -> None:
     seen.clear()
     task = Watched(tiny_task().spec, suppression_loss="klu", amp=True, dtype=torch.float64)
     model = tiny_model()
-    objectives = (*PLAIN, Clamp(ClampConfig(curvature=1.0)))
+    objectives = (*PLAIN, Clamp(curvature=1.0))
     first_order(model, replace(PLAN, steps=1), task, iter(ADAPT), iter(QUERY), [1.0], objectives=objectives)
     assert seen == [True, False, False, False]
     assert task.amp
@@ -375,21 +378,21 @@ def denoise(objectives: Sequence[Objective], seed: int = 3) -> tuple[Simulation,
 
 def test_passes_that_are_compared_draw_the_same_noise() -> None:
     """Else a curvature would be that of the noise: its square over the width's."""
-    config = ClampConfig(curvature=1.0, contract=1.0, tail=1.0, inverse=1.0, probe_width=1e-3)
-    run, *_ = denoise((Suppression(0.0), Clamp(config)))
+    config = Clamp(curvature=1.0, contract=1.0, tail=1.0, inverse=1.0, probe_width=1e-3)
+    run, *_ = denoise((Suppression(0.0), config))
     norm = float(torch.nn.utils.get_total_norm(list(run.gradients.values())))
     assert 0 < norm < 1e3
 
 
 def test_sharpness_of_a_denoiser_vanishes_with_its_radius() -> None:
     plain, *_ = denoise((Suppression(),))
-    sharp, *_ = denoise((SharpSuppression(1e-9),))
+    sharp, *_ = denoise((Sharpness(1e-9),))
     assert sharp.query_losses == plain.query_losses
     assert_gradients(sharp.gradients, plain.gradients, rtol=1e-5, atol=1e-7)
 
 
 def test_a_denoiser_has_no_features_to_condition() -> None:
-    with pytest.raises(UserError, match=r"^method\.condition: .*eps-MSE"):
+    with pytest.raises(UserError, match=r"^method\.objectives\.condition: .*eps-MSE"):
         denoise((Suppression(), Condition(1.0)))
 
 
@@ -426,7 +429,7 @@ def past_of(plan: FineTuneStrategy) -> Past:
 def test_who_goes_on_does_not_begin() -> None:
     """In a pool what is asked at theta^0 is asked in the turn that begins there."""
     plan = replace(PLAN, steps=8, schedule="constant")
-    for objective in (Condition(1.0), Clamp(ClampConfig(inverse=1.0))):
+    for objective in (Condition(1.0), Clamp(inverse=1.0)):
         run, _ = run_with((Suppression(0.0), objective), plan, past_of(plan))
         assert not any(value.any() for value in run.gradients.values())
 
@@ -434,28 +437,69 @@ def test_who_goes_on_does_not_begin() -> None:
 # ---- what a configuration asks ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Mine(Objective):
+    """A user's own: half of the attacker's loss, negated."""
+
+    share: float = 0.5
+
+    def add(self, model: nn.Module, task: Any, batch: Batch, gamma: float, query: Any) -> Tensor:
+        loss = task.attacker_loss(model, batch)
+        (-gamma * self.share * loss).backward()
+        return loss.detach()
+
+
+MINE = {"objective": "tests.protect.test_objectives.Mine", "share": 0.25}
+
+
 def test_objectives_of_a_configuration() -> None:
-    def kinds(**values: Any) -> list[str]:
-        return [type(each).__name__ for each in objectives_of(MethodConfig("x", **values))]
-
-    assert kinds() == ["Suppression"]
-    assert kinds(sharpness=0.1) == ["SharpSuppression"]
-    assert kinds(sharpness=0.1, suppression_weight=0.0, condition=1.0) == ["Suppression", "Condition"]
-    assert kinds(clamp=ClampConfig(tail=1.0), condition=0.1) == ["Suppression", "Clamp", "Condition"]
-    for name, on in itertools.product(("curvature", "contract", "tail", "inverse"), (0.0, 1.0)):
-        assert ClampConfig(**{name: on}).on is bool(on)
+    asked = {"suppression": {"weight": 0.5}, "sharpness": None, "clamp": {"tail": 1.0}, "mine": MINE}
+    assert objectives_of(asked) == (Suppression(0.5), Clamp(tail=1.0), Mine(0.25))
+    way, parts = Way(), []
+    for k, batch in way.batches.items():
+        weights = way.at(k)
+        parts.append((-0.25 * GAMMA[k - 1], way.grad(way.loss(weights, batch), weights)))
+    assert_gradients(run_with(objectives_of({"mine": MINE}))[0].gradients, added(*parts))
 
 
-def test_the_engine_of_a_configuration_asks_them_of_who_goes_on_as_well() -> None:
-    config = MethodConfig("x", sharpness=SHARP, clamp=ClampConfig(curvature=0.5))
-    plan = replace(PLAN, steps=8)
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"clamps": {}}, r"^method\.objectives\.clamps: 'clamps' is not known.*clamp.*condition"),
+        ({"clamp": {"tails": 1.0}}, r"^method\.objectives\.clamp\.tails: 'clamp' has no such argument"),
+        ({"clamp": {"tail": -1.0}}, r"^method\.objectives\.clamp\.tail: -1\.0 is not allowed; .* >= 0"),
+        ({"clamp": {"c_limit": 1.0}}, r"^method\.objectives\.clamp\.c_limit: 1\.0 is not allowed"),
+        ({"clamp": {"probes": 0}}, r"^method\.objectives\.clamp\.probes: 0 is not allowed"),
+        ({"sharpness": {"weight": 0.0}}, r"^method\.objectives\.sharpness\.weight: 0\.0 is not allowed; .* > 0"),
+        ({"suppression": 0.5}, r"^method\.objectives\.suppression: 0\.5 is not allowed; give a mapping"),
+        ({"mine": {"objective": "json.dumps"}}, r"^method\.objectives\.mine\.objective: .*must be a subclass of"),
+        ({"mine": {"objective": "no.such"}}, r"^method\.objectives\.mine\.objective: 'no\.such' cannot be imported"),
+        ({"suppression": {"weight": 0.0}}, r"^method\.objectives: none has a weight"),
+        ({"clamp": {}, "suppression": None}, r"^method\.objectives: none has a weight"),
+    ],
+)
+def test_objectives_that_are_refused(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        Alternate(None).check(context(tiny_model(), method=MethodConfig("x", objectives=asked)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [{"suppression": {"weight": 0.5}}, {"suppression": {}, "condition": {}}])
+def test_the_second_order_asks_plain_suppression_alone(asked: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^method\.engine: second_order asks plain suppression alone"):
+        engine_of(MethodConfig("x", engine="second_order"), objectives_of(asked))
+
+
+def test_an_engine_asks_them_of_who_goes_on_as_well() -> None:
+    objectives, plan = (Sharpness(SHARP), Clamp(curvature=0.5)), replace(PLAN, steps=8)
     for past in (lambda: None, lambda: past_of(plan)):
         going_on = past()
-        expected, _ = run_with(objectives_of(config), plan, past())
+        expected, _ = run_with(objectives, plan, past())
         model = tiny_model()
         torch.manual_seed(SEED)
         rest = {} if going_on is None else {"past": going_on}
-        found = engine_of(config)(model, plan, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, **rest)
+        engine = engine_of(MethodConfig("x"), objectives)
+        found = engine(model, plan, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, **rest)
         assert all(torch.equal(value, expected.gradients[name]) for name, value in found.gradients.items())
         assert not torch.equal(found.gradients["fc.bias"], run_with(PLAIN, plan, past())[0].gradients["fc.bias"])
 

@@ -27,9 +27,10 @@ from sophon.protect.fts import FTS
 from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
 from sophon.protect.pool import Member, Pool
 from sophon.ranges import check
-from sophon.sampler import SamplerConfig, StrategySampler
+from sophon.sampler import SamplerConfig
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors, write_tensors
+from tests.protect.staged import context
 from tests.tiny import assert_same_state, state_of, tiny_bands, tiny_batches, tiny_model, tiny_spec, tiny_task
 
 RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
@@ -66,7 +67,8 @@ def make_fts(
     domain: LoadedDomain = RESTRICTED,
     **changes: Any,
 ) -> FTS:
-    return FTS(model, task or tiny_task(), [domain], StrategySampler(replace(SAMPLER, **changes)), method, seed)
+    sampler = replace(SAMPLER, **changes)
+    return FTS(context(model, task, method, sampler=sampler, restricted=[domain], seed=seed))
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -457,7 +459,7 @@ def test_each_place_belongs_to_one_attacker_and_one_rank(attackers: int, more: i
         ranks = Ranks()
         ranks.rank, ranks.size = rank, size
         method = replace(METHOD, pool=attackers + more, attackers=attackers)
-        fts = FTS(MODEL, tiny_task(), [RESTRICTED], StrategySampler(SAMPLER), method, 0, ranks)
+        fts = FTS(context(MODEL, method=method, sampler=SAMPLER, restricted=[RESTRICTED], ranks=ranks))
         chosen = {fts._draw((step,), index).place for step in range(3) for index in ranks.mine(attackers)}
         assert chosen <= set(fts.pool.own)
         owned.append(set(fts.pool.own))

@@ -31,6 +31,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon.domains import ImageSet, evaluation_batches
-from sophon.errors import UserError
+from sophon.errors import GuardError, UserError
 from sophon.models.channels import Interface, channels, interfaces
+from sophon.protect.context import Context
+from sophon.protect.stage import Constraint, Row, Stage
+from sophon.ranges import limited
 from sophon.seeds import derive_seed
 from sophon.surgery.equalise import reader, scale_channels
 from sophon.surgery.moments import channel_moments
@@ -52,6 +56,78 @@ STATISTICS = 2000  # images that what is shared, and normalisation behind a chan
 _BATCH = 500
 
 
+# points of accuracy on val that a model may differ by from itself in other coordinates
+ROUNDING = 1.0
+
+
+@dataclass
+class ReparameteriseConfig:
+    """How far the coordinates are from the usual ones.
+
+    Attributes:
+        gains: how many times what an interface's channels share outweighs what they tell, > 0: one number for all
+            interfaces, or one for each. 30 is the most that TF32 and float16 carry; more adds little to what the
+            spread does.
+        spread: the largest scale of an interface's channels over the smallest, >= 1, in powers of two.
+    """
+
+    gains: list[float] = limited([30.0], gt=0)
+    spread: float = limited(1.0e4, ge=1)
+
+
+class Reparameterise(Stage):
+    """Trains the original work, by NTR alone, into coordinates in which the steps of fine-tuning lead nowhere."""
+
+    Config = ReparameteriseConfig
+    float32 = True
+    summary = (
+        "ill-conditioned coordinates: its function depends on small differences between large weights, which the steps "
+        "of fine-tuning drown"
+    )
+    limits = (
+        "**Compute in float32.** Lower precision rounds away the small differences that the function depends on: "
+        "bfloat16 in any case, TF32 and float16 where a gain is above 30.",
+        "It is a lock, not a loss of knowledge: who knows of it takes it out again (sophon's surgeries `equalise`, "
+        "`centre` and `renormalise`), and is then held up little more than by the unprotected model. It hinders "
+        "fine-tuning for every domain alike.",
+    )
+
+    def check(self, context: Context) -> None:
+        """Raise a `UserError` if the model's interfaces are not known, or not as many as the gains."""
+        super().check(context)
+        gains_for(context.model, self.config.gains)
+
+    def prepare(self, context: Context) -> None:
+        """Work on a copy without ReLU at the interfaces."""
+        context.model = linear(context.model)
+        super().prepare(context)
+        self._readers = BlindReaders(context.model)
+
+    def step(self, context: Context, number: int) -> Row:
+        """Train on the original domain."""
+        return {"ntr_loss": self.ntr.run(context.ntr_steps, number, factor=context.rate(number))}
+
+    def constraints(self) -> Sequence[Constraint]:
+        """Return the blindness of readers."""
+        return [self._readers]
+
+    def release(self, context: Context) -> nn.Module:
+        """Return the same function as an ordinary model in the new coordinates.
+
+        Raises:
+            GuardError: it loses what the model without ReLU had kept, for the gains are more than float32 can carry.
+        """
+        images, gains = context.original["train"], self.config.gains
+        made = release(context.model, context.reference, context.task, images, gains, self.config.spread, context.seed)
+        kept, found = (context.task.evaluate(each, context.original["val"]) for each in (context.model, made))
+        if not abs(found - kept) <= ROUNDING:
+            raise GuardError(
+                f"method.stages.reparameterise.gains: {list(gains)} drowns the original work in rounding: "
+                f"{context.task.metric.name} on val {found:.4g} instead of {kept:.4g}; lower them"
+            )
+        return made
+
+
 def known(model: nn.Module) -> list[Interface]:
     """Return the model's interfaces.
 
@@ -61,8 +137,8 @@ def known(model: nn.Module) -> list[Interface]:
     found = interfaces(model)
     if not found:
         raise UserError(
-            "method: coordinates (method.gains) knows timm's ResNets of plain blocks, such as resnet18, and not this "
-            "model; use method=sophon_klu, which takes any"
+            "method.stages.reparameterise: knows timm's ResNets of plain blocks, such as resnet18, and not this model; "
+            "use method=sophon_klu, which takes any"
         )
     return found
 
@@ -83,14 +159,14 @@ class BlindReaders:
     """What reads an interface is kept blind to what all channels have in common.
 
     Args:
-        model: see `known`; changed by `restore` alone.
+        model: see `known`; changed by `project` alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = [model.get_parameter(f"{name}.weight") for each in known(model) for name in each.readers]
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def project(self) -> None:
         """Take out, in place, what the readers' weights would see of it."""
         for weight in self._weights:
             weight.sub_(weight.mean(1, keepdim=True))
@@ -105,7 +181,8 @@ def gains_for(model: nn.Module, gains: Sequence[float]) -> list[float]:
     count = len(known(model))
     if len(gains) not in (1, count):
         raise UserError(
-            f"method.gains: {list(gains)} has {len(gains)} numbers; give 1 or {count}, one for each interface"
+            f"method.stages.reparameterise.gains: {list(gains)} has {len(gains)} numbers; "
+            f"give 1 or {count}, one for each interface"
         )
     return [float(gain) for gain in gains] * (count if len(gains) == 1 else 1)
 

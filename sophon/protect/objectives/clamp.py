@@ -21,51 +21,78 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sophon.config import ClampConfig
 from sophon.domains import Batch
-from sophon.protect.inner_loop import Query, rewinder, standing_at
+from sophon.protect.inner_loop import Objective, Query, rewinder, standing_at
+from sophon.ranges import limited
 from sophon.tasks import Task
 
 
-class Clamp:
-    """The terms whose weight is not zero.
+@dataclass(frozen=True)
+class Clamp(Objective):
+    """The terms whose weight is not zero; >= 0 each.
 
     Passes are in the weights' own precision even under AMP: differences of losses would drown in bfloat16. Attention
     runs as plain matrix products, since flash attention has no second derivative.
 
-    Args:
-        config: the weights and constants.
+    Attributes:
+        curvature: weight: the attacker's loss is to curve along its last step by ``kappa_min`` at least. Three passes
+            more at every query.
+        contract: weight: the update map is to contract two points near the attacker's last weights by ``c_max``.
+        tail: weight: what the attacker has gained, and can gain at most if its updates contract, is to stay within
+            ``slack``.
+        inverse: weight: the attacker's loss at its start is to be that of a guess.
+        kappa_min: loss per squared length of the weights; of either sign.
+        c_max: > 0; the map contracts where it is below 1.
+        c_limit: in the tail bound c counts as at most this, > 0 and < 1.
+        probe_width: how far the weights are displaced along a direction, in their own units, > 0 (d). In float32 much
+            less than 0.01 drowns in rounding.
+        probes: random directions in which the contraction is looked for, the worst of which counts, >= 1.
+        slack: in the attacker's loss, >= 0.
+        lipschitz: of the gradient of the attacker's loss, >= 0 (Lip).
     """
 
+    curvature: float = limited(0.0, ge=0)
+    contract: float = limited(0.0, ge=0)
+    tail: float = limited(0.0, ge=0)
+    inverse: float = limited(0.0, ge=0)
+    kappa_min: float = 0.0
+    c_max: float = limited(0.95, gt=0)
+    c_limit: float = limited(0.99, gt=0, lt=1)
+    probe_width: float = limited(0.05, gt=0)
+    probes: int = limited(1, ge=1)
+    slack: float = limited(0.0, ge=0)
+    lipschitz: float = limited(1.0, ge=0)
     remembers = True
 
-    def __init__(self, config: ClampConfig) -> None:
-        self.config = config
+    @property
+    def weighs(self) -> bool:
+        """Whether any term has a weight."""
+        return any((self.curvature, self.contract, self.tail, self.inverse))
 
     def add(self, model: nn.Module, task: Task, batch: Batch, gamma: float, query: Query) -> Tensor:
         """Add the gradients of the weighted terms; return their weighted sum, each curvature without its gamma."""
-        config = self.config
         with sdpa_kernel(SDPBackend.MATH), _in_full(task):
-            ending = query.last and (config.contract or config.tail)
+            ending = query.last and (self.contract or self.tail)
             probes = self._drawn(query.moving) if ending else []
             ground = _Ground(model, task, batch, query.moving)
             value = torch.zeros((), device=batch.images.device)
-            if config.curvature:
+            if self.curvature:
                 value = value + self._curvature(ground, query, gamma)
             if ending:
                 value = value + self._end(ground, query, probes)
-            if query.last and query.begun and config.inverse:
+            if query.last and query.begun and self.inverse:
                 value = value + self._inverse(ground, query)
         return value
 
     def _curvature(self, ground: _Ground, query: Query, gamma: float) -> Tensor:
-        width, step = self.config.probe_width, _update(query)
+        width, step = self.probe_width, _update(query)
         length = _norm(step)
         # an attacker that stood still has no direction: its curvature is 0, and so is the gradient
         along = [part * (width / length.clamp(min=torch.finfo(length.dtype).tiny)) for part in step]
@@ -78,7 +105,7 @@ class Clamp:
             for summed, part in zip(found, slope, strict=True):
                 summed.add_(part, alpha=share / width**2)
         kappa.requires_grad_()
-        value = self.config.curvature * F.softplus(self.config.kappa_min - kappa)
+        value = self.curvature * F.softplus(self.kappa_min - kappa)
         (factor,) = torch.autograd.grad(value, kappa)
         for weight, part in zip(ground.parameters, found, strict=True):
             part.mul_(gamma * factor)
@@ -87,8 +114,8 @@ class Clamp:
 
     def _drawn(self, moving: Sequence[nn.Parameter]) -> list[list[Tensor]]:
         """Return the displacements d v."""
-        probes = [[torch.randn_like(weight) for weight in moving] for _ in range(self.config.probes)]
-        return [[part * (self.config.probe_width / _norm(probe)) for part in probe] for probe in probes]
+        probes = [[torch.randn_like(weight) for weight in moving] for _ in range(self.probes)]
+        return [[part * (self.probe_width / _norm(probe)) for part in probe] for probe in probes]
 
     def _end(self, ground: _Ground, query: Query, probes: list[list[Tensor]]) -> Tensor:
         """Contraction and tail bound: their value as a function of four numbers, then each number's own gradient."""
@@ -100,7 +127,7 @@ class Clamp:
         value = self._bound(facts, _norm(_update(query)))
         by_rate, by_norm, by_first, by_last = torch.autograd.grad(value, facts)[0].unbind()
         # d c = -lr / d (H(w + d v) r - H(w) r), r the unit residue; d ||g|| = H(w) g / ||g||
-        bent = [part * (by_rate * query.lr / self.config.probe_width) for part in residue]
+        bent = [part * (by_rate * query.lr / self.probe_width) for part in residue]
         tiny = torch.finfo(facts.dtype).tiny
         lean = by_norm / _norm(slope).clamp(min=tiny)
         ground.push([part + lean * g for part, g in zip(bent, slope, strict=True)], by_last)
@@ -114,10 +141,10 @@ class Clamp:
 
     def _bound(self, facts: Tensor, length: Tensor) -> Tensor:
         """Return the two terms' sum as a function of c, ||g(w_K)||, L(w_0) and L(w_K), and of the length of u_K."""
-        config, (rate, norm, first, last) = self.config, facts.unbind()
-        reach = length / (1 - rate.clamp(max=config.c_limit))
-        bound = first - last + norm * reach + config.lipschitz / 2 * reach**2
-        return config.tail * F.relu(bound - config.slack) + config.contract * F.softplus(rate - config.c_max)
+        rate, norm, first, last = facts.unbind()
+        reach = length / (1 - rate.clamp(max=self.c_limit))
+        bound = first - last + norm * reach + self.lipschitz / 2 * reach**2
+        return self.tail * F.relu(bound - self.slack) + self.contract * F.softplus(rate - self.c_max)
 
     def _worst(
         self, ground: _Ground, query: Query, slope: list[Tensor], probes: list[list[Tensor]]
@@ -128,14 +155,14 @@ class Clamp:
             with ground.displaced(probe):
                 _, other = ground.slope(query.moving)
             residue = [v - query.lr * (there - here) for v, there, here in zip(probe, other, slope, strict=True)]
-            found.append((_norm(residue) / self.config.probe_width, probe, residue))
+            found.append((_norm(residue) / self.probe_width, probe, residue))
         rate, probe, residue = max(found, key=lambda one: float(one[0]))
         return rate, probe, [part / _norm(residue) for part in residue]
 
     def _inverse(self, ground: _Ground, query: Query) -> Tensor:
         with standing_at(query.moving, query.start):
             loss = ground.loss()
-            value = -self.config.inverse * loss.clamp(max=ground.task.chance_loss(ground.model))
+            value = -self.inverse * loss.clamp(max=ground.task.chance_loss(ground.model))
             value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 

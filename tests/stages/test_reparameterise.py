@@ -3,59 +3,29 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from sophon.domains import ImageSet, MemoryImages
 from sophon.errors import UserError
-from sophon.models import ModelSpec, build
+from sophon.models import build
 from sophon.models.channels import channels, interfaces
-from sophon.protect import coordinates
+from sophon.stages import reparameterise as coordinates
 from sophon.surgery import Means
 from sophon.surgery.centre import centre
 from sophon.surgery.equalise import equalise
 from sophon.tasks import ClassificationTask
+from tests.stages.small_resnet import image_set, settle, small_resnet
 from tests.tiny import tiny_model
-
-SMALL = {"layers": [1, 2, 1, 0], "channels": [8, 8, 12, 12], "stem_type": "deep", "stem_width": 8}
-
-
-def small_resnet(architecture: str = "resnet18", **changes: Any) -> tuple[nn.Module, ClassificationTask]:
-    colour = (0.5,) * 3
-    spec = ModelSpec("timm", architecture, ("a", "b", "c"), 3, 32, colour, colour, SMALL | changes)
-    torch.manual_seed(0)
-    model, task = build(spec).double(), ClassificationTask(spec, dtype=torch.float64)
-    for name, parameter in model.named_parameters():
-        if ".bn" in name:  # a block's last one begins with zeros
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    settle(model, task)
-    return model, task
-
-
-def settle(model: nn.Module, task: ClassificationTask) -> None:
-    """Give normalisation layers statistics that are not those of a fresh layer."""
-    with torch.no_grad():
-        for _ in range(40):
-            task.logits(model.train(), noise_images(16))
-    model.eval()
-
-
-def noise_images(count: int) -> Tensor:
-    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
-
-
-def image_set(count: int = 64) -> ImageSet:
-    return MemoryImages(noise_images(count), torch.arange(count) % 3, ("a", "b", "c"))
 
 
 def trained(model: nn.Module, task: ClassificationTask) -> nn.Module:
     """Return a linear model with blind readers, whose statistics are its own."""
     found = coordinates.linear(model)
-    coordinates.BlindReaders(found).restore()
+    coordinates.BlindReaders(found).project()
     settle(found, task)
     return found
 
@@ -65,7 +35,7 @@ def trained(model: nn.Module, task: ClassificationTask) -> nn.Module:
     ("architecture", "stem", "count"), [("resnet18", "deep", 6), ("resnet18", "", 5), ("resnet50", "deep", 6)]
 )
 def test_the_function_and_the_norms_stay(architecture: str, stem: str, count: int) -> None:
-    model, task = small_resnet(architecture, stem_type=stem)
+    model, task = small_resnet(architecture=architecture, stem=stem)
     linear, images = trained(model, task), image_set()
     assert len(interfaces(model)) == count  # a deep stem's beginning, the stem and four blocks
     assert linear.state_dict().keys() == model.state_dict().keys()
@@ -88,7 +58,7 @@ def test_the_function_and_the_norms_stay(architecture: str, stem: str, count: in
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "stem"), [("resnet18", "deep"), ("resnet18", ""), ("resnet50", "deep")])
 def test_channels_spread_and_neither_the_function_nor_the_norms_show_it(architecture: str, stem: str) -> None:
-    model, task = small_resnet(architecture, stem_type=stem)
+    model, task = small_resnet(architecture=architecture, stem=stem)
     linear, images = trained(model, task), image_set()
     even, uneven = (coordinates.release(linear, model, task, images, [1e3], each, seed=0) for each in (1.0, 1e6))
     assert torch.allclose(task.logits(uneven, images.images), task.logits(even, images.images), rtol=1e-4, atol=1e-4)
@@ -150,9 +120,11 @@ def test_equalising_and_centring_take_it_out_again_and_leave_ordinary_models_alo
 
 
 def test_other_models_and_other_numbers_of_gains_are_refused() -> None:
-    with pytest.raises(UserError, match=r"method.gains: only timm's ResNets"):
+    with pytest.raises(UserError, match=r"method.stages.reparameterise: knows timm's ResNets"):
         coordinates.known(tiny_model(0))
-    with pytest.raises(UserError, match=r"method.gains: only timm's ResNets"):
-        coordinates.known(small_resnet("resnet18", block_args={"attn_layer": "se"})[0])
-    with pytest.raises(UserError, match=r"method.gains: \[1.0, 2.0\] has 2 numbers; give 1 or 6"):
+    spec = small_resnet()[1].spec
+    squeezed = replace(spec, model_args={**spec.model_args, "block_args": {"attn_layer": "se"}})
+    with pytest.raises(UserError, match=r"method.stages.reparameterise: knows timm's ResNets"):
+        coordinates.known(build(squeezed))
+    with pytest.raises(UserError, match=r"method.stages.reparameterise.gains: \[1.0, 2.0\] has 2 numbers; give 1 or 6"):
         coordinates.gains_for(small_resnet()[0], [1.0, 2.0])

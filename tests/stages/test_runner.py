@@ -1,0 +1,186 @@
+"""The runner: its state file, its interruptions, several stages in a row, and a user's own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import signal
+import struct
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sophon.errors import GuardError, UserError
+from sophon.protect.context import Context
+from sophon.protect.stage import Row, Stage
+from sophon.protect.state import STATE_FILE
+from tests.protect.staged import METHOD, Scripted, rows, runner
+from tests.tiny import assert_same_state, state_of, tiny_model
+
+
+class Shrink(Stage):
+    """Shrinks the head a little in each round."""
+
+    @dataclass
+    class Config:
+        keep: float = 0.9
+
+    def step(self, context: Context, number: int) -> Row:
+        with torch.no_grad():
+            context.model.get_parameter("fc.weight").mul_(self.config.keep)
+        return {}
+
+
+SHRINK = {"stage": "tests.stages.test_runner.Shrink", "keep": 0.5, "rounds": 2}
+SEVERAL = replace(METHOD, stages={"shrink": SHRINK, "alternate": {}, "again": SHRINK | {"rounds": 3}})
+
+
+def test_stages_follow_each_other_under_one_guard(tmp_path: Path) -> None:
+    run = runner(tmp_path, Scripted(), method=SEVERAL)
+    ends: dict[int, Any] = {}
+    run.tracker.told = lambda number: ends.update({number: state_of(run.context.model)})  # type: ignore[attr-defined]
+    released = run.run()
+    assert rows(run, "round", "stage") == [
+        (r, s) for r, s in enumerate(["shrink"] * 2 + ["alternate"] * 4 + ["again"] * 3, 1)
+    ]
+    assert (run.at.round, run.at.good_round, run.at.stage) == (9, 9, 2)
+    head = tiny_model().get_parameter("fc.weight")
+    assert torch.equal(ends[2]["fc.weight"], 0.25 * head)
+    assert torch.equal(released.get_parameter("fc.weight"), 0.125 * ends[6]["fc.weight"])
+    assert not torch.equal(ends[6]["fc.weight"], ends[2]["fc.weight"])
+    assert_same_state(released, ends[9])
+
+
+def test_a_stage_that_the_guard_never_accepts_ends_the_run(tmp_path: Path) -> None:
+    """What the stage before has released can still be had."""
+    run = runner(tmp_path, Scripted([50, 50, 50, *[10] * 30]), method=SEVERAL, repair_steps=0)
+    with pytest.raises(GuardError, match=r"^guard.tolerance: no round kept"):
+        run.run()
+    expected = 0.25 * tiny_model().get_parameter("fc.weight")
+    for one in (run, runner(tmp_path, Scripted(), method=SEVERAL)):
+        assert torch.equal(one.released().get_parameter("fc.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ({"unknown": {}}, r"^method\.stages\.unknown: 'unknown' is not known; .*alternate.*reparameterise"),
+        ({"mine": {"stage": "json.dumps"}}, r"^method\.stages\.mine: 'json\.dumps' is not allowed; .*subclass of"),
+        ({"mine": {"stage": "no.such.Stage"}}, r"^method\.stages\.mine: 'no\.such\.Stage' cannot be imported"),
+        ({"alternate": {"gains": [1.0]}}, r"^method\.stages\.alternate\.gains: 'alternate' has no such argument"),
+        ({"mine": SHRINK | {"keep": "a"}}, r"^method\.stages\.mine\.keep: a is not allowed; .* a finite number"),
+        ({"alternate": 3}, r"^method\.stages\.alternate: 3 is not allowed; give a mapping"),
+        (
+            {"alternate": {"rounds": 0}},
+            r"^method\.stages\.alternate\.rounds: 0 is not allowed; give a whole number >= 1",
+        ),
+        ({"alternate": {"rounds": "x"}}, r"^method\.stages\.alternate\.rounds: "),
+        ({"reparameterise": {"gains": [0]}}, r"^method\.stages\.reparameterise\.gains\[0\]: 0 is not allowed; .* > 0"),
+        ({"reparameterise": {"spread": 0.5}}, r"^method\.stages\.reparameterise\.spread: 0\.5 is not allowed; "),
+    ],
+)
+def test_stages_that_are_refused(stages: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        runner(tmp_path, method=replace(METHOD, stages=stages))
+    assert "\n" not in str(caught.value)
+
+
+# --- the state ----------------------------------------------------------------------------------------------------
+
+
+def test_state_is_one_safetensors_file(tmp_path: Path) -> None:
+    """Eight bytes of length, JSON, and raw numbers that fill the rest exactly: no room for anything executable."""
+    runner(tmp_path, method=SEVERAL).run()
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
+    data = (tmp_path / STATE_FILE).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__")
+    ends = sorted(entry["data_offsets"] for entry in header.values())
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(ends))
+    assert (ends[0][0], ends[-1][1]) == (0, len(data) - 8 - length)
+    assert {entry["dtype"] for entry in header.values()} <= {"F64", "F32", "I64"}
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_state_is_refused(kept: float, tmp_path: Path) -> None:
+    runner(tmp_path, method=replace(METHOD, rounds=1)).run()
+    path = tmp_path / STATE_FILE
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(UserError, match=f"{STATE_FILE}: it is truncated"):
+        runner(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_look(tmp_path: Path) -> None:
+    def spoil(number: int) -> None:
+        if number == 2:
+            with torch.no_grad():
+                run.context.model.get_parameter("fc.bias")[0] = math.nan
+
+    run = runner(tmp_path, told=spoil)
+    with pytest.raises(UserError, match=r"method.ntr_lr"):
+        run.run()
+    again = runner(tmp_path)
+    assert again.at.round == 2
+    assert all(value.isfinite().all() for value in again.released().state_dict().values())
+
+
+def test_the_reference_stays(tmp_path: Path) -> None:
+    reference = tiny_model()
+    before = state_of(reference)
+    runner(tmp_path, model=reference).run()
+    assert_same_state(reference, before)
+
+
+# --- interruptions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_round_and_saves(number: signal.Signals, tmp_path: Path) -> None:
+    """Sent in the middle of the second round's training; no look is due then."""
+    task, calls = Scripted(), itertools.count(1)
+
+    def before_loss() -> None:
+        if next(calls) == METHOD.ntr_steps + 1:
+            signal.raise_signal(number)
+
+    task.before_loss = before_loss
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run = runner(tmp_path, task, every=4)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert [row["round"] for row in run.at.history] == [1, 2]
+    assert next(calls) == 2 * METHOD.ntr_steps + 1
+    assert runner(tmp_path, Scripted(), every=4).at == run.at
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path: Path) -> None:
+    task = Scripted()
+    task.before_loss = lambda: signal.raise_signal(signal.SIGINT)
+    run = runner(tmp_path, task)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert run.at.round == 0
+    assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_a_signal_in_the_last_round_just_ends_the_run(tmp_path: Path) -> None:
+    run = runner(tmp_path, told=lambda number: number == 4 and signal.raise_signal(signal.SIGINT))
+    assert isinstance(run.run(), nn.Module)
+
+
+def test_runs_outside_the_main_thread_and_under_a_profile(tmp_path: Path) -> None:
+    run, ended = runner(tmp_path), []
+    run.profile = True
+    thread = threading.Thread(target=lambda: ended.append(run.run()))
+    thread.start()
+    thread.join()
+    assert len(ended) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, "profile.txt", "profile.json.gz"}
