@@ -72,6 +72,14 @@ def a_model(folder: Path) -> None:
     assert loaded.conv_stem.in_channels == 1
 
 
+def a_model_of_your_own(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    scope = runpy.run_path(str(folder / "my_nets.py"))
+    scope["Plain"]().load_state_dict(load_file(folder / "release/model.safetensors"))
+    assert load(folder / "release/sophon.json")["config"]["model"]["head"] == "fc"
+
+
 BEFORE: dict[str, Callable[[Path], object]] = {"A data set": lambda folder: image_folder(folder / "data/cats")}
 AFTER: dict[str, Callable[[Path], None]] = {
     "An attack": an_attack,
@@ -80,6 +88,7 @@ AFTER: dict[str, Callable[[Path], None]] = {
     "A stage": a_stage,
     "A data set": a_data_set,
     "A model": a_model,
+    "A model of your own": a_model_of_your_own,
 }
 
 
