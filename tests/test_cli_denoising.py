@@ -274,7 +274,7 @@ def test_audit_json_says_which_way_is_better(made: Path) -> None:
     summary = load(made / RUNS / "audit" / "audit.json")
     assert summary["metric"] == {"name": "eps-MSE", "unit": "", "higher_is_better": False}
     assert summary["attempts"] == 3
-    assert {moment["step"] for moment in summary["masking"]["moments"]} == {0, 1}
+    assert {each["step"] for each in summary["masking"]["seen"]} == {0, 1}
     (attack,) = summary["attacks"]
     assert set(attack["roles"]) == set(ROLES)
     by_role = {record["role"]: record["test"] for record in attempts(made / RUNS / "audit")}

@@ -22,6 +22,7 @@ from sophon.api.common import (
 )
 from sophon.audit.fidelity import Fidelity, feature_network
 from sophon.audit.gallery import write_gallery
+from sophon.audit.masking import Masking
 from sophon.audit.masking import measure as measure_masking
 from sophon.audit.plan import Scene
 from sophon.audit.runner import Frechet, Runner
@@ -268,7 +269,7 @@ def _features(audit: Audit, folder: Path) -> Fidelity | None:
     return feature_network(audit.original, scene.restricted, seed=config.seed, folder=folder, device=device)
 
 
-def _masking(audit: Audit) -> dict[str, Any] | None:
+def _masking(audit: Audit) -> Masking | None:
     config, scene = audit.config, audit.scene
     exact = task_of(replace(config, amp="none"), scene.spec, resolve_device(config.device))
     seed = derive_seed(config.seed, "masking")

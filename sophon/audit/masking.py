@@ -12,14 +12,13 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
@@ -36,7 +35,6 @@ from sophon.surgery.renormalise import norms as norms_of
 from sophon.surgery.renormalise import scale_free
 from sophon.tasks import Task
 
-Array = NDArray[np.float64]
 COMPARED = ROLES[:2]  # a fresh model has nothing to hide
 _MILD = FineTuneStrategy(optimizer="momentum", lr=1e-2)
 # How far curvature looks, in units of the norm of what moves: beyond float32's rounding, within the neighbourhood.
@@ -44,11 +42,61 @@ _REACH = 5e-3
 _FEW = 8  # images that show which layers feed a normalisation
 
 
-class _Norms(NamedTuple):
-    """Norms of the weights whose scale is hidden: of each layer, and of each output channel that has its own."""
+@dataclass(frozen=True)
+class Norms:
+    """How much larger the protected weights are where a normalisation hides it: ratios of norms, over what is not 0.
 
-    layers: Array
-    channels: Array
+    Attributes:
+        of: ``layers``, or the ``channels`` of those whose output channels are normalised by themselves.
+        count: how many.
+        mean: geometric.
+        least: the smallest ratio.
+        most: the largest.
+    """
+
+    of: str
+    count: int
+    mean: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A quantity that an attacker sees of both models; ``ratio`` is NaN unless both are positive.
+
+    Attributes:
+        head: how its head started.
+        step: after how many steps.
+        quantity: ``loss``; ``gradient`` (its norm, the head left out); ``hidden_gradient`` (of the weights before
+            normalisation only); ``scale_free_gradient`` (the sum over these layers of norm of weight times norm of
+            gradient); ``curvature``, [L(w + d u) - 2 L(w) + L(w - d u)] / d^2 with u the normalised first update of
+            momentum; ``relative_curvature``, the same in coordinates in which each tensor is measured by its own norm.
+            The scale-free gradient and the relative curvature do not change with the layers' scale.
+        protected: of the protected model; NaN where a loss is not finite.
+        unprotected: of the other.
+        ratio: protected / unprotected.
+    """
+
+    head: str
+    step: int
+    quantity: str
+    protected: float
+    unprotected: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What was measured, and the head starts that do not fit, with the reason."""
+
+    norms: list[Norms]
+    seen: list[Seen]
+    left_out: dict[str, str]
+
+    def growth(self) -> Norms | None:
+        """Return the ratios of whole layers; None where no layer hides its scale."""
+        return next((each for each in self.norms if each.of == "layers"), None)
 
 
 class _Start(NamedTuple):
@@ -69,7 +117,7 @@ def measure(
     restricted: LoadedDomain,
     config: MaskingConfig,
     seed: int,
-) -> dict[str, Any] | None:
+) -> Masking | None:
     """Compare what an attacker's first steps see of the protected and of the unprotected weights.
 
     Both roles face the same head, batches and noise. Only the ``attack`` split is read.
@@ -83,24 +131,7 @@ def measure(
         seed: of everything drawn; the same seed gives the same result.
 
     Returns:
-        None if there are no head starts. Else plain data, NaN where a loss is not finite:
-
-        - ``layers``: each layer that only feeds a normalisation, by ``name``, with its weight's norm ``protected`` and
-          ``unprotected`` and their ``ratio``.
-        - ``weights``: ``layers`` and ``channels`` (their output channels, where each is normalised by itself), each
-          with ``norm`` and ``rate`` (effective learning rate, 1 / norm^2: per unit of the attacker's rate), each with
-          ``protected``, ``unprotected`` and ``ratio`` (protected / unprotected, of each layer or channel): ``count``,
-          geometric ``mean``, ``least`` and ``most``, None where there are none. What is zero in either model is left
-          out.
-        - ``moments``: for each ``head`` before the first step and after the last (``step``): ``weights``, and
-          ``quantities``, each with ``protected``, ``unprotected`` and ``ratio`` (None unless both are positive). These
-          are the attacker's ``loss``; ``gradient``, its gradient's norm, the head left out; ``hidden_gradient``, the
-          same of the layers' weights only; ``scale_free_gradient``, the sum over the layers of norm of weight times
-          norm of gradient; ``curvature``, [L(w + d u) - 2 L(w) + L(w - d u)] / d^2 with u the normalised first update
-          of momentum, the head left out; ``relative_curvature``, the same along the first update in coordinates in
-          which each tensor is measured by its own norm. The scale-free gradient and the relative curvature do not
-          change with the layers' scale.
-        - ``left_out``: head starts that do not fit, with the reason.
+        None if there are no head starts.
     """
     if not config.heads:
         return None
@@ -110,24 +141,21 @@ def measure(
     means = Means(task, spec, restricted.classes, attacked, torch.Generator())
     layers = _hidden_layers(copy.deepcopy(models["unprotected"]), means)
     start = _Start(spec, task, restricted, draws, layers, seed)
-    released = {role: _norms(models[role], layers) for role in COMPARED}
-    moments: list[dict[str, Any]] = []
+    seen: list[Seen] = []
     left_out: dict[str, str] = {}
     for head in config.heads:
         strategy = replace(_MILD, steps=config.steps, head=head)
         try:
-            courses = {role: _course(models[role], strategy, start) for role in COMPARED}
+            protected, unprotected = (_course(models[role], strategy, start) for role in COMPARED)
         except UserError as error:
             left_out[head] = str(error)
             continue
-        for step in courses[COMPARED[0]]:
-            at = {role: course[step] for role, course in courses.items()}
-            moments.append({"head": head, "step": step, **_moment(at)})
-    listed = [
-        {"name": name, **_side_by_side({role: float(norms.layers[index]) for role, norms in released.items()})}
-        for index, name in enumerate(layers)
-    ]
-    return {"layers": listed, "weights": _weights(released), "moments": moments, "left_out": left_out}
+        seen += [
+            Seen(head, step, name, value, unprotected[step][name], _ratio(value, unprotected[step][name]))
+            for step, quantities in protected.items()
+            for name, value in quantities.items()
+        ]
+    return Masking(_norms(models, layers), seen, left_out)
 
 
 def _hidden_layers(model: nn.Module, means: Means) -> dict[str, int | None]:
@@ -135,8 +163,8 @@ def _hidden_layers(model: nn.Module, means: Means) -> dict[str, int | None]:
     return {found.name: found.axis for found in scale_free(model, loss, per="channel")}
 
 
-def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict[int, tuple[dict[str, float], _Norms]]:
-    """Return what the attacker sees and the hidden layers' norms, by the steps done."""
+def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict[int, dict[str, float]]:
+    """Return what the attacker sees by the steps done."""
     attacker = Attacker(
         copy.deepcopy(model),
         strategy,
@@ -147,12 +175,12 @@ def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict
         eval_points=2,
         read_test=False,
     )
-    found = {0: (_quantities(attacker.model, start), _norms(attacker.model, start.layers))}
+    found = {0: _quantities(attacker.model, start)}
     if strategy.steps:
         seed_all(derive_seed(start.seed, "steps"))
         with suppress(FloatingPointError):
             fine_tune(attacker.model, strategy, start.task, attacker.images, attacker.generator)
-        found[strategy.steps] = _quantities(attacker.model, start), _norms(attacker.model, start.layers)
+        found[strategy.steps] = _quantities(attacker.model, start)
     return found
 
 
@@ -226,50 +254,30 @@ def _norm(tensor: Tensor) -> float:
     return float(tensor.detach().double().norm())
 
 
-def _norms(model: nn.Module, layers: Mapping[str, int | None]) -> _Norms:
-    found = {name: model.get_submodule(name) for name in layers}
-    whole = [float(norms_of(layer, None)) for layer in found.values()]
-    channels = [norms_of(layer, layers[name]).flatten() for name, layer in found.items() if layers[name] is not None]
-    return _Norms(np.array(whole), torch.cat(channels).cpu().numpy() if channels else np.empty(0))
+def _ratio(protected: float, unprotected: float) -> float:
+    return protected / unprotected if 0 < protected < math.inf and 0 < unprotected < math.inf else math.nan
 
 
-def _moment(at: Mapping[str, tuple[Mapping[str, float], _Norms]]) -> dict[str, Any]:
-    quantities = next(iter(at.values()))[0]
-    return {
-        "quantities": {
-            name: _side_by_side({role: values[name] for role, (values, _) in at.items()}) for name in quantities
-        },
-        "weights": _weights({role: norms for role, (_, norms) in at.items()}),
-    }
-
-
-def _weights(norms: Mapping[str, _Norms]) -> dict[str, Any]:
-    return {
-        kind: _norm_and_rate({role: getattr(each, kind) for role, each in norms.items()}) for kind in _Norms._fields
-    }
-
-
-def _norm_and_rate(norms: Mapping[str, Array]) -> dict[str, Any]:
-    kept = np.logical_and.reduce([(each > 0) & np.isfinite(each) for each in norms.values()])
-    protected, unprotected = (norms[role][kept] for role in COMPARED)
-    return {
-        name: {
-            COMPARED[0]: _spread(protected**power),
-            COMPARED[1]: _spread(unprotected**power),
-            "ratio": _spread((protected / unprotected) ** power),
-        }
-        for name, power in (("norm", 1.0), ("rate", -2.0))
-    }
-
-
-def _spread(values: Array) -> dict[str, float] | None:
-    if not len(values):
-        return None
-    mean = float(np.exp(np.log(values).mean()))
-    return {"count": len(values), "mean": mean, "least": float(values.min()), "most": float(values.max())}
-
-
-def _side_by_side(values: Mapping[str, float]) -> dict[str, float | None]:
-    protected, unprotected = (values[role] for role in COMPARED)
-    comparable = 0 < protected < math.inf and 0 < unprotected < math.inf
-    return {**values, "ratio": protected / unprotected if comparable else None}
+def _norms(models: Mapping[str, nn.Module], layers: Mapping[str, int | None]) -> list[Norms]:
+    """Compare the released weights: whole layers, and the channels of those that have scales of their own."""
+    found = []
+    apart = {name: axis for name, axis in layers.items() if axis is not None}
+    for what, axes in (("layers", dict.fromkeys(layers)), ("channels", apart)):
+        sizes = [
+            np.concatenate(
+                [
+                    norms_of(models[role].get_submodule(name), axis).flatten().cpu().numpy()
+                    for name, axis in axes.items()
+                ]
+            )
+            for role in COMPARED
+            if axes
+        ]
+        if not sizes:
+            continue
+        kept = np.logical_and.reduce([(each > 0) & np.isfinite(each) for each in sizes])
+        ratios = sizes[0][kept] / sizes[1][kept]
+        if len(ratios):
+            mean = float(np.exp(np.log(ratios).mean()))
+            found.append(Norms(what, len(ratios), mean, float(ratios.min()), float(ratios.max())))
+    return found

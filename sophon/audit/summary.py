@@ -12,6 +12,7 @@ from typing import Any, Self
 import pandas as pd
 
 from sophon.audit import scores
+from sophon.audit.masking import Masking, Norms, Seen
 from sophon.audit.results import Results, results
 from sophon.audit.scores import Difference
 from sophon.audit.table import Attempts, tabulate
@@ -66,7 +67,7 @@ class Context:
         intactness: None where it was not measured.
         searches: contents of ``searches/*.json``.
         left_out: attacks that do not fit the models, with the reason.
-        masking: what `sophon.audit.masking.measure` returned.
+        masking: None where it was not looked for.
         gallery: ``title`` and ``file`` of pictures.
         feature_network: what a Frechet distance was measured with.
         config: the run's, with the model that was loaded.
@@ -82,7 +83,7 @@ class Context:
     intactness: Intactness | None = None
     searches: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    masking: dict[str, Any] | None = None
+    masking: Masking | None = None
     gallery: list[dict[str, str]] = field(default_factory=list)
     feature_network: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -159,23 +160,28 @@ class AuditReport:
             )
         try:
             tables = [pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES]
-            context = Context(**{each.name: stored[each.name] for each in fields(Context)} | _intactness(stored))
+            context = Context(**{each.name: stored[each.name] for each in fields(Context)} | _typed(stored))
             return cls.of(Attempts(*tables), context)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{key}: '{folder}' is not whole ({error}); run `sophon audit` again") from error
 
 
-def _intactness(stored: Mapping[str, Any]) -> dict[str, Intactness | None]:
-    kept = stored["intactness"]
-    if kept is None:
-        return {"intactness": None}
-    metric, loss = Metric(**kept["metric"]), Difference(**{k: _number(v) for k, v in kept["loss"].items()})
-    before, after = (_number(kept[when]) for when in ("before", "after"))
-    return {"intactness": Intactness(metric, before, after, loss, kept["images"])}
+def _typed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those parts of a stored context that are no plain data."""
+    kept, masking = (_known(stored[key]) for key in ("intactness", "masking"))
+    if kept is not None:
+        kept = Intactness(**kept | {"metric": Metric(**kept["metric"]), "loss": Difference(**kept["loss"])})
+    if masking is not None:
+        norms, seen = [Norms(**each) for each in masking["norms"]], [Seen(**each) for each in masking["seen"]]
+        masking = Masking(norms, seen, masking["left_out"])
+    return {"intactness": kept, "masking": masking}
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _known(data: Any) -> Any:
+    """Turn the None of what is not known into NaN, within mappings and lists."""
+    if isinstance(data, Mapping):
+        return {key: math.nan if value is None else _known(value) for key, value in data.items()}
+    return [_known(each) for each in data] if isinstance(data, list) else data
 
 
 def audit_of(records: Iterable[Record], context: Context) -> AuditReport:

@@ -188,11 +188,11 @@ def _masking(results: Results, context: Context) -> str:
 
 def _growth(context: Context, least: float) -> str:
     """Say how much larger the protected weights are where a normalisation hides it, if that is above ``least``."""
-    ratio = context.masking["weights"]["layers"]["norm"]["ratio"] if context.masking else None
+    ratio = context.masking.growth() if context.masking else None
     if ratio is None:
         return ""
-    for value, more in ((ratio["mean"], ""), (ratio["most"], "up to ")):  # a few layers are enough to hide in
-        if value > (GREW if more else least):
+    for value, limit, more in ((ratio.mean, least, ""), (ratio.most, GREW, "up to ")):  # a few layers are enough
+        if value > limit:
             size = f"{value:.1f}" if value < 100 else f"{value:.0f}"
             return f"weights before normalisation are {more}{size} times as large"
     return ""

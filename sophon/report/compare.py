@@ -183,7 +183,7 @@ def _audits_table(audits: Sequence[_Compared], shared: Sequence[str]) -> Table:
     for each in audits:
         results, context = each.audit.results, each.audit.context
         common = [each.attacks[name] for name in shared]
-        harm, ratio = results.worst_harm, _norm_ratio(context.masking)
+        harm, grown = results.worst_harm, context.masking.growth() if context.masking else None
         rows.append(
             [
                 tables.name(each.label),
@@ -196,17 +196,12 @@ def _audits_table(audits: Sequence[_Compared], shared: Sequence[str]) -> Table:
                 *(_worst(results.worst_case.get(group)) for group in ("overall", *EXPOSURES)),
                 format_difference(harm.harm.value, results.metric) if harm else "-",
                 (f"{results.masked_share:.2f}" if known(results.masked_share) else "-")
-                + (f"\nweights {ratio:.3g} times as large" if ratio else ""),
+                + (f"\nweights {grown.mean:.3g} times as large" if grown else ""),
             ]
         )
     groups = ["shared attacks", "all attacks", *EXPOSURE_WORDS.values()]
     head = ["audit", "judged", "method", "intactness loss", *(f"gap closed, {group}" for group in groups)]
     return Table([*head, "harm to benign use", "masked share"], rows, 3)
-
-
-def _norm_ratio(measured: Mapping[str, Any] | None) -> float | None:
-    ratio = measured["weights"]["layers"]["norm"]["ratio"] if measured else None
-    return ratio and float(ratio["mean"])
 
 
 def _map(audits: Sequence[_Compared], rows: Mapping[str, Sequence[float]], first: str) -> Table:

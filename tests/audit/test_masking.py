@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sophon.audit.masking import measure
+from sophon.audit.masking import Masking, measure
 from sophon.config import MaskingConfig
 from sophon.domains import Batch, LoadedDomain, batches
 from sophon.models import ModelSpec
@@ -56,15 +56,22 @@ def scaled(model: nn.Module, factor: float) -> nn.Module:
 
 def measured(
     protected: nn.Module, unprotected: nn.Module, config: MaskingConfig = HEADS, seed: int = 0, **changes: Any
-) -> dict[str, Any]:
+) -> Masking:
     usual = {"spec": tiny_spec(), "task": tiny_task(), "restricted": ATTACKED} | changes
     found = measure({"protected": protected, "unprotected": unprotected}, config=config, seed=seed, **usual)
     assert found is not None
     return found
 
 
-def ratios(moment: dict[str, Any]) -> dict[str, float | None]:
-    return {name: values["ratio"] for name, values in moment["quantities"].items()}
+Moment = tuple[str, int]
+
+
+def moments(found: Masking, what: str = "protected") -> dict[Moment, dict[str, float]]:
+    """Return by head and step an attribute of what was seen, by quantity."""
+    by_moment: dict[Moment, dict[str, float]] = {}
+    for each in found.seen:
+        by_moment.setdefault((each.head, each.step), {})[each.quantity] = getattr(each, what)
+    return by_moment
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
@@ -72,24 +79,15 @@ def ratios(moment: dict[str, Any]) -> dict[str, float | None]:
 
 def test_weights_times_1000_hide_the_gradient_and_nothing_else() -> None:
     found = measured(scaled(exact(), 1000.0), exact(), MaskingConfig(heads=["fresh", "kept"], steps=0, batches=2))
-    assert [(moment["head"], moment["step"]) for moment in found["moments"]] == [("fresh", 0), ("kept", 0)]
-    for moment in found["moments"]:
-        seen = ratios(moment)
+    assert list(moments(found)) == [("fresh", 0), ("kept", 0)]
+    for moment, seen in moments(found, "ratio").items():
         assert seen["hidden_gradient"] == pytest.approx(1e-3, rel=1e-9)
-        for name in ("loss", "scale_free_gradient"):
-            assert seen[name] == pytest.approx(1.0, rel=1e-9)
-        curvatures = moment["quantities"]["relative_curvature"]
-        assert curvatures["protected"] == pytest.approx(curvatures["unprotected"], rel=1e-6)
-        for kind, count in (("layers", 2), ("channels", 8)):
-            weights = moment["weights"][kind]
-            assert weights == found["weights"][kind]
-            for end in ("mean", "least", "most"):
-                assert weights["norm"]["ratio"][end] == pytest.approx(1e3, rel=1e-12)
-                assert weights["rate"]["ratio"][end] == pytest.approx(1e-6, rel=1e-12)
-            assert weights["rate"]["ratio"]["count"] == count
-    assert {each["name"]: each["ratio"] for each in found["layers"]} == {
-        name: pytest.approx(1e3, rel=1e-12) for name in CONVOLUTIONS
-    }
+        assert (seen["loss"], seen["scale_free_gradient"]) == pytest.approx((1.0, 1.0), rel=1e-9)
+        curvatures = (moments(found, role)[moment]["relative_curvature"] for role in ("protected", "unprotected"))
+        assert next(curvatures) == pytest.approx(next(curvatures), rel=1e-6)
+    for each, (of, count) in zip(found.norms, (("layers", 2), ("channels", 8)), strict=True):
+        assert (each.of, each.count) == (of, count)
+        assert (each.mean, each.least, each.most) == pytest.approx((1e3,) * 3, rel=1e-12)
 
 
 def test_all_of_the_gradient_falls_where_nothing_else_takes_gradients() -> None:
@@ -97,34 +95,28 @@ def test_all_of_the_gradient_falls_where_nothing_else_takes_gradients() -> None:
     plain = exact()
     for norm in ("bn1", "bn2"):
         setattr(plain, norm, nn.BatchNorm2d(4, eps=1e-30, affine=False).double())
-    (moment,) = measured(scaled(plain, 1000.0), plain, KEPT)["moments"]
-    seen = ratios(moment)
+    found = measured(scaled(plain, 1000.0), plain, KEPT)
+    (seen,) = moments(found, "ratio").values()
     assert seen["gradient"] == seen["hidden_gradient"] == pytest.approx(1e-3, rel=1e-9)
     assert seen["scale_free_gradient"] == pytest.approx(1.0, rel=1e-9)
-    assert moment["quantities"]["curvature"]["protected"] == pytest.approx(
-        1e-6 * moment["quantities"]["curvature"]["unprotected"], rel=1e-6
-    )
+    (protected,), (unprotected,) = (moments(found, role).values() for role in ("protected", "unprotected"))
+    assert protected["curvature"] == pytest.approx(1e-6 * unprotected["curvature"], rel=1e-6)
 
 
 def test_an_unchanged_model_has_ratios_of_one() -> None:
     found = measured(tiny_model(), tiny_model())
-    assert [(moment["head"], moment["step"]) for moment in found["moments"]] == [
-        ("fresh", 0), ("fresh", 2), ("kept", 0), ("kept", 2),
-    ]  # fmt: skip
-    for moment in found["moments"]:
-        assert all(values["protected"] == values["unprotected"] for values in moment["quantities"].values())
-        assert {value for value in ratios(moment).values() if value is not None} == {1.0}
-        for kind in moment["weights"].values():
-            for each in kind.values():
-                assert [each["ratio"][end] for end in ("mean", "least", "most")] == [1.0, 1.0, 1.0]
+    assert list(moments(found)) == [("fresh", 0), ("fresh", 2), ("kept", 0), ("kept", 2)]
+    assert moments(found) == moments(found, "unprotected")
+    assert {each.ratio for each in found.seen if each.ratio == each.ratio} == {1.0}
+    assert {(each.mean, each.least, each.most) for each in found.norms} == {(1.0, 1.0, 1.0)}
     # the mild attacker gets somewhere, and its heads are two
-    fresh, later, kept, _ = (moment["quantities"]["loss"]["protected"] for moment in found["moments"])
+    fresh, later, kept, _ = (seen["loss"] for seen in moments(found).values())
     assert later < fresh != kept
 
 
 def test_quantities_against_derivatives_by_autograd() -> None:
     model, unit = tiny_model(4), tiny_task()
-    (moment,) = measured(model, tiny_model(5), KEPT, seed=7)["moments"]
+    (seen,) = moments(measured(model, tiny_model(5), KEPT, seed=7)).values()
     generator = torch.Generator().manual_seed(derive_seed(7, "draws"))
     (batch,) = islice(batches(ATTACKED["attack"], 128, generator), 1)
     expected = copy.deepcopy(model).train()
@@ -154,7 +146,6 @@ def test_quantities_against_derivatives_by_autograd() -> None:
             {name: -(size[name] ** 2) * each / pace for name, each in slope.items()}
         ),
     }
-    seen = {name: values["protected"] for name, values in moment["quantities"].items()}
     for name, value in expected_quantities.items():
         assert seen[name] == pytest.approx(value, rel=1e-2 if "curvature" in name else 1e-10), name
 
@@ -189,18 +180,17 @@ def test_curvature_by_hand() -> None:
 
     In units of (2, 1) it is (12, 5), the step along it (24, 5) / 13, and its curvature (3 * 576 + 5 * 25) / 169.
     """
-    (moment,) = measured(Bowl(2.0, 1.0), Bowl(0.0, 0.0), KEPT, task=Descending())["moments"]
-    seen = moment["quantities"]
-    assert seen["loss"]["protected"] == 8.5
-    assert seen["gradient"]["protected"] == pytest.approx(math.sqrt(61), rel=1e-12)
-    assert seen["curvature"]["protected"] == pytest.approx(233 / 61, rel=1e-7)
-    assert seen["relative_curvature"]["protected"] == pytest.approx(1853 / 169, rel=1e-7)
+    found = measured(Bowl(2.0, 1.0), Bowl(0.0, 0.0), KEPT, task=Descending())
+    (seen,), (bottom,), (ratio,) = (moments(found, what).values() for what in ("protected", "unprotected", "ratio"))
+    assert seen["loss"] == 8.5
+    assert seen["gradient"] == pytest.approx(math.sqrt(61), rel=1e-12)
+    assert seen["curvature"] == pytest.approx(233 / 61, rel=1e-7)
+    assert seen["relative_curvature"] == pytest.approx(1853 / 169, rel=1e-7)
     # at the bottom there is no direction
-    assert seen["gradient"]["unprotected"] == 0
-    assert math.isnan(seen["curvature"]["unprotected"])
-    assert math.isnan(seen["relative_curvature"]["unprotected"])
-    assert seen["curvature"]["ratio"] is None
-    assert moment["weights"]["layers"]["norm"] == dict.fromkeys(("protected", "unprotected", "ratio"))
+    assert bottom["gradient"] == 0
+    assert math.isnan(bottom["curvature"] + bottom["relative_curvature"])
+    assert math.isnan(ratio["curvature"])
+    assert found.norms == []
 
 
 def test_a_single_channel_shows_where_channels_have_scales_of_their_own() -> None:
@@ -208,42 +198,33 @@ def test_a_single_channel_shows_where_channels_have_scales_of_their_own() -> Non
     with torch.no_grad():
         model.conv1.weight[2].mul_(16.0)
         model.conv2.weight[1].zero_()
-    found = measured(model, exact(), KEPT)["weights"]["channels"]["norm"]["ratio"]
+    found = measured(model, exact(), KEPT).norms[1]
     # what is zero can be compared with nothing
-    assert found == {
-        "count": 7,
-        "mean": pytest.approx(16 ** (1 / 7)),
-        "least": pytest.approx(1.0),
-        "most": pytest.approx(16.0),
-    }
+    assert (found.of, found.count) == ("channels", 7)
+    assert (found.mean, found.least, found.most) == pytest.approx((16 ** (1 / 7), 1.0, 16.0))
 
 
 def test_channels_that_are_normalised_together_have_no_scale_of_their_own() -> None:
     model = exact()
     model.bn1 = nn.GroupNorm(2, 4).double()
-    found = measured(model, model, KEPT)["weights"]
-    assert found["layers"]["norm"]["ratio"]["count"] == 2
-    assert found["channels"]["norm"]["ratio"]["count"] == 4
+    assert [(each.of, each.count) for each in measured(model, model, KEPT).norms] == [("layers", 2), ("channels", 4)]
 
 
 def test_a_denoiser_meets_the_same_noise_every_time() -> None:
     models = [tiny_unet(seed=1), tiny_unet(seed=1)]
     kind = {"spec": tiny_unet_spec(), "task": tiny_denoising()}
     found = measured(*models, MaskingConfig(heads=["kept"], steps=1, batches=1), **kind)
-    assert [moment["step"] for moment in found["moments"]] == [0, 1]
-    for moment in found["moments"]:
-        for values in moment["quantities"].values():
-            assert math.isfinite(values["protected"])
-            assert values["protected"] == values["unprotected"]
+    assert list(moments(found)) == [("kept", 0), ("kept", 1)]
+    assert all(math.isfinite(each.protected) and each.protected == each.unprotected for each in found.seen)
     # what its convolutions say is added to, and so shows, before any normalisation reads it
-    assert found["layers"] == []
+    assert found.norms == []
 
 
 def test_a_head_that_a_denoiser_does_not_have_is_left_out() -> None:
     kind = {"spec": tiny_unet_spec(), "task": tiny_denoising()}
     found = measured(tiny_unet(), tiny_unet(), MaskingConfig(heads=["fresh"], steps=0, batches=1), **kind)
-    assert found["moments"] == []
-    assert "class-conditional" in found["left_out"]["fresh"]
+    assert found.seen == []
+    assert "class-conditional" in found.left_out["fresh"]
 
 
 def test_the_same_seed_gives_the_same_and_models_stay_as_they_are() -> None:
@@ -253,8 +234,8 @@ def test_the_same_seed_gives_the_same_and_models_stay_as_they_are() -> None:
     config = MaskingConfig(heads=["fresh"], steps=1, batches=1)
     first = measured(*models, config, seed=3)
     torch.rand(7)
-    assert measured(*models, config, seed=3) == first
-    assert measured(*models, config, seed=4) != first
+    assert repr(measured(*models, config, seed=3)) == repr(first)
+    assert repr(measured(*models, config, seed=4)) != repr(first)
     for model, state, mode in zip(models, before, modes, strict=True):
         assert_same_state(model, state)
         assert model.training is mode
@@ -264,15 +245,14 @@ def test_a_head_of_another_size_is_left_out_with_the_reason() -> None:
     two = LoadedDomain("two", CLASSES[:2], {"attack": tiny_images(3)}, {})
     two.splits["attack"].labels.remainder_(2)
     found = measured(tiny_model(1), tiny_model(2), restricted=two)
-    assert [moment["head"] for moment in found["moments"]] == ["fresh", "fresh"]
-    assert "as many classes" in found["left_out"]["kept"]
-    assert [each["name"] for each in found["layers"]] == list(CONVOLUTIONS)
+    assert {head for head, _ in moments(found)} == {"fresh"}
+    assert "as many classes" in found.left_out["kept"]
 
 
 def test_a_probed_head_has_been_fitted() -> None:
     config = MaskingConfig(heads=["fresh", "probed"], steps=0, batches=1)
-    fresh, probed = measured(tiny_model(1), tiny_model(1), config)["moments"]
-    assert probed["quantities"]["loss"]["protected"] < fresh["quantities"]["loss"]["protected"]
+    fresh, probed = moments(measured(tiny_model(1), tiny_model(1), config)).values()
+    assert probed["loss"] < fresh["loss"]
 
 
 def test_no_head_starts_measure_nothing() -> None:
@@ -285,9 +265,9 @@ def test_a_loss_that_is_not_finite_is_reported_as_such() -> None:
     with torch.no_grad():
         broken.fc.weight.fill_(math.inf)
     found = audit(trio("a", 20.0, 60.0, 50.0), masking=measured(broken, tiny_model(), KEPT)).json()
-    values = found["masking"]["moments"][0]["quantities"]["gradient"]
-    assert (values["protected"], values["ratio"]) == (None, None)
-    assert values["unprotected"] > 0
+    gradient = next(each for each in found["masking"]["seen"] if each["quantity"] == "gradient")
+    assert (gradient["protected"], gradient["ratio"]) == (None, None)
+    assert gradient["unprotected"] > 0
 
 
 def test_a_model_without_normalisation_has_nothing_to_hide_in() -> None:
@@ -304,11 +284,11 @@ def test_a_model_without_normalisation_has_nothing_to_hide_in() -> None:
     spec = ModelSpec("torchvision", "bare", CLASSES, 1, SIZE, (0.5,), (0.25,))
     models = Bare().double(), Bare().double()
     found = measured(*models, KEPT, spec=spec)
-    assert found["layers"] == []
-    assert found["weights"]["layers"]["norm"]["ratio"] is None
-    seen = found["moments"][0]["quantities"]
-    assert seen["hidden_gradient"] == {"protected": 0.0, "unprotected": 0.0, "ratio": None}
-    assert seen["gradient"]["ratio"] > 0
+    assert found.norms == []
+    assert [each.protected for each in found.seen if each.quantity == "hidden_gradient"] == [0.0]
+    (ratio,) = moments(found, "ratio").values()
+    assert math.isnan(ratio["hidden_gradient"])
+    assert ratio["gradient"] > 0
 
 
 @pytest.mark.parametrize(("factor", "said"), [(1000.0, "are 1000 times as large"), (1.0, "")])

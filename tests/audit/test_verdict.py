@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from sophon.audit.masking import Masking, Norms
 from sophon.audit.scores import Difference, State
 from sophon.audit.summary import Intactness
 from tests.audit.records import CONTEXT, MSE, attempt, audit, duo, searched, trio
@@ -194,7 +195,7 @@ def test_intactness_has_its_own_metric_or_was_not_measured():
 
 
 def weights(mean, most=None):
-    return {"weights": {"layers": {"norm": {"ratio": mean and {"mean": mean, "most": most or mean}}}}}
+    return Masking([Norms("layers", 3, mean, mean, most or mean)] if mean else [], [], {})
 
 
 def pair(undone):

@@ -1,25 +1,23 @@
 """Pages, and the audits that tests of pages are about."""
 
+import math
 import re
 from html.parser import HTMLParser
 
+from sophon.audit.masking import Masking, Norms, Seen
 from sophon.report.audit import write_reports
 from tests.audit.records import attempt, audit, duo, idle, oracle, searched, trio
 
 EVIL = "<script>alert('$x_1$')</script>|`&`"
-SPREAD = {"count": 3, "mean": 6.2, "least": 3.0, "most": 9.0}
-NORM = {"protected": SPREAD, "unprotected": SPREAD, "ratio": {"count": 3, "mean": 3.1, "least": 1.5, "most": 6.6}}
-NOTHING = {"protected": None, "unprotected": None, "ratio": None}
-MASKING = {
-    "weights": {"layers": {"norm": NORM, "rate": NORM}, "channels": {"norm": NOTHING, "rate": NOTHING}},
-    "moments": [
-        {"head": head, "step": step, "quantities": {"gradient": gradient, "curvature": NOTHING}}
-        for head, step, gradient in [
-            ("fresh", 0, {"protected": 0.0065, "unprotected": 0.26, "ratio": 0.025}),
-            ("kept", 10, {"protected": 3.3e9, "unprotected": 1.0, "ratio": 3.3e9}),
-        ]
+MASKING = Masking(
+    [Norms("layers", 3, 3.1, 1.5, 6.6)],
+    [
+        Seen("fresh", 0, "gradient", 0.0065, 0.26, 0.025),
+        Seen("fresh", 0, "curvature", math.nan, 1.0, math.nan),
+        Seen("kept", 10, "gradient", 3.3e9, 1.0, 3.3e9),
     ],
-}
+    {},
+)
 TRIALS = [
     {"number": n, "state": state, "value": value, "strategy": {"optimizer": "adam", "lr": 0.5}}
     for n, (value, state) in enumerate([(41.0, "complete"), (12.0, "pruned"), (None, "failed"), (58.5, "complete")])
