@@ -40,9 +40,9 @@ from sophon.tracking import Tracker
 if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long to load, and that no attack uses
     import pandas as pd
 
-    from sophon.audit.results import WorstCase
     from sophon.audit.summary import AuditReport, Context
     from sophon.audit.verdict import Verdict
+    from sophon.audit.worst_case import WorstCase
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,14 +16,11 @@ from sophon.audit.scores import (
     NO_PROTECTION_BELOW,
     Difference,
     Gap,
-    Overhead,
     Score,
     Spread,
-    State,
     align,
     gap_closed,
     harm,
-    overhead,
     score,
     sgrc,
     signed_area,
@@ -32,6 +29,7 @@ from sophon.audit.scores import (
 )
 from sophon.audit.table import Attempts
 from sophon.audit.words import EXPOSURES, ORACLE, ROLES, Record
+from sophon.audit.worst_case import WorstCase, worst_case
 from sophon.tasks import Metric
 
 Roles = dict[str, Score]
@@ -63,7 +61,6 @@ class Attack:
         gap_closed: of this attack against all three roles.
         sgrc: in percent.
         signed_area: between the mean curves of protected and unprotected.
-        overhead: in steps.
     """
 
     attack: str
@@ -75,51 +72,12 @@ class Attack:
     gap_closed: Gap
     sgrc: float
     signed_area: float
-    overhead: Overhead
 
     @property
     def families(self) -> list[str]:
         """Return the families that it is in."""
         fits = [name for name, fitting in FAMILIES.items() if fitting(self.strategy)]
         return ["search"] if self.trials else fits or ["plain"]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One reading of a worst case: which attack each role suffers, its score, and the gap closed of these."""
-
-    attacks: dict[str, str]
-    roles: Roles
-    gap_closed: Gap
-
-
-@dataclass(frozen=True)
-class WorstCase:
-    """The worst of some attacks, read in two ways.
-
-    Attributes:
-        tried: their names.
-        own_best: each role under its own best attack.
-        same_attack: the attack that gets most out of the protected model, against all roles.
-        decided_by: ``own_best`` or ``same_attack``, whichever is worse for the defender.
-        state: what is made of it.
-    """
-
-    tried: list[str]
-    own_best: Reading
-    same_attack: Reading
-    decided_by: str
-    state: State
-
-    @property
-    def deciding(self) -> Reading:
-        """Return the reading that decides."""
-        return self.own_best if self.decided_by == "own_best" else self.same_attack
-
-    @property
-    def readings_differ(self) -> bool:
-        """Return whether the two readings are of different attacks."""
-        return self.own_best.attacks != self.same_attack.attacks
 
 
 @dataclass(frozen=True)
@@ -243,7 +201,7 @@ def _attack(name: str, rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric,
     first = rows.sort_values("role", key=lambda role: role.map(ROLES.index)).iloc[0]
     roles = _roles(rows, metric, usual)
     kept = rows[~rows["diverged"]]
-    mean = {role: align(curves[kept.loc[kept["role"] == role, "id"]]).mean(axis=1) for role in ROLES}
+    mean = {role: align(curves[kept.loc[kept["role"] == role, "id"]]).mean(axis=1) for role in ROLES[:2]}
     return Attack(
         name,
         json.loads(first["strategy"]),
@@ -254,38 +212,12 @@ def _attack(name: str, rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric,
         gap_closed(roles, metric),
         _sgrc(roles, metric),
         signed_area(mean["protected"], mean["unprotected"], metric),
-        overhead(mean["protected"], mean["scratch"], metric),
     )
 
 
 def _sgrc(roles: Mapping[str, Score], metric: Metric) -> float:
     p, u = (roles.get(role, Score()).mean for role in ROLES[:2])
     return sgrc(p, u, metric)
-
-
-def worst_case(attacks: Sequence[Attack], metric: Metric) -> WorstCase:
-    """Read the worst case of at least one attack in both ways; attackers choose by the mean end of ``select``.
-
-    The intervals take the choice of attacks as given: they say how seeds and test images scatter, not how the choice
-    might have fallen.
-    """
-    best: dict[str, Attack] = {}
-    for role in ROLES:
-        tried = [attack for attack in attacks if role in attack.roles and attack.roles[role].seeds]
-        if tried:
-            best[role] = max(tried, key=lambda a: (metric.sign * a.roles[role].select, a.attack))
-    own = _reading(best, metric)
-    same = _reading(dict.fromkeys(best["protected"].roles, best["protected"]) if "protected" in best else {}, metric)
-    readings = {"own_best": own.gap_closed, "same_attack": same.gap_closed}
-    known = {name: gap for name, gap in readings.items() if not math.isnan(gap.value)}
-    # what one reading shows to be broken, the other cannot mend
-    decided = min(known, key=lambda name: (known[name].state != State.BROKEN, known[name].value), default="own_best")
-    return WorstCase([each.attack for each in attacks], own, same, decided, readings[decided].state)
-
-
-def _reading(chosen: Mapping[str, Attack], metric: Metric) -> Reading:
-    roles = {role: attack.roles[role] for role, attack in chosen.items()}
-    return Reading({role: attack.attack for role, attack in chosen.items()}, roles, gap_closed(roles, metric))
 
 
 def _without(attack: Attack, *fields: str) -> str:

@@ -1,4 +1,4 @@
-"""The formulas behind an audit's scores: a role's score, gap closed, harm, SGRC, signed area and overhead.
+"""The formulas behind an audit's scores: a role's score, gap closed, harm, SGRC and signed area.
 
 Everything here is pure and deterministic. What is not known is NaN. Intervals hold 95 %: they add the sampling error of
 the test images to Student's interval over the seeds, in quadrature, as the two are independent.
@@ -19,8 +19,6 @@ from scipy import stats
 from sophon.tasks import Metric
 
 Z = float(stats.norm.ppf(0.975))
-# Overhead is read at this percentage of the way from scratch's start to scratch's end.
-OVERHEAD_LEVEL = 80
 # Pre-training must be worth at least this much over scratch: in points of percentages, else as a part of scratch.
 MIN_GAP_POINTS = 1.0
 MIN_GAP_RELATIVE = 0.01
@@ -215,43 +213,3 @@ def signed_area(protected: pd.Series, unprotected: pd.Series, metric: Metric) ->
         return math.nan
     steps = both.index.to_numpy(float)
     return float(metric.sign * np.trapezoid(both["u"] - both["p"], steps) / (steps[-1] - steps[0]))
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """How many times scratch's steps an attacker needs from the protected model to go as far; ``reached`` if he does.
-
-    Where he does not, ``ratio`` is what he needs at least. NaN where scratch learns nothing.
-    """
-
-    ratio: float = math.nan
-    reached: bool = False
-
-
-def overhead(protected: pd.Series, scratch: pd.Series, metric: Metric) -> Overhead:
-    """Compare two mean curves at `OVERHEAD_LEVEL` percent of scratch's way."""
-    if not len(protected) or len(scratch) < 2:
-        return Overhead()
-    start, end = float(scratch.iloc[0]), float(scratch.iloc[-1])
-    least = MIN_GAP_POINTS if metric.unit == "%" else MIN_GAP_RELATIVE * abs(end)
-    if not metric.sign * (end - start) > 0 or metric.sign * (end - start) < least:
-        return Overhead()
-    target = start + OVERHEAD_LEVEL / 100 * (end - start)
-    base, taken = _steps_to(scratch, target, metric.sign), _steps_to(protected, target, metric.sign)
-    if not base > 0:
-        return Overhead()
-    return Overhead(float(protected.index[-1]) / base) if math.isnan(taken) else Overhead(taken / base, reached=True)
-
-
-def _steps_to(curve: pd.Series, target: float, sign: int) -> float:
-    """Return the first step, linearly interpolated, where the curve is as good as ``target``; NaN if it never is."""
-    steps, values = curve.index.to_numpy(float), sign * curve.to_numpy(float)
-    reached = np.flatnonzero(values >= sign * target)
-    if not len(reached):
-        return math.nan
-    at = max(int(reached[0]), 1)
-    return (
-        float(np.interp(sign * target, values[at - 1 : at + 1], steps[at - 1 : at + 1]))
-        if reached[0]
-        else float(steps[0])
-    )

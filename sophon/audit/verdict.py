@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sophon.audit.results import Reading, Results, WorstCase
+from sophon.audit.results import Results
 from sophon.audit.scores import NO_PROTECTION_BELOW, Gap, State
 from sophon.audit.words import (
     EXPOSURES,
@@ -17,6 +17,7 @@ from sophon.audit.words import (
     listed,
     operation_in_words,
 )
+from sophon.audit.worst_case import Reading, WorstCase
 
 if TYPE_CHECKING:
     from sophon.audit.summary import Context

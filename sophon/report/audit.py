@@ -9,46 +9,20 @@ from pathlib import Path
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
-from sophon.audit.scores import HOLDS_FROM, MIDDLE, NO_PROTECTION_BELOW
 from sophon.audit.summary import AuditReport, Context
 from sophon.audit.table import trials_table
-from sophon.audit.verdict import READINGS
 from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, Record, format_difference, format_value, printable
 from sophon.files import write_text
 from sophon.report import tables
-from sophon.report.figures import curve_panels, dot_plots
+from sophon.report.figures import curve_panels, dot_plot, search_panels
 from sophon.report.masking import masking
 from sophon.report.page import Card, Code, Drawings, Fold, Page, Part, Section, Table
+from sophon.report.pictures import picture, pictures
 from sophon.report.tables import metric_name
-from sophon.report.trends import decay_plot, search_panels
+from sophon.report.terms import TERMS
 
 _LEGEND = (("protected", "● protected"), ("unprotected", "■ unprotected"), ("scratch", "◆ scratch"))
 _MANY = 12  # so many tables' rows or panels are shown without being asked for
-TERMS = {
-    "protected": "The checkpoint under attack.",
-    "unprotected": "The same model before protection: what an attacker would have without us.",
-    "scratch": "A fresh model of the same architecture: what an attacker has who takes nothing.",
-    "exposure": "seen: protection could have simulated this attacker. longer: only its number of steps lies outside "
-    "what was simulated. held out: something else does, named after the colon.",
-    "gap closed": "(unprotected - protected) / (unprotected - scratch): 0 is no protection, 1 no better a start than "
-    "scratch, more is worse than scratch. Its interval is Fieller's.",
-    "reading": "A worst case is read in two ways, and the lower gap closed decides. Own best attack: "
-    f"{READINGS['own_best']}, chosen on the attacker's select split. Same attack: {READINGS['same_attack']}.",
-    "judged": f"HOLDS: gap closed of {HOLDS_FROM:g} or more, and {MIDDLE:g} or more at the low end of its interval. "
-    f"WEAKENED: between {NO_PROTECTION_BELOW:g} and {HOLDS_FROM:g}, and above 0 at the low end. BROKEN: below "
-    f"{NO_PROTECTION_BELOW:g}, and below {HOLDS_FROM:g} at the high end. CANNOT BE JUDGED: anything else; what "
-    "differs by less than the error of the test images and the seeds shows nothing.",
-    tables.OVERHEAD: "How many times scratch's steps the protected model needs to go so far from scratch's start to "
-    "scratch's end; > means that it never got there.",
-    "SGRC": "(unprotected - protected) / unprotected: what protection takes off the result.",
-    "signed area": "Unprotected minus protected, averaged over the steps of the curve; positive where protection hurts "
-    "the attacker.",
-    "harm": "Unprotected minus protected after fine-tuning on the benign domain; positive where protection hurts.",
-    "masked share": "The part of the gap closed that is gone once scale is taken away.",
-    "diverged": "Attempts whose loss or result was not finite; no part of the means: an attacker would try again.",
-    "intervals": "[ ] holds 95 %: the sampling error of the test images, and Student's interval over the seeds, whose "
-    "spread is pooled over the attacks of a role, since two or three seeds say little.",
-}
 
 
 def table(audit: AuditReport) -> str:
@@ -164,8 +138,8 @@ def _attacks(audit: AuditReport) -> Iterator[Part]:
     )
     yield _folded(f"All {len(attacks)} attacks", tables.attacks_table(audit.results), len(attacks))
     # ElementTree wrote this and every other drawing, escaping each text and attribute.
-    sheets = {f" {n}": Markup(svg) for n, svg in enumerate(dot_plots(attacks, audit.results.metric))}
-    yield _folded("All attacks with their intervals", Drawings(sheets, "large", _LEGEND), len(attacks))
+    drawing = Drawings({" ": Markup(dot_plot(attacks, audit.results.metric))}, "large", _LEGEND)
+    yield _folded("All attacks with their intervals", drawing, len(attacks))
 
 
 def _curves(audit: AuditReport) -> Iterator[Part]:
@@ -208,17 +182,14 @@ def _searches(audit: AuditReport) -> Iterator[Part]:
 
 
 def _decay(audit: AuditReport) -> Iterator[Part]:
-    decay = audit.results.decay
-    if not decay:
+    if not audit.results.decay:
         return
     yield (
-        "Attacks that differ only in their number of steps, on the test split. A line that falls towards 0 says that "
-        "an attacker needs only patience."
+        "Attacks that differ only in their number of steps, on the test split. What falls towards 0 says that an "
+        "attacker needs only patience."
     )
-    if svg := decay_plot(decay):
-        yield Drawings({" ": Markup(svg)}, "large")
     found = tables.decay_table(audit.results)
-    yield _folded("In figures", found, len(found.rows))
+    yield _folded("All lengths", found, len(found.rows))
 
 
 def _benign(audit: AuditReport) -> Iterator[Part]:
@@ -243,9 +214,9 @@ def _controls(audit: AuditReport) -> Iterator[Part]:
 
 def _samples(folder: Path, audit: AuditReport) -> Iterator[Part]:
     if gallery := audit.context.gallery:
-        shots = {each["title"]: tables.picture(folder, each["file"], each["title"]) for each in gallery}
+        shots = {each["title"]: picture(folder, each["file"], each["title"]) for each in gallery}
         yield Drawings({printable(title): shot for title, shot in shots.items()}, "gallery")
-    if strips := tables.pictures(folder, audit.attempts):
+    if strips := pictures(folder, audit.attempts):
         yield (
             "What the attacked models generate in the course of each attack, from the same noise everywhere; of "
             "several seeds the first."

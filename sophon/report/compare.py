@@ -13,16 +13,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sophon.audit.results import Attack, WorstCase, worst_case
+from sophon.audit.results import Attack
 from sophon.audit.scores import Score
 from sophon.audit.summary import AuditReport
 from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, format_difference, known, printable
+from sophon.audit.worst_case import WorstCase, worst_case
 from sophon.errors import UserError
 from sophon.files import write_text
 from sophon.report import tables
-from sophon.report.audit import TERMS
-from sophon.report.figures import COLOURS, HUES, dots
+from sophon.report.drawing import COLOURS, HUES
+from sophon.report.figures import dots
 from sophon.report.page import Drawings, Fold, Page, Part, Section, Table, Warn
+from sophon.report.terms import TERMS
 
 _MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}
 
@@ -240,14 +242,14 @@ def _values(audits: Sequence[_Compared], shared: Sequence[str]) -> Iterator[Part
     marks = list(_MARKS)
     looks = {each.label: (HUES[n % len(HUES)], marks[n % len(marks)]) for n, each in enumerate(audits)}
     series = {label: (COLOURS[hue], mark) for label, (hue, mark) in looks.items()}
-    sheets = dots(lines, series, metric, "after shared attacks, by audit", apart=min(0.14, 0.8 / len(audits)))
+    svg = dots(lines, series, metric, "after shared attacks, by audit", apart=min(0.14, 0.8 / len(audits)))
     better = "higher" if metric.higher_is_better else "lower"
     yield (
         f"What the protected models reach on the restricted domain's test split, {tables.metric_name(metric)}, with "
         f"95 % intervals; {better} is better for the attacker."
     )
     legend = [(hue, f"{_MARKS[mark]} {label}") for label, (hue, mark) in looks.items()]
-    yield Drawings({f" {n}": Markup(svg) for n, svg in enumerate(sheets)}, "large", legend)
+    yield Drawings({" ": Markup(svg)}, "large", legend)
 
 
 def _sources(audits: Sequence[_Compared], unshared: set[str]) -> Iterator[Part]:

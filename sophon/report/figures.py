@@ -1,19 +1,9 @@
-"""Results and curves as inline SVG that takes its colours and its font from the page around it.
-
-The page must define a CSS variable for each of `COLOURS`, such as ``--protected``.
-"""
+"""Figures of results, of curves and of searches."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import re
-import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -23,43 +13,9 @@ from scipy import stats
 from sophon.audit.results import Attack
 from sophon.audit.scores import Score, align, wide
 from sophon.audit.table import Attempts
-from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, ROLES, printable
+from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, ROLES
+from sophon.report.drawing import COLOURS, DASHES, MARKERS, STYLE, label_ends, shorten, svg
 from sophon.tasks import Metric
-
-# Drawn in these colours, which the SVG then replaces by CSS variables of the same name: one file serves light and dark.
-COLOURS = {
-    "protected": "#0072b2",
-    "unprotected": "#d55e00",
-    "scratch": "#767676",
-    "ink": "#010203",
-    "line": "#040506",
-    # of what has no colour of its own: audits, groups of attacks
-    **{hue: f"#0{index}0809" for index, hue in enumerate(("ha", "hb", "hc", "hd", "he", "hf", "hg", "hh"))},
-}
-HUES = tuple(COLOURS)[-8:]
-_DASHES = {"protected": "-", "unprotected": "-", "scratch": (0, (4, 2))}
-MARKERS = {"protected": "o", "unprotected": "s", "scratch": "D"}
-_LONGEST_NAME = 40
-_TALLEST = 8.7  # inches of lines that fit a sheet of paper
-STYLE = {
-    "svg.hashsalt": "sophon",
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 8,
-    "font.sans-serif": ["DejaVu Sans"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["line"],
-    "axes.labelcolor": COLOURS["ink"],
-    "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["line"],
-    "ytick.color": COLOURS["line"],
-    "xtick.labelcolor": COLOURS["ink"],
-    "ytick.labelcolor": COLOURS["ink"],
-    "grid.color": COLOURS["line"],
-    "grid.alpha": 0.35,
-    "grid.linewidth": 0.5,
-}
 
 
 def band(points: pd.DataFrame) -> pd.DataFrame:
@@ -116,41 +72,65 @@ def _panel(name: str, bands: Mapping[str, pd.DataFrame], limits: tuple[float, fl
         for role, curve in bands.items():
             colour, steps = COLOURS[role], curve.index.to_numpy(float)
             mean, half = curve["mean"].to_numpy(), curve["half"].to_numpy()
-            axes.plot(steps, mean, color=colour, linestyle=_DASHES[role], marker="o", markersize=2.2, linewidth=1.5)
+            axes.plot(steps, mean, color=colour, linestyle=DASHES[role], marker="o", markersize=2.2, linewidth=1.5)
             axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-        ends = {role: float(curve["mean"].iloc[-1]) for role, curve in bands.items()}
-        for role, height in spread(ends, 0.1 * (limits[1] - limits[0]), limits).items():
-            axes.text(1.03, height, role, color=COLOURS[role], transform=axes.get_yaxis_transform(), va="center")
+        label_ends(axes, {role: float(curve["mean"].iloc[-1]) for role, curve in bands.items()}, limits)
         axes.set_xlabel("fine-tuning steps")
         return svg(figure, f"{metric.name} on the select split over fine-tuning steps, {name}")
 
 
-def spread(heights: Mapping[str, float], gap: float, limits: tuple[float, float]) -> dict[str, float]:
-    """Move labels apart so that neighbours are at least ``gap`` apart and none lies above the limits."""
-    order = sorted(heights, key=lambda role: heights[role])
-    placed = dict(heights)
-    for below, above in pairwise(order):
-        placed[above] = max(placed[above], placed[below] + gap)
-    placed[order[-1]] = min(placed[order[-1]], limits[1])
-    for above, below in pairwise(order[::-1]):
-        placed[below] = min(placed[below], placed[above] - gap)
-    return placed
+def search_panels(trials: pd.DataFrame, metric: Metric) -> dict[str, str]:
+    """Draw, for each search, every role's best value so far against the trials drawn, and the trials themselves.
+
+    Args:
+        trials: what `sophon.audit.table.trials_table` returned.
+        metric: of the restricted domain.
+
+    Returns:
+        SVG by the search's name; searches without a finite value are left out.
+    """
+    valued = trials[trials["value"].notna()]
+    return {str(name): _search_panel(str(name), mine, metric) for name, mine in valued.groupby("search")}
+
+
+def _search_panel(name: str, trials: pd.DataFrame, metric: Metric) -> str:
+    # the worst tenth, which may be worse by orders of magnitude, lies at the edge
+    low = float(trials["value"].quantile(0.1 if metric.higher_is_better else 0.0))
+    high = float(trials["value"].quantile(1.0 if metric.higher_is_better else 0.9))
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.5))
+        axes = figure.add_axes((0.1, 0.16, 0.7, 0.79))
+        axes.set_ylim(low, high)
+        for role in ROLES:
+            mine = trials[trials["role"] == role]
+            for pruned, shown in mine.groupby(mine["state"] == "pruned"):
+                axes.plot(
+                    shown["trial"] + 1,
+                    shown["value"].clip(low, high),
+                    color=COLOURS[role],
+                    linestyle="",
+                    alpha=0.55,
+                    clip_on=False,
+                    marker="x" if pruned else MARKERS[role],
+                    markersize=3.2 if pruned else 2.4,
+                )
+            axes.step(mine["trial"] + 1, mine["best"], where="post", color=COLOURS[role], linewidth=1.6)
+        ends = trials.groupby("role")["best"].last().dropna()
+        label_ends(axes, {str(role): float(best) for role, best in ends.items()}, (low, high))
+        axes.set_xlim(0.5, trials["trial"].max() + 1.5)
+        axes.grid(visible=True, axis="y")
+        axes.set_xlabel("trials")
+        return svg(figure, f"best {metric.name} so far over trials of the search {name}")
 
 
 # A heading, or what a line is called with its scores by series.
 Line = str | tuple[str, Mapping[str, Score]]
 
 
-def dot_plots(attacks: Sequence[Attack], metric: Metric) -> list[str]:
-    """Draw the final test metric of every attack and role, with confidence intervals, grouped by exposure.
-
-    Args:
-        attacks: of the audit's results.
-        metric: of the restricted domain.
-
-    Returns:
-        SVGs, each of what fits a sheet of paper, all with the same horizontal axis.
-    """
+def dot_plot(attacks: Sequence[Attack], metric: Metric) -> str:
+    """Draw the final test metric of every attack and role, with intervals, grouped by exposure, as SVG."""
     lines: list[Line] = []
     for exposure in EXPOSURES:
         group = [(attack.attack, attack.roles) for attack in attacks if attack.exposure == exposure]
@@ -161,8 +141,8 @@ def dot_plots(attacks: Sequence[Attack], metric: Metric) -> list[str]:
 
 def dots(
     lines: Sequence[Line], series: Mapping[str, tuple[str, str]], metric: Metric, what: str, apart: float = 0.0
-) -> list[str]:
-    """Draw lines of dots with 95 % intervals.
+) -> str:
+    """Draw lines of dots with 95 % intervals, as SVG.
 
     Args:
         lines: from top to bottom; a score is absent or without a mean where there is no dot.
@@ -170,71 +150,24 @@ def dots(
         metric: what is drawn.
         what: the rest of the description.
         apart: how far below the one before it each series is drawn, in lines.
-
-    Returns:
-        SVGs, each of what fits a sheet of paper, all with the same horizontal axis.
     """
-    pitch = 0.24 + 0.4 * apart * len(series)
-    count = max(1, math.ceil(len(lines) * pitch / _TALLEST))
-    most = math.ceil(len(lines) / count)
-    left = 0.25 + 0.066 * max((len(_label(line)) for line in lines), default=0)
-    sheets: list[list[Line]] = []
-    for line in lines:
-        if not sheets or len(sheets[-1]) >= most - isinstance(line, str):
-            sheets.append([])
-        sheets[-1].append(line)
-    scores = [score for line in lines if not isinstance(line, str) for score in line[1].values()]
-    limits = _value_limits(scores, metric)
-    return [
-        _sheet(sheet, series, limits, metric, f"{what}, {number} of {len(sheets)}", (apart, pitch, left))
-        for number, sheet in enumerate(sheets, 1)
-    ]
-
-
-def _value_limits(scores: Iterable[Score], metric: Metric) -> tuple[float, float]:
-    edges = [edge for score in scores if score.seeds for edge in (_low(score), _high(score))] or [0.0, 1.0]
-    margin = 0.03 * (max(edges) - min(edges)) or 1.0
-    low, high = min(edges) - margin, max(edges) + margin
-    return (max(low, -2.0), min(high, 102.0)) if metric.unit == "%" else (low, high)
-
-
-def _low(score: Score) -> float:
-    return score.mean if math.isnan(score.low) else score.low
-
-
-def _high(score: Score) -> float:
-    return score.mean if math.isnan(score.high) else score.high
-
-
-def _sheet(
-    lines: Sequence[Line],
-    series: Mapping[str, tuple[str, str]],
-    limits: tuple[float, float],
-    metric: Metric,
-    what: str,
-    layout: tuple[float, float, float],
-) -> str:
-    apart, pitch, left = layout
+    labels = [line if isinstance(line, str) else shorten(line[0]) for line in lines]
+    height = 0.6 + (0.24 + 0.4 * apart * len(series)) * len(lines)
+    left = 0.25 + 0.066 * max(map(len, labels), default=0)
     with matplotlib.rc_context(STYLE):
-        height = 0.6 + pitch * len(lines)
         figure = Figure(figsize=(8.4, height))
         axes = figure.add_axes((left / 8.4, 0.5 / height, 0.98 - left / 8.4, 1 - 0.6 / height))
+        axes.margins(x=0.03)
         for at, line in enumerate(lines):
+            scores = {} if isinstance(line, str) else line[1]
             for index, (name, (colour, marker)) in enumerate(series.items()):
-                score = None if isinstance(line, str) else line[1].get(name)
-                if score and score.seeds:
-                    axes.errorbar(
-                        score.mean,
-                        at + apart * (index - (len(series) - 1) / 2),
-                        xerr=[[score.mean - _low(score)], [_high(score) - score.mean]],
-                        fmt=marker,
-                        color=colour,
-                        markersize=4.5,
-                        elinewidth=1.2,
-                    )
-        axes.set_xlim(limits)
+                if name in scores and scores[name].seeds:
+                    mean, low, high = scores[name].mean, scores[name].low, scores[name].high
+                    place = at + apart * (index - (len(series) - 1) / 2)
+                    axes.plot(mean, place, marker, color=colour, markersize=4.5)
+                    axes.plot([low, high], [place, place], color=colour, linewidth=1.2)
         axes.set_ylim(len(lines) - 0.5, -0.5)
-        axes.set_yticks(range(len(lines)), [_label(line) for line in lines])
+        axes.set_yticks(range(len(lines)), labels)
         for label, line in zip(axes.get_yticklabels(), lines, strict=True):
             label.set_fontweight("bold" if isinstance(line, str) else "normal")
         axes.tick_params(axis="y", length=0)
@@ -242,54 +175,3 @@ def _sheet(
         axes.set_axisbelow(True)
         axes.set_xlabel(f"{metric.name} on the test split" + (f" ({metric.unit})" if metric.unit else ""))
         return svg(figure, f"{metric.name} on the test split {what}")
-
-
-def _label(line: Line) -> str:
-    return line if isinstance(line, str) else shorten(line[0])
-
-
-def shorten(name: str) -> str:
-    """Return a name that fits a label."""
-    name = printable(name)
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def svg(figure: Any, description: str) -> str:
-    """Write a figure as an SVG element for HTML: no namespaces, ids of its own, colours from the page.
-
-    Args:
-        figure: drawn in `STYLE` with `COLOURS`.
-        description: what it shows; no two figures of a page have the same.
-    """
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A name may be in a script that the measuring font lacks; the browser has its own fonts.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    root = ET.fromstring(buffer.getvalue())
-    # Ids are unique within a page, which holds many figures. Only those of markers and clip paths are referred to.
-    prefix = "f" + hashlib.sha256(description.encode(errors="replace")).hexdigest()[:8]
-    for parent in list(root.iter()):
-        for child in [child for child in parent if child.tag.endswith(("metadata", "style"))]:
-            parent.remove(child)
-        parent.tag = parent.tag.rpartition("}")[2]
-        parent.tail = None
-        parent.attrib = {key.rpartition("}")[2]: value for key, value in parent.attrib.items()}
-        _from_page(parent.attrib, prefix)
-    # A size in points would override the page's layout; the viewBox keeps the proportions.
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": printable(description)}
-    return ET.tostring(root, encoding="unicode")
-
-
-def _from_page(attributes: dict[str, str], prefix: str) -> None:
-    if "id" in attributes:
-        attributes["id"] = prefix + attributes["id"]
-    if "href" in attributes:
-        attributes["href"] = attributes["href"].replace("#", f"#{prefix}")
-    if "clip-path" in attributes:
-        attributes["clip-path"] = attributes["clip-path"].replace("#", f"#{prefix}")
-    if "style" in attributes:
-        style = re.sub(r"font-family: [^;]*;? ?", "", attributes["style"])
-        for name, colour in COLOURS.items():
-            style = style.replace(colour, f"var(--{name})")
-        attributes["style"] = style

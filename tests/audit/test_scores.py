@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -8,14 +7,12 @@ from hypothesis import strategies as st
 
 from sophon.audit.scores import (
     Gap,
-    Overhead,
     Score,
     Spread,
     State,
     align,
     gap_closed,
     harm,
-    overhead,
     score,
     sgrc,
     signed_area,
@@ -196,27 +193,3 @@ UNPROTECTED = curve((0, 10), (50, 60), (100, 60))
 )
 def test_signed_area_by_hand(protected, metric, expected):
     assert signed_area(protected, UNPROTECTED, metric) == pytest.approx(expected, nan_ok=True)
-
-
-LEARNS = curve((0, 10), (100, 60))
-
-
-@pytest.mark.parametrize(
-    ("protected", "scratch", "metric", "expected"),
-    [
-        # 80 % of the way is 50: scratch at step 80, protected at 200, on its way up and down at 40
-        (curve((0, 10), (200, 50)), LEARNS, ACCURACY, Overhead(2.5, reached=True)),
-        (curve((0, 10), (50, 60), (100, 20)), LEARNS, ACCURACY, Overhead(0.5, reached=True)),
-        (curve((0, 60), (100, 60)), LEARNS, ACCURACY, Overhead(0.0, reached=True)),
-        (curve((0, 10), (100, 49)), LEARNS, ACCURACY, Overhead(1.25, reached=False)),
-        (curve((0, 1.0), (100, 0.5)), curve((0, 1.0), (50, 0.5)), MSE, Overhead(2.0, reached=True)),
-        (LEARNS, curve((0, 10), (100, 10.5)), ACCURACY, Overhead()),
-        (LEARNS, curve((0, 60), (100, 10)), ACCURACY, Overhead()),
-        (LEARNS, curve((0, 60)), ACCURACY, Overhead()),
-        (curve(), LEARNS, ACCURACY, Overhead()),
-    ],
-)
-def test_overhead_by_hand(protected, scratch, metric, expected):
-    found = overhead(protected, scratch, metric)
-    assert found.ratio == pytest.approx(expected.ratio, nan_ok=True)
-    assert replace(found, ratio=0.0) == replace(expected, ratio=0.0)
