@@ -73,6 +73,8 @@ _WORDS: dict[str, Callable[[Record], str]] = {
     "ema": lambda s: f"weights averaged at {s['ema']:g}",
     "max_norm": lambda s: f"gradients clipped to {s['max_norm']:g}",
     "batch_norm": lambda s: f"{s['batch_norm']} BatchNorm statistics",
+    "optimizer_args": lambda s: ", ".join(f"{name} {value}" for name, value in s["optimizer_args"].items()),
+    "loop": lambda s: f"trained by {s['loop'].rpartition('.')[2].replace('_', ' ')}",
 }
 # Operations of `sophon.surgery`; any other is said by its function's name.
 _OPERATIONS = {

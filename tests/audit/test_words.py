@@ -45,6 +45,8 @@ def test_what_cannot_be_shown_is_replaced():
         ({"batch_size": 32, "weight_decay": 0.0005}, "batches of 32, weight decay 0.0005"),
         ({"ema": 0.99, "max_norm": 1.0}, "weights averaged at 0.99, gradients clipped to 1"),
         ({"batch_norm": "frozen"}, "frozen BatchNorm statistics"),
+        ({"optimizer_args": (("betas", (0.9, 0.99)), ("eps", 1e-3))}, "betas [0.9, 0.99], eps 0.001"),
+        ({"loop": "mine.my_loop"}, "trained by my loop"),
         ({"batch_norm": "restated"}, "restated BatchNorm statistics"),
         ({"surgery": (Operation("renormalise"),)}, "after re-normalising the weights"),
         ({"surgery": (Operation("centre"),)}, "after centring channels"),
@@ -70,6 +72,7 @@ def test_describe_leaves_out_nothing_that_matters():
     odd |= dict.fromkeys(("batch_size", "steps", "probe_steps", "data_budget", "blocks", "lora_rank"), 3)
     odd |= {"optimizer": "sgd", "schedule": "cosine", "scope": "all", "head": "kept", "augmentation": "strong"}
     odd |= {"batch_norm": "frozen", "lora_layers": "linears", "surgery": [{"operation": "heal"}]}
+    odd |= {"optimizer_args": {"eps": 1.0}, "loop": "mine.loop"}
     for part in dataclasses.fields(FineTuneStrategy):
         before = usual | {"scope": "last_blocks"} if part.name == "blocks" else usual
         assert describe(before | {part.name: odd[part.name]}) != describe(before), part.name
