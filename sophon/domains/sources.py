@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -74,18 +73,11 @@ def load_source(
     shape = (channels, image_size, image_size)
     kept = {side: _select(part, config, side, where) for side, part in parts.items()}
     size = sum(len(numbers) for numbers, _ in kept.values()) * channels * image_size**2
-    memory = None if size <= memory_gb * 1e9 else int(memory_gb * 1e9)
-    if memory is not None:
+    if size > memory_gb * 1e9:
         notes.streamed = size / 1e9
     train, test = (
-        _read(
-            _Decoder(part, shape, config.skip_unreadable, where),
-            *kept[side],
-            _kept_classes(part, config),
-            memory,
-            notes,
-        )
-        for side, part in parts.items()
+        _read(parts[side], *kept[side], shape, config, where, notes, memory_gb if size > memory_gb * 1e9 else None)
+        for side in parts
     )
     for side, images in (("train", train), ("test", test)):
         _require_classes(images.labels, images.classes, side, where)
@@ -124,60 +116,53 @@ def _select(part: Part, config: DomainConfig, side: str, where: str) -> tuple[Te
     return indices, chosen[indices]
 
 
-class _Unreadable(NamedTuple):
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """Decodes a part's images at the model's size; see `streamed.Decoder`."""
-
-    part: Part
-    shape: tuple[int, int, int]
-    skip_unreadable: bool
-    where: str
-
-    def __call__(self, index: int) -> Tensor:
-        """Decode one image."""
-        try:
-            return to_tensor(self.part.read(index), self.shape)
-        except UnreadableError as error:
-            raise UserError(f"{self.where}.root: {error}") from error
-
-    def measured(self, index: int) -> tuple[Tensor, tuple[int, int]] | _Unreadable:
-        """Decode one image for the first time; return also its own size."""
-        try:
-            image = self.part.read(index)
-        except UnreadableError as error:
-            if self.skip_unreadable:
-                return _Unreadable(str(error))
-            raise UserError(f"{self.where}.root: {error}; {self.where}.skip_unreadable=true leaves such out") from error
-        return to_tensor(image, self.shape), image.size
-
-
 def _read(
-    decoder: _Decoder, numbers: Tensor, labels: Tensor, classes: tuple[str, ...], memory: int | None, notes: Notes
+    part: Part,
+    numbers: Tensor,
+    labels: Tensor,
+    shape: tuple[int, int, int],
+    config: DomainConfig,
+    where: str,
+    notes: Notes,
+    memory_gb: float | None,
 ) -> ImageSet:
-    """Decode images once, and keep them, or with a limit to ``memory`` only what tells them apart."""
-    notes.left_out.update(decoder.part.left_out)
-    kept = torch.empty((len(numbers), *((32,) if memory is not None else decoder.shape)), dtype=torch.uint8)
+    """Decode images once, and keep them, or with a limit to memory only what tells them apart."""
+
+    def decoded(number: int) -> tuple[Tensor, tuple[int, int]] | UnreadableError:
+        try:
+            image = part.read(number)
+        except UnreadableError as error:
+            return error
+        return to_tensor(image, shape), image.size
+
+    def pixels(number: int) -> Tensor:
+        found = decoded(number)
+        if isinstance(found, UnreadableError):
+            raise UserError(f"{where}.root: {found}") from found
+        return found[0]
+
+    notes.left_out.update(part.left_out)
+    kept = torch.empty((len(numbers), *(shape if memory_gb is None else (32,))), dtype=torch.uint8)
     readable = torch.ones(len(numbers), dtype=torch.bool)
     groups = (group.tolist() for group in torch.split(numbers, GROUP))
-    with Tracker(progress=len(numbers) >= _MANY).progress(f"reading {decoder.where}", len(numbers)) as advance:
-        for row, decoded in enumerate(chain.from_iterable(read_ahead(decoder.measured, groups))):
-            if isinstance(decoded, _Unreadable):
-                notes.saw_unreadable(decoded.reason)
-                readable[row] = False
-            else:
-                image, size = decoded
-                notes.saw(size)
-                kept[row] = image if memory is None else fingerprint(image)
+    with Tracker(progress=len(numbers) >= _MANY).progress(f"reading {where}", len(numbers)) as advance:
+        for row, found in enumerate(chain.from_iterable(read_ahead(decoded, groups))):
             advance()
+            if isinstance(found, UnreadableError):
+                if not config.skip_unreadable:
+                    raise UserError(f"{where}.root: {found}; {where}.skip_unreadable=true leaves such out") from found
+                notes.saw_unreadable(str(found))
+                readable[row] = False
+                continue
+            image, size = found
+            notes.saw(size)
+            kept[row] = image if memory_gb is None else fingerprint(image)
     if not readable.all():
         kept, numbers, labels = kept[readable], numbers[readable], labels[readable]
-    if memory is None:
+    classes = _kept_classes(part, config)
+    if memory_gb is None:
         return MemoryImages(kept, labels, classes)
-    return StreamedImages(decoder, numbers, labels, classes, kept, memory)
+    return StreamedImages(pixels, numbers, labels, classes, kept, int(memory_gb * 1e9), shape=shape)
 
 
 def _require_classes(labels: Tensor, classes: tuple[str, ...], side: str, where: str) -> None:

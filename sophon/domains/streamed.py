@@ -11,8 +11,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,17 +22,6 @@ from sophon.domains.types import Batch, ImageSet, MemoryImages
 _AHEAD = 2  # groups that are read before they are asked for
 GROUP = 128  # images that are read together where nobody says how many
 _Read = TypeVar("_Read")
-
-
-class Decoder(Protocol):
-    """Decodes an image by its number: uint8 of ``shape`` (C, H, W) on the CPU. Called from several threads."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """An image's shape."""
-
-    def __call__(self, index: int) -> Tensor:
-        """Decode one image."""
 
 
 def read_ahead(read: Callable[[int], _Read], groups: Iterable[Sequence[int]]) -> Iterator[list[_Read]]:
@@ -59,25 +48,22 @@ class StreamedImages(ImageSet):
     """Labelled images that are decoded whenever they are read.
 
     Attributes:
-        decoder: gives an image by its number.
-        numbers: int64 [N] on the CPU: what ``decoder`` is asked for.
+        read: decodes an image by its number: uint8 [C, H, W] on the CPU; called from several threads.
+        numbers: int64 [N] on the CPU: what ``read`` is asked for.
         labels: int64 [N].
         classes: the class names, in the order of the labels.
         prints: `ImageSet.fingerprints` of the images.
         memory: how many bytes of pixels `in_memory` may hold.
+        shape: (C, H, W) of an image.
     """
 
-    decoder: Decoder
+    read: Callable[[int], Tensor]
     numbers: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     prints: Tensor
     memory: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """An image's shape: (C, H, W)."""
-        return self.decoder.shape
+    shape: tuple[int, int, int] = field(kw_only=True)
 
     def batch(self, indices: Tensor) -> Batch:
         """Decode the images at ``indices`` (int64 [M])."""
@@ -92,7 +78,7 @@ class StreamedImages(ImageSet):
                 known.append(part)
                 yield self.numbers[part.cpu()].tolist()
 
-        for images in read_ahead(self.decoder, numbers()):
+        for images in read_ahead(self.read, numbers()):
             labels = self.labels[known.popleft().to(self.labels.device)]
             stacked = torch.stack(images) if images else torch.empty((0, *self.shape), dtype=torch.uint8)
             yield Batch(stacked.to(labels.device), labels)
@@ -126,40 +112,6 @@ class StreamedImages(ImageSet):
         return MemoryImages(images, self.labels, self.classes)
 
 
-@dataclass(frozen=True)
-class _Either:
-    """Two decoders as one: numbers from ``start`` on are the second one's."""
-
-    first: Decoder
-    second: Decoder
-    start: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """An image's shape."""
-        return self.first.shape
-
-    def __call__(self, index: int) -> Tensor:
-        """Decode one image."""
-        return self.first(index) if index < self.start else self.second(index - self.start)
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Images in memory as a decoder has them."""
-
-    images: MemoryImages
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """An image's shape."""
-        return self.images.shape
-
-    def __call__(self, index: int) -> Tensor:
-        """Return one image."""
-        return self.images.images[index].cpu()
-
-
 def joined(first: ImageSet, *others: ImageSet, classes: tuple[str, ...] | None = None) -> ImageSet:
     """Return several sets of images of one shape as one, in their order, on the device of the first.
 
@@ -179,16 +131,22 @@ def joined(first: ImageSet, *others: ImageSet, classes: tuple[str, ...] | None =
         start = int(whole.numbers.max()) + 1 if len(whole) else 0
         whole = replace(
             whole,
-            decoder=_Either(whole.decoder, images.decoder, start),
+            read=_either(whole.read, images.read, start),
             numbers=torch.cat([whole.numbers, images.numbers + start]),
             prints=torch.cat([whole.prints, images.prints]),
         )
     return replace(whole, labels=labels, classes=classes)
 
 
+def _either(first: Callable[[int], Tensor], second: Callable[[int], Tensor], start: int) -> Callable[[int], Tensor]:
+    return lambda number: first(number) if number < start else second(number - start)
+
+
 def _streamed(images: ImageSet) -> StreamedImages:
     if isinstance(images, StreamedImages):
         return images
     assert isinstance(images, MemoryImages)
-    numbers = torch.arange(len(images))
-    return StreamedImages(_Held(images), numbers, images.labels, images.classes, images.fingerprints(), 0)
+    held, numbers, prints = images.images, torch.arange(len(images)), images.fingerprints()
+    return StreamedImages(
+        lambda number: held[number].cpu(), numbers, images.labels, images.classes, prints, 0, shape=images.shape
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -27,18 +27,15 @@ class ImageSet(ABC):
     Attributes:
         labels: int64 [N], each in 0 .. len(classes) - 1.
         classes: the class names, in the order of the labels.
+        shape: (C, H, W) of an image.
     """
 
     labels: Tensor
     classes: tuple[str, ...]
+    shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int, int]:
-        """An image's shape: (C, H, W)."""
 
     @abstractmethod
     def batch(self, indices: Tensor) -> Batch:
@@ -93,12 +90,10 @@ class MemoryImages(ImageSet):
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    shape: tuple[int, int, int] = field(init=False)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """An image's shape: (C, H, W)."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.images.shape[1:]))
 
     def batch(self, indices: Tensor) -> Batch:
         """Return the images at ``indices`` (int64 [M])."""

@@ -136,8 +136,8 @@ def test_what_a_domain_may_not_be(name: str) -> None:
     with pytest.raises(UserError) as caught:
         check(replace(DIGITS, **change), "domain.original")  # type: ignore[arg-type]
     assert str(caught.value).startswith(f"domain.original.{message}")
-    with pytest.raises(UserError):
-        Domain([], **change)
+    with pytest.raises(UserError, match=r"^mine\."):
+        Domain([], name="mine", **change)
 
 
 def test_unknown_class_and_channels() -> None:
