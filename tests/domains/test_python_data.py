@@ -172,5 +172,5 @@ def test_forms_of_an_image(image: Any, expected_pixel: list[int]) -> None:
 
 def test_a_domain_is_a_configuration_that_can_be_sent_to_another_process() -> None:
     domain = Domain(pixels("train"), pixels("test"), name="x", per_class=8)
-    assert asdict(domain) == asdict(DomainConfig(name="x", source="python", per_class=8))
+    assert asdict(domain) == asdict(DomainConfig(name="x", source="python", root="memory", per_class=8))
     assert dict(loaded(pickle.loads(pickle.dumps(domain))).hashes) == dict(loaded(domain).hashes)
