@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,16 @@ def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
         if is_ours(path):
             return read_checkpoint(path, key)
         return open_foreign(path, ModelConfig(), class_names(original, "original"), key)
+    names = class_names(original, "original")
     if not isinstance(model, AdaptedModel):
         if not isinstance(model, nn.Module):
             raise UserError(f"{key}: a {type(model).__name__} is not allowed; give a torch.nn.Module or a folder")
-        model = models.adapt(model, classes=class_names(original, "original"))
-    return in_memory(model.model, model.spec, {"name": model.spec.architecture}, key)
+        model = models.adapt(model, classes=names)
+    spec = model.spec
+    numbered = [tuple(f"{prefix}{number}" for number in range(len(names))) for prefix in ("", "LABEL_")]
+    if spec.classes in numbered:  # nobody has named them
+        spec = replace(spec, classes=names)
+    return in_memory(model.model, spec, {"name": spec.architecture}, key)
 
 
 def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], key: str) -> Checkpoint:
