@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "numpy", "torchvision", "timm", "diffusers", "transformers", "torchmetrics", "optuna", "peft")
-HEAVIER = ("matplotlib", "pandas", "scipy", "wandb", "sklearn", "PIL")
+from sophon.verbs import VERBS
+from tests.cli_helpers import REPOSITORY
+
+LIBRARIES = {
+    "torchvision",
+    "timm",
+    "diffusers",
+    "transformers",
+    "optuna",
+    "peft",
+    "scipy",
+    "matplotlib",
+    "pandas",
+    "wandb",
+}
 
 COMMAND = """
 import sys
@@ -21,6 +35,14 @@ except SystemExit:
     pass
 print(*{{name.split(".")[0] for name in sys.modules}}, file=sys.stderr)
 """
+
+
+def loaded(folder: Path, code: str) -> set[str]:
+    """Run code in a process of its own; return the packages that it said on stderr's last line."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize(
@@ -37,8 +59,13 @@ print(*{{name.split(".")[0] for name in sys.modules}}, file=sys.stderr)
     ids=" ".join,
 )
 def test_help_and_refusals_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-c", COMMAND.format(arguments=arguments)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    loaded = set(done.stderr.splitlines()[-1].split())
-    assert "hydra" in loaded
-    assert not loaded & {*HEAVY, *HEAVIER}
+    packages = loaded(tmp_path, COMMAND.format(arguments=arguments))
+    assert "hydra" in packages
+    assert not packages & {"torch", "numpy", *LIBRARIES}
+
+
+def test_a_verb_waits_for_no_library_before_it_knows_which_it_needs(tmp_path: Path) -> None:
+    imports = "\n".join(f"import {module.split(':')[0]}" for module in VERBS.values())
+    packages = loaded(tmp_path, f"{imports}\nimport sys\nprint(*sys.modules, file=sys.stderr)")
+    assert "torch" in packages
+    assert not packages & LIBRARIES

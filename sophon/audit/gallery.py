@@ -10,7 +10,6 @@ from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from sophon.files import write_bytes
 
@@ -27,6 +26,8 @@ def image_grid(images: Tensor, columns: int | None = None) -> bytes:
     Returns:
         A PNG file's bytes; small images are enlarged without smoothing.
     """
+    from torchvision.utils import make_grid  # takes seconds, and only what generates comes here
+
     columns = columns or math.ceil(math.sqrt(len(images)))
     grid = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
     picture = Image.fromarray(grid)

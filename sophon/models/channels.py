@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 
@@ -35,6 +34,8 @@ def interfaces(model: nn.Module) -> list[Interface]:
     Returns:
         Empty for all but timm's ResNets of plain basic blocks or bottlenecks.
     """
+    from timm.models.resnet import BasicBlock, ResNet  # takes seconds, and only classifiers come here
+
     if not isinstance(model, ResNet):
         return []
     blocks = _blocks(model)
@@ -99,7 +100,7 @@ def norm_behind(reader: str) -> str:
     return f"{parent}.{int(index) + 1}"
 
 
-def _blocks(model: ResNet) -> dict[str, nn.Module]:
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     stages = [name for name, _ in model.named_children() if name.startswith("layer")]
     return {f"{stage}.{name}": part for stage in stages for name, part in model.get_submodule(stage).named_children()}
 
@@ -108,6 +109,8 @@ def _is_plain(block: nn.Module) -> bool:
     """Say whether a block is convolutions, BatchNorm and ReLU, and nothing that reads its output besides."""
     known = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.AvgPool2d, nn.Sequential)
     parts = [part for part in block.modules() if part is not block]
+    from timm.models.resnet import BasicBlock, Bottleneck
+
     return type(block) in (BasicBlock, Bottleneck) and all(isinstance(part, known) for part in parts)
 
 
