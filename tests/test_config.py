@@ -18,8 +18,9 @@ from sophon.attacker import FineTuneStrategy
 from sophon.audit.plan import strategies
 from sophon.cli.groups import choices, conf_dir, groups
 from sophon.config import Config, ModelConfig, StrategyConfig, plain
-from sophon.domains import SOURCES
 from sophon.domains.batches import AUGMENTATIONS
+from sophon.domains.bundled import BUNDLED
+from sophon.domains.torchvision_sets import TORCHVISION
 from sophon.errors import UserError
 from sophon.models import build, create
 from sophon.sampler import StrategySampler
@@ -63,7 +64,8 @@ def test_every_shipped_file_composes_and_can_be_made(choice: str) -> None:
     own = ["model.architecture=resnet18"] if choice == "model=own" else []
     config = from_omegaconf(compose(*choice.split(), *own))
     for domain in (config.domain.original, *config.domain.restricted.values()):
-        assert domain.source in SOURCES
+        known = {"bundled": BUNDLED, "torchvision": TORCHVISION, "imagefolder": [""]}[domain.source]
+        assert domain.dataset in known
         assert not domain.download
     with torch.device("meta"):
         model, spec = create(config.model, CLASSES)

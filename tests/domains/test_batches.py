@@ -81,13 +81,6 @@ def test_augmentations_keep_form_leave_their_input_alone_and_repeat(name: str, c
     assert torch.equal(images, before)
 
 
-def test_none_draws_nothing() -> None:
-    images, generator = some_images().images, seeded()
-    state = generator.get_state()
-    assert torch.equal(AUGMENTATIONS["none"](images, generator), images)
-    assert torch.equal(generator.get_state(), state)
-
-
 def padded_crops(image: torch.Tensor, flip: bool) -> set[bytes]:
     """All crops out of the image with a reflected border of an eighth, by torch's own padding."""
     size = image.shape[-1]

@@ -74,12 +74,6 @@ def test_a_folder_may_hold_the_images_themselves(tmp_path: Path) -> None:
         load_restricted(replace(config, labels="given"), image_size=8, channels=3)
 
 
-def test_class_folders_are_read_as_ever(tmp_path: Path) -> None:
-    domain = load_restricted(unlabelled(tmp_path, {"train": 20, "test": 4}, "face"), image_size=8, channels=3)
-    assert domain.classes == ("unlabelled",)
-    assert len(domain["test"]) == 4
-
-
 @pytest.mark.parametrize(("per_side", "side"), [({"train": 0, "test": 4}, "train"), ({"train": 20, "test": 0}, "test")])
 def test_a_folder_without_an_image_is_refused(tmp_path: Path, per_side: dict[str, int], side: str) -> None:
     config = unlabelled(tmp_path, per_side)

@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sophon.config import DomainConfig
-from sophon.domains import few_shot, load_restricted
-from sophon.domains.decoding import SUFFIXES
+from sophon.domains import load_restricted
 from tests.domains.pictures import load, refused, save_image, write_pets
 
 REDS = [10 * label + number for label in range(2) for number in range(4)]
@@ -143,10 +141,6 @@ def test_what_pillow_reads_is_read(suffix: str, pets: DomainConfig, tmp_path: Pa
     assert (abs(red - 200) < 8, abs(green - 100) < 8, abs(blue - 50) < 8) == (True, True, True)
 
 
-def test_suffixes_hold_torchvisions() -> None:
-    assert {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".mpo"} <= SUFFIXES
-
-
 @pytest.mark.parametrize("labels", ["given", "none"])
 @pytest.mark.parametrize(
     "name", [b"caf\xe9", b"two\nlines", b"bell\x07"], ids=["Latin-1", "line break", "control character"]
@@ -214,27 +208,6 @@ def test_missing_folders(pets: DomainConfig, tmp_path: Path) -> None:
     assert "domain.original.dataset: 'cifar10' is not allowed; leave it empty" in refused(
         replace(pets, dataset="cifar10")
     )
-
-
-def test_a_folder_without_classes(tmp_path: Path) -> None:
-    for side in ("train", "test"):
-        save_image(tmp_path / side / "0.png", (0, 0, 0))
-    config = DomainConfig(name="flat", source="imagefolder", root=str(tmp_path))
-    assert "there is no class folder in " in refused(config)
-    assert load(replace(config, labels="none")).train.classes == ("image",)
-
-
-def test_folder_of_one_class_with_folders_inside(tmp_path: Path) -> None:
-    for number in range(24):
-        side, inner = ("train", f"{number // 10}0000") if number < 20 else ("test", "60000")
-        save_image(tmp_path / side / "face" / inner / f"{number:05}.png", (number, 50, 100))
-    config = DomainConfig(name="faces", source="imagefolder", root=str(tmp_path))
-    domain = load_restricted(config, image_size=8, channels=3)
-    assert domain.classes == ("face",)
-    assert [len(domain[name]) for name in ("adapt", "query", "attack", "select", "test")] == [8, 2, 8, 2, 4]
-    reds = [red for images in domain.splits.values() for red in images.images[:, 0, 0, 0].tolist()]
-    assert sorted(reds) == list(range(24))
-    assert len(few_shot(domain["attack"], 1, torch.Generator())) == 1
 
 
 def test_the_line_that_is_said_of_a_domain(pets: DomainConfig, tmp_path: Path) -> None:

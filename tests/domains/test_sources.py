@@ -11,16 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from sophon.config import DomainConfig
-from sophon.domains import SOURCES, Domain, bundled, torchvision_sets
+from sophon.domains import SOURCES, Domain, bundled
 from sophon.errors import UserError
 from sophon.ranges import check
 from tests.domains import pictures
 
-REPOSITORY = Path(__file__).parents[2]
-SHIPPED_CONFIGS = sorted((REPOSITORY / "conf" / "domain").glob("*.yaml"))
 DIGITS = DomainConfig(name="digits", source="bundled", dataset="mnist", per_class=5, test_per_class=2)
 FRACTIONS = DIGITS.fractions
 load, refused = (partial(function, image_size=28, channels=1) for function in (pictures.load, pictures.refused))
@@ -107,10 +104,6 @@ def test_limits_are_seeded_nested_and_independent_of_the_other_options() -> None
     assert load(DIGITS)[0].sha256() == train.sha256() != load(replace(DIGITS, split_seed=1))[0].sha256()
 
 
-def test_a_limit_above_what_there_is_keeps_all() -> None:
-    assert len(load(replace(DIGITS, classes=["0"], per_class=10_000))[0]) == 400
-
-
 NOT_ALLOWED = {
     "no image": ({"per_class": 0}, "per_class: 0 is not allowed; give a whole number >= 1 or null"),
     "less than none": ({"test_per_class": -3}, "test_per_class: -3 is not allowed"),
@@ -152,25 +145,3 @@ def test_grey_images_are_repeated_and_resized() -> None:
     small = load(DIGITS, image_size=7)[0].images
     # A resize with antialiasing keeps the mean brightness, to rounding.
     torch.testing.assert_close(small.float().mean(), grey.images.float().mean(), atol=1.0, rtol=0)
-
-
-# --- shipped configurations
-
-
-@pytest.mark.parametrize("path", SHIPPED_CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configuration_names_a_source_that_there_is(path: Path) -> None:
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DomainConfig), OmegaConf.load(path)))
-    assert isinstance(config, DomainConfig)
-    assert config.name == path.stem
-    assert not config.download
-    if config.source == "bundled":
-        train, test, _ = load(replace(config, per_class=1, test_per_class=1))
-        assert len(train) == len(test) == len(train.classes) == len(config.classes or range(10))
-    elif config.source == "torchvision":
-        assert config.dataset in torchvision_sets.TORCHVISION
-    else:
-        assert (config.source, config.dataset) == ("imagefolder", "")
-
-
-def test_configurations_are_shipped() -> None:
-    assert len(SHIPPED_CONFIGS) >= 15
