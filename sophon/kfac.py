@@ -22,7 +22,7 @@ class KFAC(torch.optim.Optimizer):
 
     A layer's moments are those of its inputs and of its output's gradients (for each image), so that steps are the same
     in whatever coordinates both are. This goes for linear layers and for convolutions that are not grouped; any other
-    parameter is divided by the second moment of its own gradient. Moments are exponential averages, in float64.
+    parameter is divided by the second moment of its own gradient. Moments are exponential averages.
 
     Args:
         params: what is stepped.
@@ -73,8 +73,8 @@ class KFAC(torch.optim.Optimizer):
         )
 
     def _follow(self, name: str, columns: Tensor) -> None:
-        columns = columns.detach().double()
-        self._average(name, columns @ columns.T / columns.shape[1])
+        columns = columns.detach().to(torch.promote_types(columns.dtype, torch.float32))
+        self._average(name, (columns @ columns.T).double() / columns.shape[1])
 
     def _average(self, name: str, moments: Tensor) -> None:
         self._moments[name] = moments.lerp(self._moments.get(name, moments), self._memory)

@@ -59,6 +59,18 @@ def a_stage(folder: Path) -> None:
     assert manifest["history"]["rounds"] == 1 + 2
 
 
+def an_optimizer(folder: Path) -> None:
+    (attack,) = load(folder / "runs/quickstart/seed0/audit/audit.json")["attacks"]
+    assert attack["strategy"]["optimizer_args"] == {"beta": 0.95}
+    assert "optimizer" in attack["outside"]
+
+
+def a_loop(folder: Path) -> None:
+    (attack,) = load(folder / "runs/quickstart/seed0/audit/audit.json")["attacks"]
+    assert attack["strategy"]["loop"] == "my_loops.sharpness"
+    assert "loop" in attack["outside"]
+
+
 def a_data_set(folder: Path) -> None:
     manifest = load(folder / "runs/cats/checkpoint/sophon.json")
     assert manifest["domains"]["restricted"]["classes"] == ["cat", "dog"]
@@ -83,6 +95,8 @@ def a_model_of_your_own(folder: Path) -> None:
 BEFORE: dict[str, Callable[[Path], object]] = {"A data set": lambda folder: image_folder(folder / "data/cats")}
 AFTER: dict[str, Callable[[Path], None]] = {
     "An attack": an_attack,
+    "An optimizer": an_optimizer,
+    "An attack loop": a_loop,
     "A suppression loss": a_loss,
     "An objective": an_objective,
     "A stage": a_stage,
