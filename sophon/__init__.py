@@ -41,7 +41,4 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for only now: ``import sophon`` alone waits for nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sophon' has no attribute '{name}'")
-    found = pkgutil.resolve_name(_HOMES[name])
-    # two of them are called as packages of ours, which an import binds to these names
-    globals()[name] = found
-    return found
+    return pkgutil.resolve_name(_HOMES[name])

@@ -1,6 +1,6 @@
 """Ordinary fine-tuning with plain torch.optim: what `pretrain` does and what every attacker of the audit does.
 
-It shares no code with the simulation in `sophon.protect`, so that a bug there cannot certify itself here.
+It shares no code with the simulation in `sophon.protection`, so that a bug there cannot certify itself here.
 """
 
 from __future__ import annotations

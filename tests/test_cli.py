@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from sophon import __version__
-from sophon.protect.ntr import NTR
-from sophon.protect.runner import Runner
-from sophon.protect.state import STATE_FILE, read_state
+from sophon.protection.ntr import NTR
+from sophon.protection.runner import Runner
+from sophon.protection.state import STATE_FILE, read_state
 from sophon.surgery.equalise import equalise_channels
 from sophon.tasks import ClassificationTask
 from sophon.tensor_files import read_tensors
@@ -633,7 +633,7 @@ def uninterrupted(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_audit_goes_on_with_what_is_missing(copied: Path, uninterrupted: Any, number: int) -> None:
-    from sophon.audit import runner
+    from sophon.auditing import runner
 
     whole, calls = runner.attack, 0
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sophon.api.common import task_of
 from sophon.attacker import FineTuneStrategy
-from sophon.audit.plan import strategies
+from sophon.auditing.plan import strategies
 from sophon.cli.groups import choices, conf_dir, groups
 from sophon.config import Config, ModelConfig, StrategyConfig, plain
 from sophon.domains.batches import AUGMENTATIONS

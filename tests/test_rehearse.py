@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon.api.common import doubt, measured
-from sophon.api.protecting import lost_on_test
+from sophon.api.protect import lost_on_test
 from sophon.attacker import FineTuneStrategy
 from sophon.config import GuardConfig
 from sophon.domains import ImageSet, LoadedDomain, MemoryImages

@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from sophon import surgery
 from sophon.attacker import AUGMENTATIONS, BATCH_NORMS, HEADS, LORA_LAYERS, OPTIMIZERS, SCHEDULES, SCOPES
-from sophon.audit import search
-from sophon.audit.plan import strategies
+from sophon.auditing import search
+from sophon.auditing.plan import strategies
 from sophon.cli import conf_dir
 from sophon.config import AttackConfig
 from sophon.validation import from_omegaconf

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sophon.attacker import FineTuneStrategy, fields_outside
-from sophon.protect.state import STATE_FILE, read_state
+from sophon.protection.state import STATE_FILE, read_state
 from tests.cli_helpers import (
     ATTACKS,
     AUDIT,
@@ -264,19 +264,19 @@ def test_a_verb_says_what_it_has_read_of_each_domain_once(copied: Path, command:
 
 
 def test_a_finished_audit_comes_to_the_same_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
+    monkeypatch.setattr("sophon.auditing.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     assert "report.html" in run_again(copied, AUDIT).out
 
 
 def test_an_audit_in_another_precision_is_another_audit(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'amp=absent, now amp="all"' in refusal(sophon(copied, *AUDIT, "amp=all"))
-    monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran"))
+    monkeypatch.setattr("sophon.auditing.runner.attack", lambda *_, **__: pytest.fail("an attempt ran"))
     with pytest.raises(pytest.fail.Exception, match="an attempt ran"):
         sophon(copied, *AUDIT, "amp=all", "run_dir=precise", f"attack.reuse=[{RUNS / 'audit'}]")
 
 
 def test_masking_is_measured_otherwise_without_another_attempt(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sophon.audit.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
+    monkeypatch.setattr("sophon.auditing.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     path = copied / RUNS / "audit" / "audit.json"
     before = load(path)
     for override, steps in (("attack.masking={heads: [kept], steps: 2}", [0, 2]), ("attack.masking.heads=[]", None)):

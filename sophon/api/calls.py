@@ -10,17 +10,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sophon.api import auditing, protecting
-from sophon.api.auditing import Audited
+from sophon.api import audit as auditing
+from sophon.api import protect as protecting
+from sophon.api.audit import Audited
 from sophon.api.common import doubt
 from sophon.api.contained import contained
 from sophon.api.inputs import Choice, Data, Model, checkpoint_of, config_of, domain_of, domains_by_name, in_memory
-from sophon.api.protecting import Protected, Protection
+from sophon.api.protect import Protected, Protection
 from sophon.devices import resolve_device
 from sophon.errors import UserError
 from sophon.export import Checkpoint, read_checkpoint
 from sophon.paths import exists
-from sophon.protect.state import STATE_FILE, read_state
+from sophon.protection.state import STATE_FILE, read_state
 from sophon.run_folder import run_folder
 from sophon.tasks import kind_of
 from sophon.tracking import Tracker

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sophon.audit.words import format_value
+from sophon.auditing.words import format_value
 from sophon.config import Config, DomainConfig, keyed, plain
 from sophon.domains import LoadedDomain, load_original, load_restricted, with_clusters
 from sophon.domains.names import few

@@ -9,7 +9,7 @@ from torch import nn
 
 from sophon import __version__
 from sophon.api.common import measured
-from sophon.audit.words import format_value
+from sophon.auditing.words import format_value
 from sophon.config import Config, plain
 from sophon.domains import LoadedDomain
 from sophon.tasks import Task

@@ -47,7 +47,7 @@ class SearchConfig:
 
 @dataclass
 class MaskingConfig:
-    """How an audit looks for gradient masking once the attacks have run (see `sophon.audit.masking`).
+    """How an audit looks for gradient masking once the attacks have run (see `sophon.auditing.masking`).
 
     It only looks, so that changing this does not make other attacks of an audit, which may go on in its run directory.
 

@@ -21,7 +21,7 @@ class MethodConfig:
         stages: the stages of the protection in their order, by name; empty for ``alternate`` alone. An entry holds the
             stage's own settings, keys of the method that are others for this stage (``rounds``, say), and, where its
             name does not say it, which ``stage`` it is: one of `sophon.stages.STAGES`, or a dotted path.
-        objectives: what is asked at an attacker's queries, by name with settings: `sophon.protect.objectives`, or
+        objectives: what is asked at an attacker's queries, by name with settings: `sophon.protection.objectives`, or
             ``objective`` with a dotted path. The first one's loss is recorded; null leaves one out. All but plain
             ``suppression`` need the engine ``first_order``.
         suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`, or for denoisers of
@@ -29,12 +29,12 @@ class MethodConfig:
         fixed_norms: weights that a normalisation follows are kept at the reference's norm, since their growth
             only hides the gradient from attackers: ``none``; ``layer``, of each such weight as a whole; or ``channel``,
             of each of its output channels.
-        engine: ``first_order`` or ``second_order`` (`sophon.protect.inner_loop`).
+        engine: ``first_order`` or ``second_order`` (`sophon.protection.inner_loop`).
         segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
             twice: ``segment`` >= K is fastest and needs the most.
         window: second order: inner steps that a query's derivative follows back at most, >= 0, in blocks counted from
-            the last step (see `sophon.protect.second_order`); null for all of them, which is exact.
+            the last step (see `sophon.protection.second_order`); null for all of them, which is exact.
         rounds: how many alternations.
         fts_steps: FTS steps a round (l_FTS of the paper), >= 1.
         ntr_steps: NTR steps a round (l_NTR).
@@ -42,7 +42,7 @@ class MethodConfig:
         ntr_lr: Adam's rate of NTR (beta).
         schedule: a key of `sophon.attacker.SCHEDULES`: how both rates go over the rounds.
         attackers: attackers simulated for each FTS step (N).
-        gamma: weights of the inner steps' query losses, a key of `sophon.protect.inner_loop.GAMMAS`; they sum to 1.
+        gamma: weights of the inner steps' query losses, a key of `sophon.protection.inner_loop.GAMMAS`; they sum to 1.
             With a pool they weigh the steps of one turn.
         query_every: a query after every so many inner steps (and after the last).
         query_batch_size: images of a query.
@@ -58,7 +58,8 @@ class MethodConfig:
             ``first_order``.
         chunk: steps of a turn.
         curriculum: who is simulated next: ``uniform``, any strategy of the sampler alike; or ``bandit``, rather those
-            that recover most at present (see `sophon.protect.curriculum`). The sampler's lists and ranges bound both.
+            that recover most at present (see `sophon.protection.curriculum`). The sampler's lists and ranges bound
+            both.
         curriculum_share: bandit: part of the draws that stays as the sampler has them, >= 0 and <= 1.
         curriculum_memory: bandit: what a choice's running success keeps of itself whenever it is seen, >= 0 and < 1.
         suppression_timesteps: denoising: the suppression loss draws its timesteps from this first part of the noise

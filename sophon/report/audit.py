@@ -9,9 +9,9 @@ from pathlib import Path
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
-from sophon.audit.summary import AuditReport, Context
-from sophon.audit.table import trials_table
-from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, Record, format_difference, format_value, printable
+from sophon.auditing.summary import AuditReport, Context
+from sophon.auditing.table import trials_table
+from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, Record, format_difference, format_value, printable
 from sophon.files import write_text
 from sophon.report import tables
 from sophon.report.figures import curve_panels, dot_plot, search_panels

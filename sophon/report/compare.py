@@ -13,11 +13,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sophon.audit.results import Attack
-from sophon.audit.scores import Score
-from sophon.audit.summary import AuditReport
-from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, format_difference, known, printable
-from sophon.audit.worst_case import WorstCase, worst_case
+from sophon.auditing.results import Attack
+from sophon.auditing.scores import Score
+from sophon.auditing.summary import AuditReport
+from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, format_difference, known, printable
+from sophon.auditing.worst_case import WorstCase, worst_case
 from sophon.errors import UserError
 from sophon.files import write_text
 from sophon.report import tables

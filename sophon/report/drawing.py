@@ -16,7 +16,7 @@ from itertools import pairwise
 import matplotlib.axes
 from matplotlib.figure import Figure
 
-from sophon.audit.words import printable
+from sophon.auditing.words import printable
 
 # Drawn in these colours, which the SVG then replaces by CSS variables of the same name: one file serves light and dark.
 COLOURS = {

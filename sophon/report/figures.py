@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from sophon.audit.results import Attack
-from sophon.audit.scores import Score, align, wide
-from sophon.audit.table import Attempts
-from sophon.audit.words import EXPOSURE_WORDS, EXPOSURES, ROLES
+from sophon.auditing.results import Attack
+from sophon.auditing.scores import Score, align, wide
+from sophon.auditing.table import Attempts
+from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, ROLES
 from sophon.report.drawing import COLOURS, DASHES, MARKERS, STYLE, label_ends, shorten, svg
 from sophon.tasks import Metric
 
@@ -83,7 +83,7 @@ def search_panels(trials: pd.DataFrame, metric: Metric) -> dict[str, str]:
     """Draw, for each search, every role's best value so far against the trials drawn, and the trials themselves.
 
     Args:
-        trials: what `sophon.audit.table.trials_table` returned.
+        trials: what `sophon.auditing.table.trials_table` returned.
         metric: of the restricted domain.
 
     Returns:

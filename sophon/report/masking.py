@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sophon.audit.masking import Masking, Seen
-from sophon.audit.results import Results
-from sophon.audit.words import known
+from sophon.auditing.masking import Masking, Seen
+from sophon.auditing.results import Results
+from sophon.auditing.words import known
 from sophon.report.page import Fold, Part, Table
 from sophon.report.tables import name
 

@@ -11,8 +11,8 @@ from typing import Any
 from markupsafe import Markup, escape
 from PIL import Image
 
-from sophon.audit.table import Attempts
-from sophon.audit.words import printable
+from sophon.auditing.table import Attempts
+from sophon.auditing.words import printable
 from sophon.report.page import Table
 from sophon.report.tables import SHOWN_ROLES
 

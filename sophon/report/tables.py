@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sophon.audit.results import Attack, Results, Roles
-from sophon.audit.scores import Difference, Gap, Score
-from sophon.audit.summary import AuditReport
-from sophon.audit.table import MEASURED, Attempts
-from sophon.audit.words import (
+from sophon.auditing.results import Attack, Results, Roles
+from sophon.auditing.scores import Difference, Gap, Score
+from sophon.auditing.summary import AuditReport
+from sophon.auditing.table import MEASURED, Attempts
+from sophon.auditing.words import (
     EXPOSURE_WORDS,
     EXPOSURES,
     ROLES,
@@ -22,7 +22,7 @@ from sophon.audit.words import (
     known,
     printable,
 )
-from sophon.audit.worst_case import WorstCase
+from sophon.auditing.worst_case import WorstCase
 from sophon.report.page import Name, Table
 from sophon.tasks import Metric
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sophon.audit.scores import HOLDS_FROM, MIDDLE, NO_PROTECTION_BELOW
-from sophon.audit.verdict import READINGS
+from sophon.auditing.scores import HOLDS_FROM, MIDDLE, NO_PROTECTION_BELOW
+from sophon.auditing.verdict import READINGS
 
 TERMS = {
     "protected": "The checkpoint under attack.",

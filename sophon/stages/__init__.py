@@ -7,8 +7,8 @@ from typing import Any
 
 from sophon.arguments import filled, named
 from sophon.config import MethodConfig
-from sophon.protect.runner import Planned
-from sophon.protect.stage import Stage
+from sophon.protection.runner import Planned
+from sophon.protection.stage import Stage
 from sophon.tasks import Task
 from sophon.validation import METHOD_KEYS, method_of
 

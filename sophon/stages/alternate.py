@@ -13,14 +13,14 @@ from torch import Tensor
 from sophon.attacker import FineTuneStrategy
 from sophon.errors import UserError
 from sophon.finetune import rehearse
-from sophon.protect.context import Context
-from sophon.protect.fixed_norms import FixedNorms
-from sophon.protect.fts import FTS, FTSStep, engine_of
-from sophon.protect.ntr import NTR
-from sophon.protect.objectives import objectives_of
-from sophon.protect.optimizer_state import optimizer_state, restore_optimizer
-from sophon.protect.stage import Constraint, Remembered, Row, Stage, under
-from sophon.protect.starts import check_simulated
+from sophon.protection.context import Context
+from sophon.protection.fixed_norms import FixedNorms
+from sophon.protection.fts import FTS, FTSStep, engine_of
+from sophon.protection.ntr import NTR
+from sophon.protection.objectives import objectives_of
+from sophon.protection.optimizer_state import optimizer_state, restore_optimizer
+from sophon.protection.stage import Constraint, Remembered, Row, Stage, under
+from sophon.protection.starts import check_simulated
 
 
 class Alternate(Stage):

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from sophon.domains import ImageSet, evaluation_batches
 from sophon.errors import GuardError, UserError
 from sophon.models.channels import Interface, channels, interfaces
-from sophon.protect.context import Context
-from sophon.protect.stage import Constraint, Row, Stage
+from sophon.protection.context import Context
+from sophon.protection.stage import Constraint, Row, Stage
 from sophon.ranges import limited
 from sophon.seeds import derive_seed
 from sophon.surgery.equalise import reader, scale_channels

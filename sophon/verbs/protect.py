@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sophon.api.common import doubt, reference_of, run_dir, say_domains, tracker_of, warn
 from sophon.api.manifests import figures
-from sophon.api.protecting import Protected, lost_on_test, prepare, run
+from sophon.api.protect import Protected, lost_on_test, prepare, run
 from sophon.config import Config
 from sophon.errors import UserError
 from sophon.paths import exists
-from sophon.protect.distributed import join
+from sophon.protection.distributed import join
 from sophon.run_folder import run_folder
 from sophon.tasks import Task
 from sophon.tracking import Tracker

@@ -14,7 +14,7 @@ from sophon.paths import entries, exists
 from sophon.run_folder import owned
 
 if TYPE_CHECKING:  # `sophon.verbs.audit` imports this long before there is anything to report
-    from sophon.audit.summary import AuditReport
+    from sophon.auditing.summary import AuditReport
 
 
 def report(config: Config) -> None:
@@ -31,7 +31,7 @@ def report(config: Config) -> None:
 
 
 def _render(folder: Path) -> AuditReport:
-    from sophon.audit.summary import AuditReport
+    from sophon.auditing.summary import AuditReport
     from sophon.report.audit import write_reports
 
     found = AuditReport.read(folder)

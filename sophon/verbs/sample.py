@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from sophon.api.common import default, required, run_dir, task_of
-from sophon.audit.gallery import image_grid
+from sophon.auditing.gallery import image_grid
 from sophon.config import Config
 from sophon.devices import resolve_device
 from sophon.errors import UserError

@@ -4,9 +4,9 @@ import math
 import re
 from html.parser import HTMLParser
 
-from sophon.audit.masking import Masking, Norms, Seen
+from sophon.auditing.masking import Masking, Norms, Seen
 from sophon.report.audit import write_reports
-from tests.audit.records import attempt, audit, duo, idle, oracle, searched, trio
+from tests.auditing.records import attempt, audit, duo, idle, oracle, searched, trio
 
 EVIL = "<script>alert('$x_1$')</script>|`&`"
 MASKING = Masking(

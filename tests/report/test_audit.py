@@ -4,13 +4,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sophon.audit.gallery import image_grid, write_gallery
-from sophon.audit.summary import AuditReport
+from sophon.auditing.gallery import image_grid, write_gallery
+from sophon.auditing.summary import AuditReport
 from sophon.errors import UserError
 from sophon.report.audit import command, experiment, table, write_reports
 from sophon.report.masking import extreme
 from sophon.report.tables import gap_strength, strengths
-from tests.audit.records import ACCURACY, CONTEXT, MSE, attempt, audit, idle, trio
+from tests.auditing.records import ACCURACY, CONTEXT, MSE, attempt, audit, idle, trio
 from tests.report.reports import EVIL, MASKING, check, rows, several, small, write
 
 

@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from sophon.audit.summary import AuditReport
+from sophon.auditing.summary import AuditReport
 from sophon.errors import UserError
 from sophon.report.compare import write_comparison
-from tests.audit.records import CONTEXT, MSE, audit, duo, trio
+from tests.auditing.records import CONTEXT, MSE, audit, duo, trio
 from tests.report.reports import EVIL, MASKING, SEARCHES, check, rows
 
 

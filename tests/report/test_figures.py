@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from sophon.audit.table import tabulate, trials_table
+from sophon.auditing.table import tabulate, trials_table
 from sophon.report.figures import band, curve_panels, dot_plot, search_panels
-from tests.audit.records import ACCURACY, MSE, attempt
+from tests.auditing.records import ACCURACY, MSE, attempt
 from tests.report.reports import SEARCHES, small
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sophon.audit.gallery import image_grid
+from sophon.auditing.gallery import image_grid
 from sophon.report.pictures import embedded
 
 GRID = image_grid(torch.full((4, 1, 8, 8), 200, dtype=torch.uint8))

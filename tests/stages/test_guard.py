@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sophon.errors import GuardError
-from sophon.protect.runner import Runner
-from tests.protect.staged import GUARD, METHOD, Scripted, rows, runner
+from sophon.protection.runner import Runner
+from tests.protection.staged import GUARD, METHOD, Scripted, rows, runner
 from tests.tiny import assert_same_state, state_of, tiny_model
 
 NONE = {"repair_steps": 0}

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from sophon.errors import GuardError, UserError
-from sophon.protect.context import Context
-from sophon.protect.stage import Row, Stage
-from sophon.protect.state import STATE_FILE
-from tests.protect.staged import METHOD, Scripted, rows, runner
+from sophon.protection.context import Context
+from sophon.protection.stage import Row, Stage
+from sophon.protection.state import STATE_FILE
+from tests.protection.staged import METHOD, Scripted, rows, runner
 from tests.tiny import assert_same_state, state_of, tiny_model
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from sophon.config import MethodConfig
 from sophon.domains import ImageSet, LoadedDomain
-from sophon.protect.runner import Runner
+from sophon.protection.runner import Runner
 from sophon.tasks import ClassificationTask, DenoisingTask
-from tests.protect.staged import METHOD, ORIGINAL, RESTRICTED, SAMPLER, runner
+from tests.protection.staged import METHOD, ORIGINAL, RESTRICTED, SAMPLER, runner
 from tests.stages.small_resnet import colours, small_resnet
 from tests.stages.test_runner import SHRINK
 from tests.tiny import state_of, tiny_model, tiny_spec, tiny_unet, tiny_unet_spec

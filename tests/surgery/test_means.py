@@ -14,7 +14,7 @@ from sophon.errors import UserError
 from sophon.finetune import flops_per_step
 from sophon.models import adapter_of
 from sophon.surgery.means import Means
-from tests.audit.staging import BENIGN, FRESH, ORIGINAL, RESTRICTED
+from tests.auditing.staging import BENIGN, FRESH, ORIGINAL, RESTRICTED
 from tests.tiny import (
     CLASSES,
     assert_same_state,

@@ -1,0 +1,324 @@
+"""An audit, from its checkpoints to what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sophon.api.common import (
+    as_loaded,
+    asked_precision,
+    checkpoint_of,
+    domains_of,
+    measured,
+    require_float32,
+    task_of,
+)
+from sophon.auditing.fidelity import Fidelity, feature_network
+from sophon.auditing.gallery import write_gallery
+from sophon.auditing.masking import Masking
+from sophon.auditing.masking import measure as measure_masking
+from sophon.auditing.plan import Scene
+from sophon.auditing.runner import Frechet, Runner
+from sophon.auditing.workers import run_jobs
+from sophon.config import Config, keyed, plain
+from sophon.devices import resolve_device
+from sophon.domains import LoadedDomain, load_restricted
+from sophon.errors import UserError
+from sophon.export import Checkpoint, package_versions
+from sophon.files import write_text
+from sophon.paths import explained
+from sophon.seeds import derive_seed
+from sophon.tracking import Tracker
+
+if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long to load, and that no attack uses
+    import pandas as pd
+
+    from sophon.auditing.summary import AuditReport, Context
+    from sophon.auditing.verdict import Verdict
+    from sophon.auditing.worst_case import WorstCase
+
+
+@dataclass(frozen=True)
+class Audit:
+    """An audit's checkpoints and domains, read and ready.
+
+    Attributes:
+        config: the run's, with one restricted domain.
+        protected: the checkpoint that is judged.
+        reference: the unprotected one.
+        original: the domain that both were made for.
+        scene: what the attackers meet.
+    """
+
+    config: Config
+
+    protected: Checkpoint
+    reference: Checkpoint
+    original: LoadedDomain
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What an audit found.
+
+    Attributes:
+        found: all of it: attempts, results, verdict and what stands behind them.
+        html: the page.
+    """
+
+    found: AuditReport
+    html: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is to be said of the checkpoint: ``word``, ``sentence``, ``basis``, ``findings``."""
+        return self.found.verdict
+
+    @property
+    def worst_case(self) -> WorstCase | None:
+        """The worst case of all attacks, read in two ways; None if none was tried."""
+        return self.found.results.worst_case.get("overall")
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row an attempt: what was run, on whom, and what came of it (see `sophon.auditing.table.Attempts`)."""
+        return self.found.attempts.table
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the page: one file that needs no other.
+
+        Raises:
+            UserError: the file system refuses.
+        """
+        write_text(path, self.html)
+
+
+Checkpoints = tuple[Checkpoint, Checkpoint]
+
+
+def named_checkpoints(config: Config) -> Checkpoints:
+    """Read the checkpoints that the configuration names: the protected one and its reference."""
+    return checkpoint_of(config, "checkpoint", "protect"), checkpoint_of(config, "reference", "pretrain")
+
+
+def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> list[Audit]:
+    """Load the domains once, and prepare the audit of each of the restricted ones.
+
+    Raises:
+        UserError: the checkpoints, the domains and the attacks do not go together.
+    """
+    device = resolve_device(config.device)
+    if reference.spec != protected.spec:
+        raise UserError(
+            f"reference: its model ({reference.spec.architecture}, {len(reference.spec.classes)} classes) is not built "
+            f"as the checkpoint's ({protected.spec.architecture}, {len(protected.spec.classes)} classes)"
+        )
+    spec = protected.spec
+    task = task_of(config, spec, device)
+    require_float32(bool(protected.manifest.get("float32")), task)
+    for key, each in keyed(config.domain.restricted).items():
+        if each.labels == "none" and task.head_names(protected.model):
+            raise UserError(
+                f"{key}.labels: 'none' is not allowed in an audit, whose attackers learn labels; give given"
+            )
+    original, restricted = domains_of(config, spec, device)
+    benign = None
+    if config.domain.benign is not None:
+        benign = load_restricted(
+            config.domain.benign,
+            image_size=spec.image_size,
+            channels=spec.channels,
+            where="domain.benign",
+            memory_gb=config.domain.memory_gb,
+        ).to(device)
+    models: dict[str, nn.Module] = {
+        "protected": protected.model.to(device),
+        "unprotected": reference.model.to(device),
+    }
+    measured = plain(config, "task") | asked_precision(config)
+    provenance = {
+        "protected": repr([protected.sha256, spec, measured]),
+        "unprotected": repr([reference.sha256, spec, measured]),
+        "scratch": repr([spec, measured]),
+    }
+    support = protected.manifest.get("sampler_support")
+    scenes = [Scene(models, spec, task, each, original, benign, provenance, support) for each in restricted]
+    parts = [
+        replace(config, domain=replace(config.domain, restricted={name: each}))
+        for name, each in config.domain.restricted.items()
+    ]
+    return [Audit(part, protected, reference, original, scene) for part, scene in zip(parts, scenes, strict=True)]
+
+
+def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints | None = None) -> Audited | None:
+    """Run what is missing in the runner's folder; return what was found, None if this is only a shard of it.
+
+    Args:
+        audit: one restricted domain's.
+        runner: its attacks.
+        tracker: told of each.
+        checkpoints: what workers attack, the protected one first; None for those that the configuration names.
+    """
+    config, folder = audit.config, runner.folder
+    gallery = _gallery(config, audit.scene, folder)
+    features = _features(audit, folder)
+    runner.measure_with(_frechet(audit, features))
+    for name, reason in runner.plan.left_out.items():
+        tracker.say(f"left out: {name} ({reason})")
+    run_jobs(runner, partial(_in_worker, config, folder, checkpoints), config.workers, tracker)
+    if config.attack.shards > 1:
+        return None
+    from sophon.auditing.summary import audit_of
+    from sophon.report.audit import write_reports
+
+    attempts, searches = runner.records()
+    found = audit_of(
+        attempts,
+        replace(
+            _context(audit),
+            searches=searches,
+            left_out=runner.plan.left_out,
+            gallery=gallery,
+            feature_network=None if features is None else features.name,
+        ),
+    )
+    found.write(folder)
+    write_reports(folder, found)
+    with explained(folder, "read"):
+        page = (folder / "report.html").read_text()
+    return Audited(found, page)
+
+
+def _context(audit: Audit) -> Context:
+    """Return what is known of an audit before its attempts, measuring what protection cost and what hides in scale."""
+    from sophon.auditing.summary import Context, Intactness
+
+    scene = audit.scene
+    before, after = (
+        measured(scene.task, scene.models[role], audit.original, "test", key)
+        for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
+    )
+    return Context(
+        date=datetime.now(UTC).date().isoformat(),
+        checkpoint=_origin(audit.protected),
+        reference=_origin(audit.reference),
+        domains={
+            "original": audit.original.name,
+            "restricted": scene.restricted.name,
+            "benign": None if scene.benign is None else scene.benign.name,
+        },
+        hashes=dict(scene.restricted.hashes),
+        support=None if scene.support is None else dict(scene.support),
+        intactness=Intactness.of(scene.task.metric, before, after),
+        masking=_masking(audit),
+        config=_identifying(
+            as_loaded(audit.config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
+        ),
+        packages=package_versions(),
+    )
+
+
+def share_threads(config: Config) -> None:
+    """Give each worker its share of the cores, unless the configuration says how many threads it has."""
+    if config.threads == 0 and config.workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
+
+
+def _in_worker(config: Config, folder: Path, checkpoints: Checkpoints | None) -> Runner:
+    """Make the audit's runner again in a process of its own."""
+    import sophon  # noqa: F401  (mends torchvision before anything else imports it)
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    share_threads(config)
+    [audit] = prepare(config, *(checkpoints or named_checkpoints(config)))
+    runner = runner_of(audit, folder)
+    runner.measure_with(_frechet(audit, _features(audit, folder)))
+    return runner
+
+
+def runner_of(audit: Audit, folder: Path) -> Runner:
+    """Return the audit's attacks, each to leave its result in ``folder``.
+
+    Raises:
+        UserError: one is not well formed, or none fits the models.
+    """
+    return Runner(audit.scene, audit.config.attack, audit.config.seed, folder)
+
+
+def _frechet(audit: Audit, features: Fidelity | None) -> Frechet | None:
+    if features is None:
+        return None
+    return Frechet(features.name, partial(features.distance, real=audit.scene.restricted["test"]))
+
+
+def _features(audit: Audit, folder: Path) -> Fidelity | None:
+    """Return what generated images are measured with; trained once, then read from the run's folder."""
+    config, scene = audit.config, audit.scene
+    device = resolve_device(config.device)
+    if not config.attack.frechet_samples or scene.task.sample(scene.models["protected"], 1, 0) is None:
+        return None
+    return feature_network(audit.original, scene.restricted, seed=config.seed, folder=folder, device=device)
+
+
+def _masking(audit: Audit) -> Masking | None:
+    config, scene = audit.config, audit.scene
+    exact = task_of(replace(config, amp="none"), scene.spec, resolve_device(config.device))
+    seed = derive_seed(config.seed, "masking")
+    return measure_masking(scene.models, scene.spec, exact, scene.restricted, config.attack.masking, seed)
+
+
+def identity_of(audit: Audit) -> dict[str, Any]:
+    """Return everything that decides the results, as plain JSON data."""
+    config, benign = audit.config, audit.scene.benign
+    parts = _identifying(config, "seed", "task", "attack")
+    del parts["attack"]["masking"]  # looks at what the attacks leave alone
+    return {
+        **parts,
+        **asked_precision(config),
+        "checkpoint": audit.protected.sha256,
+        "reference": audit.reference.sha256,
+        "restricted": audit.scene.restricted.hashes,
+        **({} if benign is None else {"benign": benign.hashes}),
+    }
+
+
+def _identifying(config: Config, *keys: str) -> dict[str, Any]:
+    """Return parts of the configuration without what decides only where and by whom the work is done."""
+    parts = plain(config, *keys)
+    for key in ("reuse", "shard", "shards"):
+        del parts["attack"][key]
+    return parts
+
+
+def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]:
+    """Draw what there is to see before any attack; nothing of models that generate nothing."""
+    count = config.attack.samples
+    if not count:
+        return []
+    seed = derive_seed(config.seed, "samples")
+    drawn = {role: scene.task.sample(model, count, seed) for role, model in scene.models.items()}
+    grids = {f"{role} model, not attacked": images for role, images in drawn.items() if images is not None}
+    if not grids:
+        return []
+    test = scene.restricted["test"]
+    real = test.batch(torch.linspace(0, len(test) - 1, min(count, len(test))).long()).images.cpu()
+    return write_gallery(folder, {f"real images of {scene.restricted.name}": real, **grids})
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    method = checkpoint.manifest.get("method")
+    return {
+        "path": str(checkpoint.path),
+        "sha256": checkpoint.sha256,
+        "name": checkpoint.manifest.get("name"),
+        "method": None if method is None else method["name"],
+    }

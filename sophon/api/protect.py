@@ -1,0 +1,203 @@
+"""A protection, from what it starts with to the model that is released."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophon.api.common import (
+    as_loaded,
+    asked_precision,
+    domains_of,
+    metric_of,
+    require_float32,
+    task_of,
+    with_pseudo_labels,
+)
+from sophon.api.manifests import both_splits, manifest_of
+from sophon.config import Config, GuardConfig, keyed, plain
+from sophon.domains import LoadedDomain
+from sophon.errors import UserError
+from sophon.export import Checkpoint, write_checkpoint
+from sophon.losses import SUPPRESSION_LOSSES, reads_labels
+from sophon.protection.context import Context
+from sophon.protection.distributed import ALONE, Ranks
+from sophon.protection.runner import Planned, Runner
+from sophon.protection.state import Position
+from sophon.sampler import StrategySampler
+from sophon.stages import plan_of
+from sophon.tasks import Task
+from sophon.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What a protection starts from, read and checked.
+
+    Attributes:
+        config: the run's.
+        reference: the unprotected checkpoint.
+        plan: the stages.
+        context: what the first of them works with, the domains among it.
+        identity: everything that decides the result, plain JSON data.
+    """
+
+    config: Config
+    reference: Checkpoint
+    plan: list[Planned]
+    context: Context
+    identity: dict[str, Any]
+
+
+def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: Ranks = ALONE) -> Protection:
+    """Load the domains, and refuse what the model and the stages cannot do.
+
+    Args:
+        config: the run's.
+        reference: the unprotected checkpoint; moved to ``device``.
+        device: where to compute.
+        ranks: who shares the work.
+
+    Raises:
+        UserError: the domains, the method and the model do not go together.
+    """
+    plan = plan_of(
+        config.method, lambda method: task_of(replace(config, method=method), reference.spec, device, protects=True)
+    )
+    original, restricted = protected_domains(config, reference, plan, device)
+    identity = {
+        **plain(config, "seed", "task", "method", "sampler", "guard"),
+        **asked_precision(config),
+        "reference": reference.sha256,
+        **hashes_of(original, restricted),
+    }
+    first, sampler, model = plan[0], StrategySampler(config.sampler), reference.model
+    context = Context(model, model, first.task, original, restricted, sampler, first.method, config.seed, ranks)
+    for planned in plan:
+        require_float32(planned.stage.float32, planned.task)
+        planned.stage.check(replace(context, task=planned.task, method=planned.method))
+    return Protection(config, reference, plan, context, identity)
+
+
+def protected_domains(
+    config: Config, reference: Checkpoint, plan: Sequence[Planned], device: torch.device
+) -> tuple[LoadedDomain, tuple[LoadedDomain, ...]]:
+    """Load the domains, and put the reference where they are: it says what to learn of those without labels."""
+    configs = keyed(config.domain.restricted)
+    unlabelled = [key for key, each in configs.items() if each.labels == "none"]
+    for planned in plan if unlabelled else ():
+        if planned.stage.simulates and planned.task.reads_labels:
+            allowed = ", ".join(name for name, loss in SUPPRESSION_LOSSES.items() if not reads_labels(loss))
+            raise UserError(
+                f"method.suppression_loss: '{planned.method.suppression_loss}' reads labels and {unlabelled[0]} has "
+                f"none; allowed: {allowed}"
+            )
+    original, loaded = domains_of(config, reference.spec, device)
+    reference.model.to(device)
+    restricted = (
+        with_pseudo_labels(domain, each, key, plan[0].task, reference.model)
+        for domain, (key, each) in zip(loaded, configs.items(), strict=True)
+    )
+    return original, tuple(restricted)
+
+
+def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dict[str, Any]:
+    """Return what says of which images a run is; of several restricted domains also their order."""
+    if len(restricted) == 1:
+        return {"original": original.hashes, "restricted": restricted[0].hashes}
+    several = {each.name: each.hashes for each in restricted}
+    return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A protected model.
+
+    Attributes:
+        model: in evaluation mode.
+        history: a row a round: losses, and the metric on ``val`` where the guard looked.
+        manifest: what ``sophon.json`` says of it: ``intactness`` what the protection cost the original domain.
+        protection: what it was made from.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    manifest: dict[str, Any]
+    protection: Protection
+
+    def save(self, folder: str | Path) -> None:
+        """Write the checkpoint: the library's own files, ``sophon.json`` and the model card.
+
+        Raises:
+            UserError: ``folder`` holds something else, or the file system refuses.
+        """
+        write_checkpoint(folder, self.model, self.protection.reference.spec, self.manifest)
+
+
+def run(protection: Protection, folder: Path, tracker: Tracker) -> Protected | None:
+    """Protect the model, or go on where ``folder`` says; None on all ranks but the first.
+
+    Raises:
+        GuardError: no round's state satisfied the guard.
+        KeyboardInterrupt: on SIGINT or SIGTERM, after the round in progress was finished and saved.
+    """
+    runner = runner_of(protection, folder, tracker)
+    model = runner.run()
+    return _measured(protection, model, runner.at) if protection.context.ranks.rank == 0 else None
+
+
+def last_good(protection: Protection, folder: Path) -> Protected:
+    """Return what can be released of a run that is not finished.
+
+    Raises:
+        GuardError: no round's state satisfied the guard so far.
+    """
+    runner = runner_of(protection, folder, Tracker())
+    return _measured(protection, runner.released(), runner.at)
+
+
+def runner_of(protection: Protection, folder: Path, tracker: Tracker) -> Runner:
+    """Return what runs a protection, where ``folder`` says that it stands."""
+    config = protection.config
+    return Runner(protection.plan, protection.context, config.guard, folder, tracker, config.profile)
+
+
+def _measured(protection: Protection, model: nn.Module, at: Position) -> Protected:
+    """Measure what the protection cost the original domain, ``test`` read once."""
+    config, reference, context = protection.config, protection.reference, protection.context
+    before = both_splits(context.task, reference.model, context.original, "reference")
+    after = both_splits(context.task, model, context.original, "method.fts_lr")
+    guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
+    stages = {planned.name: planned.stage for planned in protection.plan}
+    general = manifest_of(
+        as_loaded(config, reference.spec), "protect", reference.sha256, context.original, context.restricted
+    )
+    manifest = {
+        **general,
+        "method": asdict(config.method),
+        "stages": [
+            {"name": name, "summary": stage.summary, "limits": list(stage.limits)} for name, stage in stages.items()
+        ],
+        "float32": any(stage.float32 for stage in stages.values()),
+        # where nobody was simulated, nobody was seen
+        "sampler_support": context.sampler.support() if any(s.simulates for s in stages.values()) else None,
+        "intactness": {**metric_of(context.task), "before": before, "after": after, **guard},
+        "history": {"rounds": at.round, "good_round": at.good_round, "rollbacks": at.rollbacks},
+    }
+    return Protected(model.eval(), at.history, manifest, protection)
+
+
+def lost_on_test(guard: GuardConfig, task: Task, before: float, after: float) -> str | None:
+    """Return a line of warning if ``test`` lost more than the guard, which reads ``val``, lets pass."""
+    loss = before - after if task.metric.higher_is_better else after - before
+    if guard.relative:
+        loss *= 100 / (abs(before) or 1)
+    if loss <= guard.tolerance:
+        return None
+    unit = " %" if guard.relative else ""
+    return f"test lost {loss:.3g}{unit}, more than guard.tolerance={guard.tolerance:g}{unit}, which val keeps"

@@ -1,0 +1,283 @@
+"""Gradient masking: protection that hides in the scale of weights, and that a rate or a re-normalisation undoes.
+
+Where a normalisation follows, a layer's scale does not show in the function, but its gradient shrinks by it: weights
+that are c times as large see a gradient 1/c as large, and move 1/c^2 as far relative to their size. So the gradient
+that an attacker sees falls, and the gradient times the weights' norm does not: `measure` looks for that in the
+released weights. What it is worth to an attacker who knows, `sophon.auditing.results` reads from attacks that were run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sophon.attacker import FineTuneStrategy
+from sophon.auditing.attacks import Attacker
+from sophon.auditing.words import ROLES
+from sophon.config import MaskingConfig
+from sophon.domains import Batch, LoadedDomain, batches
+from sophon.errors import UserError
+from sophon.finetune import fine_tune
+from sophon.models import ModelSpec
+from sophon.seeds import derive_seed, seed_all
+from sophon.surgery import Means
+from sophon.surgery.renormalise import norms as norms_of
+from sophon.surgery.renormalise import scale_free
+from sophon.tasks import Task
+
+COMPARED = ROLES[:2]  # a fresh model has nothing to hide
+_MILD = FineTuneStrategy(optimizer="momentum", lr=1e-2)
+# How far curvature looks, in units of the norm of what moves: beyond float32's rounding, within the neighbourhood.
+_REACH = 5e-3
+_FEW = 8  # images that show which layers feed a normalisation
+
+
+@dataclass(frozen=True)
+class Norms:
+    """How much larger the protected weights are where a normalisation hides it: ratios of norms, over what is not 0.
+
+    Attributes:
+        of: ``layers``, or the ``channels`` of those whose output channels are normalised by themselves.
+        count: how many.
+        mean: geometric.
+        least: the smallest ratio.
+        most: the largest.
+    """
+
+    of: str
+    count: int
+    mean: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A quantity that an attacker sees of both models; ``ratio`` is NaN unless both are positive.
+
+    Attributes:
+        head: how its head started.
+        step: after how many steps.
+        quantity: ``loss``; ``gradient`` (its norm, the head left out); ``hidden_gradient`` (of the weights before
+            normalisation only); ``scale_free_gradient`` (the sum over these layers of norm of weight times norm of
+            gradient); ``curvature``, [L(w + d u) - 2 L(w) + L(w - d u)] / d^2 with u the normalised first update of
+            momentum; ``relative_curvature``, the same in coordinates in which each tensor is measured by its own norm.
+            The scale-free gradient and the relative curvature do not change with the layers' scale.
+        protected: of the protected model; NaN where a loss is not finite.
+        unprotected: of the other.
+        ratio: protected / unprotected.
+    """
+
+    head: str
+    step: int
+    quantity: str
+    protected: float
+    unprotected: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What was measured, and the head starts that do not fit, with the reason."""
+
+    norms: list[Norms]
+    seen: list[Seen]
+    left_out: dict[str, str]
+
+    def growth(self) -> Norms | None:
+        """Return the ratios of whole layers; None where no layer hides its scale."""
+        return next((each for each in self.norms if each.of == "layers"), None)
+
+
+class _Start(NamedTuple):
+    """What does not depend on the role; of each layer the name, and the axis of its weight if channels have scales."""
+
+    spec: ModelSpec
+    task: Task
+    restricted: LoadedDomain
+    draws: Sequence[Batch]
+    layers: Mapping[str, int | None]
+    seed: int
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    spec: ModelSpec,
+    task: Task,
+    restricted: LoadedDomain,
+    config: MaskingConfig,
+    seed: int,
+) -> Masking | None:
+    """Compare what an attacker's first steps see of the protected and of the unprotected weights.
+
+    Both roles face the same head, batches and noise. Only the ``attack`` split is read.
+
+    Args:
+        models: ``protected`` and ``unprotected``, of one architecture; left as they are.
+        spec: of both.
+        task: the model kind; without autocast, whose rounding would drown the curvature.
+        restricted: the domain that is attacked.
+        config: which head starts, how many steps, how many batches.
+        seed: of everything drawn; the same seed gives the same result.
+
+    Returns:
+        None if there are no head starts.
+    """
+    if not config.heads:
+        return None
+    attacked = restricted["attack"]
+    stream = batches(attacked, _MILD.batch_size, torch.Generator().manual_seed(derive_seed(seed, "draws")))
+    draws = list(islice(stream, config.batches))
+    means = Means(task, spec, restricted.classes, attacked, torch.Generator())
+    layers = _hidden_layers(copy.deepcopy(models["unprotected"]), means)
+    start = _Start(spec, task, restricted, draws, layers, seed)
+    seen: list[Seen] = []
+    left_out: dict[str, str] = {}
+    for head in config.heads:
+        strategy = replace(_MILD, steps=config.steps, head=head)
+        try:
+            protected, unprotected = (_course(models[role], strategy, start) for role in COMPARED)
+        except UserError as error:
+            left_out[head] = str(error)
+            continue
+        seen += [
+            Seen(head, step, name, value, unprotected[step][name], _ratio(value, unprotected[step][name]))
+            for step, quantities in protected.items()
+            for name, value in quantities.items()
+        ]
+    return Masking(_norms(models, layers), seen, left_out)
+
+
+def _hidden_layers(model: nn.Module, means: Means) -> dict[str, int | None]:
+    loss = partial(means.task.attacker_loss, model, means.relabelled(means.images, model).first(_FEW))
+    return {found.name: found.axis for found in scale_free(model, loss, per="channel")}
+
+
+def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict[int, dict[str, float]]:
+    """Return what the attacker sees by the steps done."""
+    attacker = Attacker(
+        copy.deepcopy(model),
+        strategy,
+        start.task,
+        start.restricted,
+        spec=start.spec,
+        seed=start.seed,
+        eval_points=2,
+        read_test=False,
+    )
+    found = {0: _quantities(attacker.model, start)}
+    if strategy.steps:
+        seed_all(derive_seed(start.seed, "steps"))
+        with suppress(FloatingPointError):
+            fine_tune(attacker.model, strategy, start.task, attacker.images, attacker.generator)
+        found[strategy.steps] = _quantities(attacker.model, start)
+    return found
+
+
+def _quantities(model: nn.Module, start: _Start) -> dict[str, float]:
+    model = copy.deepcopy(model)  # whose normalisation statistics must not move
+    outside = start.task.head_names(model)
+    body = {name: part for name, part in start.task.train_mode(model, "all").items() if name not in outside}
+    gradients = _gradients(model, body, start)
+    sizes = {name: _norm(part) for name, part in body.items()}
+    slopes = {name: _norm(part) for name, part in gradients.items()}
+    hidden = [f"{name}.weight" for name in start.layers]
+    steep = math.hypot(*slopes.values())
+    steep_for_its_size = math.hypot(*(sizes[name] * slopes[name] for name in body))
+    # weighed by how much of the update falls on each tensor, so that layers which it leaves alone set no scale
+    moved = steep_for_its_size / steep if steep else 0.0
+    updates = {name: -part for name, part in gradients.items()}
+    relative = {name: sizes[name] * sizes[name] * part for name, part in updates.items()}
+    return {
+        "loss": _loss(model, start),
+        "gradient": steep,
+        "hidden_gradient": math.hypot(*(slopes[name] for name in hidden)),
+        "scale_free_gradient": math.fsum(sizes[name] * slopes[name] for name in hidden),
+        "curvature": _curvature(model, body, updates, steep, _REACH * moved, start),
+        "relative_curvature": _curvature(model, body, relative, steep_for_its_size, _REACH, start),
+    }
+
+
+def _gradients(model: nn.Module, body: Mapping[str, nn.Parameter], start: _Start) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss by parameter, zero for what the loss does not depend on."""
+    model.requires_grad_(False)
+    for part in body.values():
+        part.requires_grad_(True)
+    seed_all(derive_seed(start.seed, "noise"))
+    for batch in start.draws:
+        loss = start.task.attacker_loss(model, batch) / len(start.draws)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return {name: torch.zeros_like(part) if part.grad is None else part.grad for name, part in body.items()}
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, start: _Start) -> float:
+    """Return the mean loss over the batches, under the same noise every time."""
+    seed_all(derive_seed(start.seed, "noise"))
+    return math.fsum(float(start.task.attacker_loss(model, batch)) for batch in start.draws) / len(start.draws)
+
+
+@torch.no_grad()
+def _curvature(
+    model: nn.Module,
+    body: Mapping[str, nn.Parameter],
+    direction: Mapping[str, Tensor],
+    length: float,
+    distance: float,
+    start: _Start,
+) -> float:
+    """Return the second difference of the loss along ``direction`` / ``length``; NaN where there is no direction."""
+    if not (0 < length < math.inf and 0 < distance < math.inf):
+        return math.nan
+    here = {name: part.clone() for name, part in body.items()}
+
+    def at(place: float) -> float:
+        for name, part in body.items():
+            part.copy_(here[name] + place / length * direction[name])
+        return _loss(model, start)
+
+    ahead, behind, between = at(distance), at(-distance), at(0.0)
+    return (ahead - 2 * between + behind) / distance**2
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().double().norm())
+
+
+def _ratio(protected: float, unprotected: float) -> float:
+    return protected / unprotected if 0 < protected < math.inf and 0 < unprotected < math.inf else math.nan
+
+
+def _norms(models: Mapping[str, nn.Module], layers: Mapping[str, int | None]) -> list[Norms]:
+    """Compare the released weights: whole layers, and the channels of those that have scales of their own."""
+    found = []
+    apart = {name: axis for name, axis in layers.items() if axis is not None}
+    for what, axes in (("layers", dict.fromkeys(layers)), ("channels", apart)):
+        sizes = [
+            np.concatenate(
+                [
+                    norms_of(models[role].get_submodule(name), axis).flatten().cpu().numpy()
+                    for name, axis in axes.items()
+                ]
+            )
+            for role in COMPARED
+            if axes
+        ]
+        if not sizes:
+            continue
+        kept = np.logical_and.reduce([(each > 0) & np.isfinite(each) for each in sizes])
+        ratios = sizes[0][kept] / sizes[1][kept]
+        if len(ratios):
+            mean = float(np.exp(np.log(ratios).mean()))
+            found.append(Norms(what, len(ratios), mean, float(ratios.min()), float(ratios.max())))
+    return found

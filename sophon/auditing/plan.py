@@ -1,0 +1,303 @@
+"""What an audit is to run: attempts and searches, each with a name that changes with whatever decides its result."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophon import surgery
+from sophon.attacker import OF_SCOPE, FineTuneStrategy, Operation
+from sophon.auditing.adapters import add_adapters
+from sophon.auditing.words import ORACLE, ROLES
+from sophon.config import AttackConfig, SearchConfig
+from sophon.domains import LoadedDomain, few_shot
+from sophon.errors import UserError, choose
+from sophon.finetune import check, rehearse
+from sophon.models import ModelSpec, adapter_of
+from sophon.surgery import NEED_FRESH
+from sophon.tasks import Task
+from sophon.validation import strategy_from
+
+ORACLE_TIMES = 10
+ORACLE_SPLITS = ("attack", "adapt", "query")  # all but those that judge
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an audit attacks, and what its attackers have.
+
+    Attributes:
+        models: ``protected`` and ``unprotected``; never changed.
+        spec: of both; ``scratch`` is built from it.
+        task: the model kind.
+        restricted: the domain that is attacked.
+        original: for attackers who train on it first.
+        benign: for benign transfer, and for attackers who train on it first; None without.
+        provenance: by role (``scratch`` too), what identifies the model and how it is measured.
+        support: of protection's sampler, from the checkpoint's manifest; None if it was not protected by sophon.
+    """
+
+    models: Mapping[str, nn.Module]
+    spec: ModelSpec
+    task: Task
+    restricted: LoadedDomain
+    original: LoadedDomain | None = None
+    benign: LoadedDomain | None = None
+    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    support: Mapping[str, Any] | None = None
+
+    @cached_property
+    def buildable(self) -> bool:
+        """Whether there can be a model with random weights: a module in memory may have nothing that builds it."""
+        with torch.random.fork_rng(devices=[]):
+            return adapter_of(self.spec).fresh() is not None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attack to run: who, against which role in which domain, with which of the audit's seeds."""
+
+    attack: str
+    strategy: FineTuneStrategy
+    role: str
+    seed: int
+    domain: str = "restricted"
+    search: str | None = None
+
+    cost = 1
+
+    def identifier(self, provenance: str) -> str:
+        """Name the attempt's file: readable, and different as soon as anything that decides its result differs."""
+        facts = {**vars(self), "strategy": self.strategy.plain()}
+        where = [self.attack, *(["benign"] if self.domain == "benign" else []), self.role, str(self.seed)]
+        return "-".join([*where, _digest([facts, provenance])])
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search to run against a role; its winner's attempts are part of it."""
+
+    name: str
+    config: SearchConfig
+    role: str
+
+    @property
+    def cost(self) -> int:
+        """Return what it costs at most, in attempts."""
+        return self.config.trials + self.config.seeds
+
+    def identifier(self, provenance: str) -> str:
+        """Name the search's files, as an attempt's."""
+        return f"{self.name}-{self.role}-{_digest([self.name, dataclasses.asdict(self.config), self.role, provenance])}"
+
+
+Job = Attempt | Search
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def strategies(config: AttackConfig) -> dict[str, FineTuneStrategy]:
+    """Return the attacks by name: those named in ``config.strategies``, then the combinations of ``config.grid``.
+
+    Raises:
+        UserError: nothing to run, a name unfit for a file, or a field or value that no strategy has.
+    """
+    named = dict(config.strategies)
+    for key, values in config.grid.items():
+        if not values:
+            raise UserError(f"attack.grid.{key}: empty; give at least one value")
+    for combined in itertools.product(*config.grid.values()) if config.grid else ():
+        name, combination = _combine(dict(zip(config.grid, combined, strict=True)))
+        if name in named:
+            raise UserError(f"attack.grid: '{name}' is the name of another attack; rename that one")
+        named[name] = strategy_from("attack.grid", combination)
+    if not named and not config.search:
+        raise UserError("attack.strategies: empty; give at least one strategy, a grid or a search")
+    for name in (*named, *config.search):
+        if not name or not set(name) <= _SAFE:
+            raise UserError(f"attack.strategies: the name '{name}' is not allowed; use letters, digits and ._-+")
+    for name, strategy in named.items():
+        strategy.validate(f"attack.strategies.{name}")
+        surgery.check(strategy.surgery, f"attack.strategies.{name}.surgery")
+        check(strategy, f"attack.strategies.{name}")
+    return named
+
+
+def _combine(parts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name a combination of the grid, and put its fields together."""
+    names: list[str] = []
+    combination: dict[str, Any] = {}
+    for key, value in parts.items():
+        fields = dict(value) if isinstance(value, Mapping) else {key: value}
+        if isinstance(value, Mapping):
+            name = fields.pop("name", None)
+            if not isinstance(name, str):
+                raise UserError(f"attack.grid.{key}: {value} has no name; write {{name: NAME, FIELD: VALUE, ...}}")
+        else:
+            name = value if isinstance(value, str) else f"{key}{value}"
+        for twice in fields.keys() & combination.keys():
+            raise UserError(f"attack.grid.{key}: sets '{twice}', as does another list of the grid")
+        names.append(name)
+        combination |= fields
+    return "-".join(names), combination
+
+
+_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+")
+
+
+def unfit(strategy: FineTuneStrategy, scene: Scene, domain: LoadedDomain) -> str | None:
+    """Return why a strategy cannot be tried on these models and this domain: no layers of its scope, too few images, a
+    head of another size; None if it can.
+    """
+    model = copy.deepcopy(scene.models["protected"])
+    with torch.random.fork_rng(devices=[]):
+        try:
+            few_shot(domain["attack"], strategy.data_budget, torch.Generator())
+            for operation in strategy.surgery:
+                _check_means(operation, model, scene)
+            scene.task.start_head(model, strategy.head, domain.classes)
+            if strategy.scope == "lora":
+                add_adapters(model, strategy.lora_rank, strategy.lora_layers, scene.task.head_names(model))
+            rehearse(model, strategy, scene.task, domain["attack"], "batch_size")
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def _check_means(operation: Operation, model: nn.Module, scene: Scene) -> None:
+    """Refuse an operation whose means are not there, and leave ``model`` with the head that it would have afterwards.
+
+    The arguments by themselves have been checked.
+    """
+    given = dict(operation.arguments)
+    if operation.name in NEED_FRESH and not scene.buildable:
+        raise UserError(f"surgery: {operation.name} needs a model with random weights, and this one has no factory")
+    if given.get("domain") == "benign":
+        if scene.benign is None:
+            raise UserError(f"surgery: {operation.name} needs a benign domain; set domain.benign")
+        if operation.name == "heal" and scene.task.head_names(model):
+            scene.task.start_head(model, "fresh", scene.benign.classes)
+    there = len(scene.task.blocks(model))
+    if operation.name == "reinitialise" and given.get("blocks", 1) > there:
+        raise UserError(f"surgery: reinitialise has {given['blocks']} blocks to replace; the model has only {there}")
+
+
+class Plan:
+    """Everything that an audit runs.
+
+    Args:
+        config: the attacks.
+        scene: what they run against.
+
+    Attributes:
+        jobs: every search and attempt, in a fixed order, the longest first.
+        left_out: attacks that do not fit the models, with the reason.
+
+    Raises:
+        UserError: an attack is not well formed, or none fits the models.
+    """
+
+    def __init__(self, config: AttackConfig, scene: Scene) -> None:
+        if not config.roles:
+            raise UserError(f"attack.roles: empty; allowed: {', '.join(ROLES)}")
+        for role in config.roles:
+            choose("attack.roles", role, ROLES)
+        self.config = config
+        self.scene = scene
+        self.left_out: dict[str, str] = {}
+        self.named = strategies(config)
+        for name in (*config.benign, *([] if config.oracle is None else [config.oracle])):
+            key = "attack.oracle" if name == config.oracle else "attack.benign"
+            choose(key, name, self.named)
+        fitting = self._fitting(self.named, scene.restricted)
+        narrowed = {name: self._narrowed(name, each) for name, each in config.search.items()}
+        searches = {name: each for name, each in narrowed.items() if each is not None}
+        if not fitting and not searches:
+            name, reason = next((name, self.left_out[name]) for name in (*self.named, *narrowed))
+            raise UserError(f"attack.{'strategies' if name in self.named else 'search'}.{name}: {reason}")
+        self.jobs = sorted(self._jobs(fitting, searches), key=lambda job: -_length(job))
+
+    def _jobs(self, fitting: Mapping[str, FineTuneStrategy], searches: Mapping[str, SearchConfig]) -> Iterator[Job]:
+        roles = [role for role in ROLES if role in self.config.roles]
+        if "scratch" in roles and not self.scene.buildable:
+            self.left_out["the scratch role"] = "the model cannot be built with random weights; give a factory"
+            roles.remove("scratch")
+        for name, each in searches.items():
+            yield from (Search(name, each, role) for role in roles)
+        for name, strategy in fitting.items():
+            for role in roles:
+                yield from (Attempt(name, strategy, role, seed) for seed in range(self.config.seeds))
+        if self.scene.benign is not None:
+            chosen = {name: self.named[name] for name in self.config.benign}
+            for name, strategy in self._fitting(chosen, self.scene.benign, " on the benign domain").items():
+                for role in roles:
+                    yield from (Attempt(name, strategy, role, seed, "benign") for seed in range(self.config.seeds))
+        oracle = self.config.oracle
+        if oracle is not None and oracle in fitting and "unprotected" in roles:
+            strategy = fitting[oracle]
+            own, ratio = oracle_data(strategy, self.scene.restricted)
+            longer = replace(strategy, steps=round(strategy.steps * ratio), data_budget=round(own * ratio))
+            yield from (Attempt(oracle, longer, ORACLE, seed) for seed in range(self.config.seeds))
+
+    def _fitting(
+        self, named: Mapping[str, FineTuneStrategy], domain: LoadedDomain, where: str = ""
+    ) -> dict[str, FineTuneStrategy]:
+        reasons = {name: unfit(strategy, self.scene, domain) for name, strategy in named.items()}
+        self.left_out |= {f"{name}{where}": reason for name, reason in reasons.items() if reason is not None}
+        return {name: strategy for name, strategy in named.items() if reasons[name] is None}
+
+    def _narrowed(self, name: str, config: SearchConfig) -> SearchConfig | None:
+        """Take out of a search's choices those values that do not fit the models; None if no value of one is left."""
+        from sophon.auditing import search  # optuna takes a second to import
+
+        search.check(name, config)
+        if name in self.named:
+            raise UserError(f"attack.search.{name}: the name of another attack; rename one of them")
+        choices: dict[str, list[Any]] = {}
+        for key, values in sorted(config.choices.items(), key=lambda item: item[0] != "scope"):
+            # what matters to certain scopes only is judged with one of these
+            scopes = [scope for scope in choices.get("scope", ()) if scope in OF_SCOPE.get(key, ())]
+            beside = {"head": "fresh", **({"scope": scopes[0]} if scopes else {})}
+            kept = []
+            for value in values:
+                strategy = strategy_from(f"attack.search.{name}.choices", {**beside, key: value})
+                surgery.check(strategy.surgery, f"attack.search.{name}.choices.surgery")
+                check(strategy, f"attack.search.{name}.choices")
+                reason = unfit(self._headed(strategy, key), self.scene, self.scene.restricted)
+                if reason is None:
+                    kept.append(value)
+                else:
+                    self.left_out[f"{name}: {key} {value}"] = reason
+            if not kept:
+                self.left_out[name] = f"none of the values of its choice {key} fits the model"
+                return None
+            choices[key] = kept
+        return replace(config, choices=choices)
+
+    def _headed(self, strategy: FineTuneStrategy, key: str) -> FineTuneStrategy:
+        """Let a choice other than the head's be judged with a head that the model can have."""
+        has_head = bool(self.scene.task.head_names(self.scene.models["protected"]))
+        return strategy if key == "head" or has_head else replace(strategy, head="kept")
+
+
+def _length(job: Job) -> int:
+    return job.config.steps * job.cost if isinstance(job, Search) else job.strategy.steps
+
+
+def oracle_data(strategy: FineTuneStrategy, restricted: LoadedDomain) -> tuple[int, float]:
+    """Return how many images the attacker has, and how many times as many the oracle: ten, or all that there are."""
+    own = strategy.data_budget or len(restricted["attack"])
+    everything = sum(len(restricted[split]) for split in ORACLE_SPLITS)
+    return own, min(ORACLE_TIMES, everything / own)

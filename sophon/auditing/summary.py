@@ -1,0 +1,200 @@
+"""An audit as it is handed on: attempts, context, results and verdict; as ``audit.json`` and two Parquet files."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from sophon.auditing import scores
+from sophon.auditing.masking import Masking, Norms, Seen
+from sophon.auditing.results import Results, results
+from sophon.auditing.scores import Difference
+from sophon.auditing.table import Attempts, tabulate
+from sophon.auditing.verdict import HARM_ABOVE, Verdict, verdict
+from sophon.auditing.words import Record
+from sophon.errors import UserError
+from sophon.files import read_json, write_bytes, write_json
+from sophon.paths import exists
+from sophon.tasks import Measured, Metric
+
+SCHEMA_VERSION = 2
+_TABLES = ("attempts", "curves")
+
+
+@dataclass(frozen=True)
+class Intactness:
+    """What protection costs the original domain, on its test split.
+
+    Attributes:
+        metric: of the original domain.
+        before: of the reference.
+        after: of the protected model.
+        loss: the difference, positive where protection hurts; its interval takes the two as independent.
+        images: how many were measured.
+    """
+
+    metric: Metric
+    before: float
+    after: float
+    loss: Difference
+    images: int
+
+    @classmethod
+    def of(cls, metric: Metric, before: Measured, after: Measured) -> Self:
+        """Compare two measurements."""
+        value = metric.sign * (before.value - after.value)
+        half = scores.Z * math.hypot(before.standard_error, after.standard_error)
+        return cls(metric, before.value, after.value, Difference(value, value - half, value + half), before.images)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of an audit besides its attempts, all of it plain data; what is not known is None or empty.
+
+    Attributes:
+        date: of the audit, ISO.
+        checkpoint: ``path``, ``sha256``, ``name`` and ``method`` of what was attacked.
+        reference: the same of the unprotected model.
+        domains: names of ``original``, ``restricted`` and ``benign``.
+        hashes: of the restricted domain's splits.
+        support: of protection's sampler; None if it was not protected by sophon.
+        intactness: None where it was not measured.
+        searches: contents of ``searches/*.json``.
+        left_out: attacks that do not fit the models, with the reason.
+        masking: None where it was not looked for.
+        gallery: ``title`` and ``file`` of pictures.
+        feature_network: what a Frechet distance was measured with.
+        config: the run's, with the model that was loaded.
+        packages: versions.
+    """
+
+    date: str = ""
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
+    domains: dict[str, str | None] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    support: dict[str, Any] | None = None
+    intactness: Intactness | None = None
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    masking: Masking | None = None
+    gallery: list[dict[str, str]] = field(default_factory=list)
+    feature_network: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """An audit, scored and judged; nothing in it depends on the order of the attempts."""
+
+    attempts: Attempts
+    context: Context
+    results: Results
+    verdict: Verdict
+
+    @classmethod
+    def of(cls, attempts: Attempts, context: Context) -> Self:
+        """Score attempts, and judge them."""
+        scored = results(attempts)
+        return cls(attempts, context, scored, verdict(scored, context))
+
+    def json(self) -> dict[str, Any]:
+        """Return the content of ``audit.json``: plain data, None for what is not known.
+
+        ``date`` and ``seconds_total`` alone depend on when and how fast it was made.
+        """
+        found: dict[str, Any] = _plain(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "verdict": self.verdict,
+                "attempts": len(self.attempts.table),
+                "seconds_total": float(self.attempts.table["seconds"].sum()),
+                "thresholds": {
+                    "holds_from": scores.HOLDS_FROM,
+                    "no_protection_below": scores.NO_PROTECTION_BELOW,
+                    "middle": scores.MIDDLE,
+                    "harm_above": HARM_ABOVE,
+                },
+                **{each.name: getattr(self.results, each.name) for each in fields(self.results)},
+                "masked_share": self.results.masked_share,
+                **{each.name: getattr(self.context, each.name) for each in fields(self.context)},
+            }
+        )
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``attempts.parquet``, ``curves.parquet`` and, last, ``audit.json``, atomically."""
+        for name, frame in zip(_TABLES, self.attempts, strict=True):
+            buffer = io.BytesIO()
+            frame.to_parquet(buffer, index=False)
+            write_bytes(folder / f"{name}.parquet", buffer.getvalue())
+        write_json(folder / "audit.json", self.json())
+
+    @classmethod
+    def read(cls, folder: Path, key: str = "run_dir") -> Self:
+        """Read an audit's folder, and score it anew.
+
+        Args:
+            folder: the audit's run directory.
+            key: the configuration key that named it, for messages.
+
+        Raises:
+            UserError: there is no audit, it is of another schema version, or a file is missing or damaged.
+        """
+        path = folder / "audit.json"
+        if not exists(path, key):
+            raise UserError(f"{key}: '{folder}' holds no audit.json; run `sophon audit run_dir={folder} ...` first")
+        stored = read_json(path)
+        found = stored.get("schema_version") if isinstance(stored, dict) else None
+        if found != SCHEMA_VERSION:
+            raise UserError(
+                f"{key}: '{path}' is of schema version {found}; this sophon reads version {SCHEMA_VERSION}; "
+                "run `sophon audit` again"
+            )
+        try:
+            tables = [pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES]
+            context = Context(**{each.name: stored[each.name] for each in fields(Context)} | _typed(stored))
+            return cls.of(Attempts(*tables), context)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{key}: '{folder}' is not whole ({error}); run `sophon audit` again") from error
+
+
+def _typed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those parts of a stored context that are no plain data."""
+    kept, masking = (_known(stored[key]) for key in ("intactness", "masking"))
+    if kept is not None:
+        kept = Intactness(**kept | {"metric": Metric(**kept["metric"]), "loss": Difference(**kept["loss"])})
+    if masking is not None:
+        norms, seen = [Norms(**each) for each in masking["norms"]], [Seen(**each) for each in masking["seen"]]
+        masking = Masking(norms, seen, masking["left_out"])
+    return {"intactness": kept, "masking": masking}
+
+
+def _known(data: Any) -> Any:
+    """Turn the None of what is not known into NaN, within mappings and lists."""
+    if isinstance(data, Mapping):
+        return {key: math.nan if value is None else _known(value) for key, value in data.items()}
+    return [_known(each) for each in data] if isinstance(data, list) else data
+
+
+def audit_of(records: Iterable[Record], context: Context) -> AuditReport:
+    """Make an audit of the contents of ``attempts/*.json``, in any order."""
+    return AuditReport.of(tabulate(records), context)
+
+
+def _plain(data: Any) -> Any:
+    """Turn data into what JSON can hold: string keys, lists, and None for numbers that are not finite."""
+    if is_dataclass(data) and not isinstance(data, type):
+        return _plain(asdict(data))
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

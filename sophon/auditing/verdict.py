@@ -1,0 +1,232 @@
+"""The verdict on an audit: one word, the sentence of a decision maker, and what else there is to know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sophon.auditing.results import Results
+from sophon.auditing.scores import NO_PROTECTION_BELOW, Gap, State
+from sophon.auditing.words import (
+    EXPOSURES,
+    ROLES,
+    describe,
+    format_difference,
+    format_value,
+    listed,
+    operation_in_words,
+)
+from sophon.auditing.worst_case import Reading, WorstCase
+
+if TYPE_CHECKING:
+    from sophon.auditing.summary import Context
+
+# Harm to benign fine-tuning is worth a word above this: points of a percentage, percent of any other unit.
+HARM_ABOVE = 1.0
+# The median part of the protection that surgery on the scale of weights undoes, from which masking is called a part of
+# it, and most of it.
+MASKING_PART = 0.25
+MASKING_MOST = 0.5
+# Where no such surgery was tried, weights so many times as large ask for it; less than the other is no growth.
+GREW = 2.0
+EQUAL_WITHIN = 1.1
+
+READINGS = {
+    "own_best": "each model under its own best attack",
+    "same_attack": "the attack that gets most out of the protected model, on all three models",
+}
+_WHO = {
+    "seen": "simulated attackers",
+    "longer": "simulated attackers of another length",
+    "held_out": "held-out attacks",
+}
+_SEVERITY = (State.BROKEN, State.UNKNOWN, State.WEAKENED, State.HOLDS)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an audit comes to.
+
+    Attributes:
+        word: of the worst case of all attacks that were tried.
+        sentence: says it to somebody who decides.
+        basis: on how many images, seeds, attacks and trials it rests.
+        findings: sentences on readings, groups of attacks, masking, wearing off and cost.
+    """
+
+    word: State
+    sentence: str
+    basis: str
+    findings: list[str]
+
+    def __str__(self) -> str:
+        """Return word and sentence."""
+        return f"{self.word}: {self.sentence}"
+
+
+def verdict(results: Results, context: Context) -> Verdict:
+    """Judge an audit."""
+    worst = results.worst_case.get("overall")
+    if worst is None:
+        return Verdict(State.UNKNOWN, "No attack was tried.", "", [_cost(results, context)])
+    findings = [
+        *(_reading(name, getattr(worst, name), results) for name in READINGS),
+        _groups(results, context),
+        _family(results, worst),
+        _masking(results, context),
+        _wearing_off(results) if worst.state in (State.HOLDS, State.WEAKENED) else "",
+        _cost(results, context),
+    ]
+    return Verdict(worst.state, _sentence(worst, results), basis(results), [each for each in findings if each])
+
+
+def _sentence(worst: WorstCase, results: Results) -> str:
+    reading, gap = worst.deciding, worst.deciding.gap_closed
+    if "protected" not in reading.roles or math.isnan(gap.value):
+        return f"These attacks do not tell whether protection holds: {gap.reason}."
+    p, u, s = (format_value(reading.roles[role].mean, results.metric) for role in ROLES)
+    got = f"fine-tuning the protected model gets an attacker to {p} {results.metric.name}"
+    others = f"fine-tuning the unprotected one to {u} and training from scratch to {s}"
+    if worst.state == State.UNKNOWN:
+        why = gap.reason or f"the interval of gap closed, {format_interval(gap)}, is too wide"
+        return f"These attacks do not tell whether protection holds: {got}, {others}, but {why}."
+    return {
+        State.BROKEN: f"Protection does not stop an attacker: {got}, {others}.",
+        State.WEAKENED: f"Protection takes something from an attacker, but not all: {got}, {others}.",
+        State.HOLDS: f"Protection leaves an attacker {'worse' if gap.value > 1 else 'hardly better'} off than starting "
+        f"from scratch: {got}, {others}.",
+    }[worst.state]
+
+
+def format_gap(gap: Gap) -> str:
+    """Write gap closed with its interval, or the reason why there is none; what is beyond scratch is said."""
+    if math.isnan(gap.value):
+        return gap.reason
+    beyond = " (worse than scratch)" if gap.value > 1 else ""
+    return f"{gap.value:.2f}{beyond}" + (f" {format_interval(gap)}" if not math.isnan(gap.low) else f" ({gap.reason})")
+
+
+def format_interval(gap: Gap) -> str:
+    """Write the interval, or nothing where there is none."""
+    return "" if math.isnan(gap.low) else f"[{gap.low:.2f}, {gap.high:.2f}]"
+
+
+def _reading(name: str, reading: Reading, results: Results) -> str:
+    metric, attacks = results.metric, reading.attacks
+    if "protected" not in attacks:
+        return ""
+    if name == "own_best":
+        values = [f"{role} {format_value(reading.roles[role].mean, metric)} ('{attacks[role]}')" for role in attacks]
+        told = READINGS[name]
+    else:
+        attack = next(each for each in results.attacks if each.attack == attacks["protected"])
+        who = f"best of {attack.trials} searched trials, " if attack.trials else ""
+        told = f"{READINGS[name]}, '{attack.attack}' ({who}{describe(attack.strategy)})"
+        values = [f"{role} {format_value(found.mean, metric)}" for role, found in reading.roles.items()]
+    return f"{told[0].upper()}{told[1:]}: {', '.join(values)}; gap closed {format_gap(reading.gap_closed)}."
+
+
+def basis(results: Results) -> str:
+    """Say on how many test images, seeds, attacks and searched trials the worst case rests."""
+    worst = results.worst_case["overall"]
+    scores = worst.deciding.roles.values()
+    images, seeds = (min((getattr(each, name) for each in scores), default=0) for name in ("test_images", "seeds"))
+    trials = sum(attack.trials for attack in results.attacks)
+    parts = [_count(images, "test image"), _count(seeds, "seed"), _count(len(worst.tried), "attack")]
+    parts += [_count(trials, "searched trial")] if trials else []
+    return listed(parts) + ("; intervals know nothing of what other seeds would give" if seeds == 1 else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _groups(results: Results, context: Context) -> str:
+    """Say what holds against whom, where that differs; without a sampler nothing is held out from anything."""
+    groups = {name: results.worst_case[name] for name in EXPOSURES if name in results.worst_case}
+    if not context.support or len({group.state for group in groups.values()}) < 2:
+        return ""
+    told = [f"{group.state} against {_WHO[name]} ({_gap_of(group)})" for name, group in groups.items()]
+    return f"By what protection simulated: {'; '.join(told)}."
+
+
+def _gap_of(group: WorstCase) -> str:
+    return f"gap closed {format_gap(group.deciding.gap_closed)}"
+
+
+def _family(results: Results, worst: WorstCase) -> str:
+    """Name the family of attacks that leaves less than the worst case, if there is one.
+
+    Among many attacks the luck of a small ``select`` split decides which one an attacker takes; within a family few
+    compete.
+    """
+    judged = {name: group for name, group in results.families.items() if group.state != State.UNKNOWN}
+    if not judged:
+        return ""
+    name, group = min(judged.items(), key=lambda item: item[1].deciding.gap_closed.value)
+    if _SEVERITY.index(group.state) >= _SEVERITY.index(worst.state):
+        return ""
+    attack = group.deciding.attacks["protected"]
+    return f"Against the family '{name}' alone it is {group.state} ('{attack}', {_gap_of(group)})."
+
+
+def _masking(results: Results, context: Context) -> str:
+    """Say how much of the protection is masking, or that it looks so and nothing that would undo it was tried."""
+    share = results.masked_share
+    if not results.undone and (larger := _growth(context, GREW)):
+        return f"Its {larger}, which may be masking: run the family surgery."
+    if not share >= MASKING_PART:
+        return ""
+    pair = min(
+        (each for each in results.undone if not math.isnan(each.share)), key=lambda each: abs(each.share - share)
+    )
+    deeds = listed([operation_in_words(each) for each in pair.operations])
+    undone = f"gap closed {pair.gap_closed:.2f} after {deeds} instead of {pair.gap_closed_without:.2f}"
+    evidence = ", ".join(part for part in (_growth(context, EQUAL_WITHIN), undone) if part)
+    return f"{'Most' if share >= MASKING_MOST else 'Part'} of it is masking ({evidence})."
+
+
+def _growth(context: Context, least: float) -> str:
+    """Say how much larger the protected weights are where a normalisation hides it, if that is above ``least``."""
+    ratio = context.masking.growth() if context.masking else None
+    if ratio is None:
+        return ""
+    for value, limit, more in ((ratio.mean, least, ""), (ratio.most, GREW, "up to ")):  # a few layers are enough
+        if value > limit:
+            size = f"{value:.1f}" if value < 100 else f"{value:.0f}"
+            return f"weights before normalisation are {more}{size} times as large"
+    return ""
+
+
+def _wearing_off(results: Results) -> str:
+    """Name the longest-lasting attacker who gets through where a shorter one did not, if there is one."""
+    lost = []
+    for group in results.decay:
+        known = [
+            (gap, steps) for gap, steps in zip(group.gap_closed, group.steps, strict=True) if gap.value == gap.value
+        ]
+        if not known:
+            continue
+        (early, fewer), (late, steps) = known[0], known[-1]
+        # a value that barely crosses a threshold has not decayed
+        if early.state != late.state and early.value - late.value >= NO_PROTECTION_BELOW:
+            lost.append((late.value, steps, early.value, fewer))
+    if not lost:
+        return ""
+    late_value, steps, early_value, fewer = min(lost)
+    return f"It wears off: gap closed {early_value:.2f} after {fewer} steps, {late_value:.2f} after {steps}."
+
+
+def _cost(results: Results, context: Context) -> str:
+    kept = context.intactness
+    if kept is None:
+        cost = "Intactness was not measured"
+    else:
+        cost = f"On the original domain protection costs {format_difference(kept.loss.value, kept.metric)}"
+        cost += f" ({format_value(kept.after, kept.metric)} after {format_value(kept.before, kept.metric)})"
+    worst, metric = results.worst_harm, results.metric
+    if worst and worst.harm.low > 0 and (worst.harm.value if metric.unit == "%" else worst.sgrc) > HARM_ABOVE:
+        cost += f", and benign fine-tuning up to {format_difference(worst.harm.value, metric)} ('{worst.attack}')"
+        cost += f", {worst.sgrc:.1f} %" * (metric.unit != "%")
+    return f"{cost}."

@@ -1,0 +1,160 @@
+"""The engine that takes the inner gradients as constants: it streams; see `sophon.protection.inner_loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from sophon.attacker import FineTuneStrategy, learning_rate
+from sophon.domains import Batch
+from sophon.optimizers import build_optimizer
+from sophon.protection.inner_loop import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
+from sophon.protection.objectives.suppression import Suppression
+from sophon.protection.optimizer_state import optimizer_state, restore_optimizer
+from sophon.tasks import Task
+
+PLAIN: Sequence[Objective] = (Suppression(),)
+
+
+def first_order(
+    attacker: nn.Module,
+    strategy: FineTuneStrategy,
+    task: Task,
+    adapt: Iterator[Batch],
+    query: Iterator[Batch],
+    gammas: Sequence[float],
+    past: Past | None = None,
+    *,
+    objectives: Sequence[Objective] = PLAIN,
+) -> Simulation:
+    """Run the attacker in place; add up ``gamma_k`` times the query gradients at theta^1 .. theta^K.
+
+    What it needs besides the attacker is its optimizer's state and one set of gradients, its total: the attacker's own
+    gradients live from their pass to their step. Objectives other than plain suppression may need more for themselves.
+
+    Args:
+        attacker: scratch copy of the released model with the attacker's head; it ends as the fine-tuned model.
+        strategy: how it fine-tunes.
+        task: gives both losses.
+        adapt: the attacker's batches; one is taken for each step.
+        query: the defender's batches; one is taken for each gamma that is not zero.
+        gammas: K weights, one for each step.
+        past: of an attacker that has begun before and goes on.
+        objectives: what is asked at each query, one or more; the losses returned are those of the first.
+    """
+    trainable = list(task.train_mode(attacker, strategy.scope).values())
+    optimizer = build_optimizer(strategy, trainable, fused=True)
+    done = 0
+    if past is not None:
+        done = past.steps
+        restore_optimizer(optimizer, past.optimizer_state)
+        _lay_out(optimizer)
+    total = _Total(attacker, trainable, objectives)
+    way = _Way(trainable, gammas, begun=past is None, remembers=any(each.remembers for each in objectives))
+    query_losses, attacker_losses = [], []
+    for step, gamma in enumerate(gammas):
+        with record_function("sophon: attacker's step"):
+            loss = task.attacker_loss(attacker, next(adapt))
+            loss.backward()  # type: ignore[no-untyped-call]
+            attacker_losses.append(loss.detach())
+            lr = _set_learning_rate(optimizer, strategy, done + step)
+            way.before_step(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        if gamma:
+            query_losses.append(total.add(task, next(query), gamma, way.query(step, lr)))
+    attacker.requires_grad_(True)
+    return Simulation(total.gradients(), floats(query_losses), floats(attacker_losses), optimizer_state(optimizer))
+
+
+class _Way:
+    """What queries ask of the way so far; copies of weights are made only if an objective remembers.
+
+    Args:
+        trainable: the parameters that the attacker steps, where the simulation starts.
+        gammas: the steps' weights.
+        begun: whether the attacker begins here.
+        remembers: whether to keep where it started and where it was before the last step.
+    """
+
+    def __init__(
+        self, trainable: Sequence[nn.Parameter], gammas: Sequence[float], *, begun: bool, remembers: bool
+    ) -> None:
+        self.trainable, self.gammas, self.begun, self.remembers = trainable, gammas, begun, remembers
+        self.final = max((step for step, gamma in enumerate(gammas) if gamma), default=-1)
+        self.start = self._copied() if remembers else []
+        self.before: list[Tensor] = []
+
+    def before_step(self, step: int) -> None:
+        if self.remembers and self.gammas[step]:
+            self.before = self._copied()
+
+    def query(self, step: int, lr: float) -> Query:
+        return Query(self.trainable, lr, step == self.final, self.begun, self.start, self.before)
+
+    def _copied(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.trainable]
+
+
+class _Total:
+    """The sum of the query gradients, by parameter, added up where it lies.
+
+    Between queries only what the attacker steps requires gradients: its passes keep no activations for the rest.
+
+    Args:
+        model: the attacker's; gradients left on it by an earlier run are forgotten.
+        trainable: the parameters that it steps.
+        objectives: what is asked, at least one.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Sequence[nn.Parameter], objectives: Sequence[Objective]) -> None:
+        self.model = model
+        self.objectives = objectives
+        self.parameters = dict(model.named_parameters())
+        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+        self.layers = recording_layers(model)
+        steps = set(trainable)
+        self.rest = [parameter for parameter in self.parameters.values() if parameter not in steps]
+        model.zero_grad()
+        model.requires_grad_(True)
+        self._attend(False)
+
+    def add(self, task: Task, batch: Batch, gamma: float, query: Query) -> Tensor:
+        """Add the objectives' gradients; return the value of the first."""
+        with record_function("sophon: query"):
+            self._attend(True)
+            for parameter, summed in zip(self.parameters.values(), self.sums, strict=True):
+                parameter.grad = summed
+            with frozen_statistics(self.layers):
+                losses = [each.add(self.model, task, batch, gamma, query) for each in self.objectives]
+            self.sums = [parameter.grad for parameter in self.parameters.values()]
+            self.model.zero_grad()
+            self._attend(False)
+            return losses[0]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the sums by parameter; zeros where no query's loss reached."""
+        found = zip(self.parameters.items(), self.sums, strict=True)
+        return {name: torch.zeros_like(p) if summed is None else summed for (name, p), summed in found}
+
+    def _attend(self, queried: bool) -> None:
+        for parameter in self.rest:
+            parameter.requires_grad = queried
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer's state lie in memory as its parameters do; from a file it comes contiguous."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.stride() != parameter.stride() and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrategy, step: int) -> float:
+    lr = learning_rate(strategy, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -1,0 +1,215 @@
+"""Runs the stages of a protection one after the other, under one guard, resumable to the bit."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from sophon.config import GuardConfig, MethodConfig
+from sophon.protection.context import Context
+from sophon.protection.guard import Guard, copied
+from sophon.protection.profiling import profiled
+from sophon.protection.stage import Remembered, Stage
+from sophon.protection.state import STATE_FILE, Position, State, read_state, write_state
+from sophon.seeds import derive_seed
+from sophon.tasks import Task
+from sophon.tracking import Tracker
+
+
+class Planned(NamedTuple):
+    """A stage of a protection, and what is its own of the context: the method's keys, and the task with its losses."""
+
+    name: str
+    stage: Stage
+    method: MethodConfig
+    task: Task
+
+
+class Runner:
+    """Protects a model.
+
+    Args:
+        plan: the stages, one or more.
+        context: for the first stage, with the reference as its model, which stays as it is.
+        guard: the constraint on the original domain.
+        folder: where the state is kept, and read from if there is one.
+        tracker: told of every round.
+        profile: record some of the rounds; the first rank does.
+
+    Attributes:
+        at: where the run stands.
+        context: the present stage's.
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[Planned],
+        context: Context,
+        guard: GuardConfig,
+        folder: Path,
+        tracker: Tracker,
+        profile: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.tracker = tracker
+        self.folder = folder
+        self.profile = profile and context.ranks.rank == 0
+        self.ends = list(accumulate(planned.method.rounds for planned in plan))
+        self.seed = context.seed
+        self.context = replace(context, say=tracker.say)
+        self.guard = Guard(guard, self.context)
+        if context.ranks.first((folder / STATE_FILE).exists):
+            self._resume()
+        else:
+            before = self.guard.reference(context.reference)
+            self._begin(Position(before, before, 0), copy.deepcopy(context.reference))
+
+    def run(self) -> nn.Module:
+        """Run the stages to their end; return the last one's release of the last state that the guard accepted.
+
+        Raises:
+            GuardError: none of a stage's rounds satisfied the guard.
+            UserError: a loss stopped being finite; the state of the last guard check is kept.
+            KeyboardInterrupt: on SIGINT or SIGTERM to any rank, after the round in progress was finished and saved.
+        """
+        rounds, left = self.ends[-1], self.ends[-1] - self.at.round
+        if self.at.round:
+            self.tracker.say(f"going on after round {self.at.round}")
+        with (
+            _stop_requests() as stop,
+            self.tracker.progress("protect", rounds, self.at.round) as advance,
+            profiled(self.folder, left, self.tracker.say) if self.profile and left else nullcontext() as round_done,
+        ):
+            while True:
+                while self.at.round < self.ends[self.at.stage]:
+                    stopping = self._round(stop)
+                    advance(self._shown())
+                    if round_done:
+                        round_done()
+                    if stopping and self.at.round < rounds:
+                        raise KeyboardInterrupt
+                self.guard.require_acceptance(self._started())
+                released = self.released()
+                if self.at.round == rounds:
+                    return released
+                at = replace(self.at, stage=self.at.stage + 1, breaches=0)
+                self.context.ranks.broadcast(released.state_dict())  # unlike hardware differs in the last bits
+                self._begin(at, released)
+
+    def released(self) -> nn.Module:
+        """Return the present stage's release of the last state that the guard accepted.
+
+        Raises:
+            GuardError: there is none, or the stage cannot release it.
+        """
+        if self.at.good_round <= self._started() and self.start is not None:
+            return self.start  # what the stage before has released
+        self.guard.require_acceptance(0)
+        self.context.model.load_state_dict(self.guard.good)
+        return self.stage.release(self.context)
+
+    @property
+    def at(self) -> Position:
+        """Where the run stands."""
+        return self.guard.at
+
+    @property
+    def stage(self) -> Stage:
+        """The stage at work."""
+        return self.plan[self.at.stage].stage
+
+    def save(self) -> None:
+        """Write the whole state as one file, atomically."""
+        remembered = self.stage.state(self.context)
+        tensors = {
+            "model": self.context.model.state_dict(),
+            "good": self.guard.good,
+            "start": {} if self.start is None else self.start.state_dict(),
+            "stage": remembered.tensors,
+        }
+        state = State(self.at, tensors, remembered.data)
+        self.context.ranks.first(lambda: write_state(self.folder / STATE_FILE, state))
+
+    def _started(self) -> int:
+        """Return the rounds of earlier stages."""
+        return ([0, *self.ends])[self.at.stage]
+
+    def _round(self, stop: threading.Event) -> bool:
+        """Do a round, look and save if it is time to; return whether any rank was asked to stop."""
+        at, number = self.at, self.at.round - self._started()
+        row = self.stage.step(self.context, number)
+        self.stage.project()
+        at.round += 1
+        due = (number + 1) % self.guard.config.every == 0 or at.round in self.ends
+        if due:
+            row |= self.guard.check(self.stage, self.context, number + 1)
+        at.history.append({"round": at.round, "stage": self.plan[at.stage].name, **row})
+        self.tracker.log({name: value for name, value in row.items() if value is not None}, at.round)
+        stopping = self.context.ranks.any(stop.is_set())
+        if due or stopping:
+            self.save()
+        return stopping
+
+    def _shown(self) -> str:
+        """Return the first figure of the last round, and where the guard stands, in a few words."""
+        figures = {name: value for name, value in self.at.history[-1].items() if name not in ("round", "stage")}
+        name, value = next(iter(figures.items()), ("nothing measured", None))
+        return f"{name.replace('_', ' ')} {'none' if value is None else f'{value:.3g}'}, val {self.at.good:.3g}"
+
+    def _begin(self, at: Position, start: nn.Module) -> None:
+        """Enter the stage of ``at``, from what the one before has released."""
+        planned = self.plan[at.stage]
+        self.guard.at = replace(at, ntr_steps=planned.method.ntr_steps)
+        self._prepare(start)
+        self.guard.good = copied(self.context.model.state_dict())
+
+    def _prepare(self, start: nn.Module) -> None:
+        self.start = copy.deepcopy(start) if self.at.stage else None
+        planned, index = self.plan[self.at.stage], self.at.stage
+        seed = derive_seed(self.seed, "stage", index) if index else self.seed
+        self.context = replace(
+            self.context, model=start, task=planned.task, method=planned.method, seed=seed, ntr_steps=self.at.ntr_steps
+        )
+        planned.stage.prepare(self.context)
+
+    def _resume(self) -> None:
+        with self.context.ranks.together():
+            saved = read_state(self.folder / STATE_FILE)
+        self.guard.at = saved.at
+        start = copy.deepcopy(self.context.reference)
+        if saved.at.stage:
+            start.load_state_dict(saved.tensors["start"])
+        self._prepare(start)
+        self.context.model.load_state_dict(saved.tensors["model"])
+        self.stage.restore(self.context, Remembered(saved.tensors["stage"], saved.data))
+        self.guard.good = dict(saved.tensors["good"])
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after this round; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,121 @@
+"""What a stage of a protection is. `sophon.protection.runner` counts, logs, guards, saves and resumes it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from sophon.attacker import FineTuneStrategy
+from sophon.errors import UserError
+from sophon.finetune import rehearse
+from sophon.protection.context import Context
+from sophon.protection.ntr import NTR
+from sophon.protection.optimizer_state import optimizer_state, restore_optimizer
+
+Row = dict[str, Any]  # what a round came to: plain JSON data, None for what is not finite; the first entry is shown
+
+
+class Constraint(Protocol):
+    """What the weights have to satisfy after every update."""
+
+    def project(self) -> None:
+        """Move the weights to where it is satisfied, in place."""
+
+
+class Remembered(NamedTuple):
+    """What resuming needs: tensors by name, and plain JSON data."""
+
+    tensors: Mapping[str, Tensor]
+    data: Mapping[str, Any]
+
+
+@dataclass
+class NoSettings:
+    """A stage without settings of its own."""
+
+
+class Stage:
+    """One stage of a protection; the base class of all, of which `step` is what a stage has to have.
+
+    Nothing depends on what was drawn before: every draw derives from `Context.seed` and the round, so that going on
+    from a round is the same computation as never having stopped there.
+
+    Args:
+        config: of the class ``Config``, a dataclass of the stage's own settings.
+
+    Attributes:
+        ntr: training on the original domain, which the guard repairs with.
+        simulates: whether it simulates the sampler's attackers, which an audit then calls seen.
+        float32: whether the released weights need full float32 to work.
+        summary: what it protects with, for the model card; completes "made hard to fine-tune with".
+        limits: sentences about what it does not do, for the same.
+    """
+
+    Config: ClassVar[type] = NoSettings
+    simulates: ClassVar[bool] = False
+    float32: ClassVar[bool] = False
+    summary: ClassVar[str] = "a method of its publisher's own"
+    limits: ClassVar[Sequence[str]] = ()
+    ntr: NTR
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def check(self, context: Context) -> None:
+        """Raise a `UserError` if this cannot work, before anything is written; the context stays as it is."""
+        size, ranks = context.method.ntr_batch_size, context.ranks.size
+        if size < ranks:
+            raise UserError(
+                f"method.ntr_batch_size: {size} leaves some of the {ranks} ranks without work; give at least as many, "
+                "or start fewer ranks"
+            )
+        task, loss = context.task, partial(context.task.original_loss, reference=context.reference)
+        step = FineTuneStrategy(batch_size=size)
+        rehearse(copy.deepcopy(context.model), step, task, context.original["train"], "method.ntr_batch_size", loss)
+
+    def prepare(self, context: Context) -> None:
+        """Get ready, once; may put another model in the context."""
+        self.ntr = NTR(context)
+
+    def step(self, context: Context, number: int) -> Row:
+        """Do round ``number``, 0 .. rounds - 1."""
+        raise NotImplementedError
+
+    def constraints(self) -> Sequence[Constraint]:
+        """Return what is projected after every round, and after the guard's repairs."""
+        return ()
+
+    def release(self, context: Context) -> nn.Module:
+        """Return what is handed to the next stage, or written: an ordinary model of the reference's architecture.
+
+        Raises:
+            GuardError: it would lose what the guard has accepted.
+        """
+        return context.model
+
+    def roll_back(self) -> None:
+        """Forget what led away from weights that the guard has put back."""
+        self.ntr.optimizer.state.clear()
+
+    def state(self, context: Context) -> Remembered:
+        """Return what `restore` needs besides the model's own state; all ranks call it, the first one's is kept."""
+        return Remembered({f"ntr/{name}": value for name, value in optimizer_state(self.ntr.optimizer).items()}, {})
+
+    def restore(self, context: Context, remembered: Remembered) -> None:
+        """Take up what `state` returned, after `prepare`; the tensors lie on the CPU."""
+        restore_optimizer(self.ntr.optimizer, under("ntr", remembered.tensors))
+
+    def project(self) -> None:
+        """Project on all constraints."""
+        for constraint in self.constraints():
+            constraint.project()
+
+
+def under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with ``part/``, by what follows."""
+    return {name.removeprefix(f"{part}/"): value for name, value in tensors.items() if name.startswith(f"{part}/")}

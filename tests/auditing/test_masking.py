@@ -1,0 +1,298 @@
+"""Masking: scale that hides from the function shows in the gradient; what does not depend on scale stays."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sophon.auditing.masking import Masking, measure
+from sophon.config import MaskingConfig
+from sophon.domains import Batch, LoadedDomain, batches
+from sophon.models import ModelSpec
+from sophon.seeds import derive_seed
+from tests.auditing.records import audit, trio
+from tests.tiny import (
+    CLASSES,
+    SIZE,
+    assert_same_state,
+    state_of,
+    tiny_denoising,
+    tiny_images,
+    tiny_model,
+    tiny_spec,
+    tiny_task,
+    tiny_unet,
+    tiny_unet_spec,
+)
+
+CONVOLUTIONS = ("conv1", "conv2")
+# nothing but what an attacker trains on: whatever else were read would be missed
+ATTACKED = LoadedDomain("restricted", CLASSES, {"attack": tiny_images(3)}, {})
+HEADS = MaskingConfig(heads=["fresh", "kept"], steps=2, batches=1)
+KEPT = MaskingConfig(heads=["kept"], steps=0, batches=1)
+
+
+def exact(seed: int = 1) -> nn.Module:
+    """Return the tiny network with BatchNorm that hides the scale of the weights before it wholly."""
+    model = tiny_model(seed)
+    model.bn1.eps = model.bn2.eps = 1e-30
+    return model
+
+
+def scaled(model: nn.Module, factor: float) -> nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in CONVOLUTIONS:
+            model.get_submodule(name).weight.mul_(factor)
+    return model
+
+
+def measured(
+    protected: nn.Module, unprotected: nn.Module, config: MaskingConfig = HEADS, seed: int = 0, **changes: Any
+) -> Masking:
+    usual = {"spec": tiny_spec(), "task": tiny_task(), "restricted": ATTACKED} | changes
+    found = measure({"protected": protected, "unprotected": unprotected}, config=config, seed=seed, **usual)
+    assert found is not None
+    return found
+
+
+Moment = tuple[str, int]
+
+
+def moments(found: Masking, what: str = "protected") -> dict[Moment, dict[str, float]]:
+    """Return by head and step an attribute of what was seen, by quantity."""
+    by_moment: dict[Moment, dict[str, float]] = {}
+    for each in found.seen:
+        by_moment.setdefault((each.head, each.step), {})[each.quantity] = getattr(each, what)
+    return by_moment
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def test_weights_times_1000_hide_the_gradient_and_nothing_else() -> None:
+    found = measured(scaled(exact(), 1000.0), exact(), MaskingConfig(heads=["fresh", "kept"], steps=0, batches=2))
+    assert list(moments(found)) == [("fresh", 0), ("kept", 0)]
+    for moment, seen in moments(found, "ratio").items():
+        assert seen["hidden_gradient"] == pytest.approx(1e-3, rel=1e-9)
+        assert (seen["loss"], seen["scale_free_gradient"]) == pytest.approx((1.0, 1.0), rel=1e-9)
+        curvatures = (moments(found, role)[moment]["relative_curvature"] for role in ("protected", "unprotected"))
+        assert next(curvatures) == pytest.approx(next(curvatures), rel=1e-6)
+    for each, (of, count) in zip(found.norms, (("layers", 2), ("channels", 8)), strict=True):
+        assert (each.of, each.count) == (of, count)
+        assert (each.mean, each.least, each.most) == pytest.approx((1e3,) * 3, rel=1e-12)
+
+
+def test_all_of_the_gradient_falls_where_nothing_else_takes_gradients() -> None:
+    """Without affine weights, all that the attacker's gradient is of lies before normalisation."""
+    plain = exact()
+    for norm in ("bn1", "bn2"):
+        setattr(plain, norm, nn.BatchNorm2d(4, eps=1e-30, affine=False).double())
+    found = measured(scaled(plain, 1000.0), plain, KEPT)
+    (seen,) = moments(found, "ratio").values()
+    assert seen["gradient"] == seen["hidden_gradient"] == pytest.approx(1e-3, rel=1e-9)
+    assert seen["scale_free_gradient"] == pytest.approx(1.0, rel=1e-9)
+    (protected,), (unprotected,) = (moments(found, role).values() for role in ("protected", "unprotected"))
+    assert protected["curvature"] == pytest.approx(1e-6 * unprotected["curvature"], rel=1e-6)
+
+
+def test_an_unchanged_model_has_ratios_of_one() -> None:
+    found = measured(tiny_model(), tiny_model())
+    assert list(moments(found)) == [("fresh", 0), ("fresh", 2), ("kept", 0), ("kept", 2)]
+    assert moments(found) == moments(found, "unprotected")
+    assert {each.ratio for each in found.seen if each.ratio == each.ratio} == {1.0}
+    assert {(each.mean, each.least, each.most) for each in found.norms} == {(1.0, 1.0, 1.0)}
+    # the mild attacker gets somewhere, and its heads are two
+    fresh, later, kept, _ = (seen["loss"] for seen in moments(found).values())
+    assert later < fresh != kept
+
+
+def test_quantities_against_derivatives_by_autograd() -> None:
+    model, unit = tiny_model(4), tiny_task()
+    (seen,) = moments(measured(model, tiny_model(5), KEPT, seed=7)).values()
+    generator = torch.Generator().manual_seed(derive_seed(7, "draws"))
+    (batch,) = islice(batches(ATTACKED["attack"], 128, generator), 1)
+    expected = copy.deepcopy(model).train()
+    body = {name: part for name, part in expected.named_parameters() if not name.startswith("fc.")}
+    assert len(body) == 6
+    loss = unit.attacker_loss(expected, batch)
+    gradients = dict(zip(body, torch.autograd.grad(loss, list(body.values()), create_graph=True), strict=True))
+    slope = {name: each.detach() for name, each in gradients.items()}
+    size = {name: part.detach().norm() for name, part in body.items()}
+
+    def second_derivative(direction: dict[str, torch.Tensor]) -> float:
+        along = sum((gradients[name] * direction[name]).sum() for name in body)
+        again = torch.autograd.grad(along, list(body.values()), retain_graph=True)
+        return float(sum((one * other).sum() for one, other in zip(again, direction.values(), strict=True)))
+
+    whole = math.sqrt(sum(float(each.square().sum()) for each in slope.values()))
+    pace = math.sqrt(sum(float((size[name] * slope[name].norm()) ** 2) for name in body))
+    expected_quantities = {
+        "loss": float(loss.detach()),
+        "gradient": whole,
+        "hidden_gradient": math.hypot(*(float(slope[f"{name}.weight"].norm()) for name in CONVOLUTIONS)),
+        "scale_free_gradient": sum(
+            float(size[f"{name}.weight"] * slope[f"{name}.weight"].norm()) for name in CONVOLUTIONS
+        ),
+        "curvature": second_derivative({name: -each / whole for name, each in slope.items()}),
+        "relative_curvature": second_derivative(
+            {name: -(size[name] ** 2) * each / pace for name, each in slope.items()}
+        ),
+    }
+    for name, value in expected_quantities.items():
+        assert seen[name] == pytest.approx(value, rel=1e-2 if "curvature" in name else 1e-10), name
+
+
+class Bowl(nn.Module):
+    """Two tensors at the bottom of whose loss, 0.5 * (3 a^2 + 5 b^2), lies zero."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([a], dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor([b], dtype=torch.float64))
+
+
+class Descending:
+    """Says nothing of images: its loss is the bowl's height."""
+
+    def attacker_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return (1.5 * model.a.square() + 2.5 * model.b.square()).sum()
+
+    def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
+        return dict(model.train().named_parameters())
+
+    def head_names(self, model: nn.Module) -> set[str]:
+        return set()
+
+    def start_head(self, model: nn.Module, head: str, classes: tuple[str, ...]) -> None:
+        pass
+
+
+def test_curvature_by_hand() -> None:
+    """At (2, 1) the gradient is (6, 5): along it the curvature is (3 * 36 + 5 * 25) / 61.
+
+    In units of (2, 1) it is (12, 5), the step along it (24, 5) / 13, and its curvature (3 * 576 + 5 * 25) / 169.
+    """
+    found = measured(Bowl(2.0, 1.0), Bowl(0.0, 0.0), KEPT, task=Descending())
+    (seen,), (bottom,), (ratio,) = (moments(found, what).values() for what in ("protected", "unprotected", "ratio"))
+    assert seen["loss"] == 8.5
+    assert seen["gradient"] == pytest.approx(math.sqrt(61), rel=1e-12)
+    assert seen["curvature"] == pytest.approx(233 / 61, rel=1e-7)
+    assert seen["relative_curvature"] == pytest.approx(1853 / 169, rel=1e-7)
+    # at the bottom there is no direction
+    assert bottom["gradient"] == 0
+    assert math.isnan(bottom["curvature"] + bottom["relative_curvature"])
+    assert math.isnan(ratio["curvature"])
+    assert found.norms == []
+
+
+def test_a_single_channel_shows_where_channels_have_scales_of_their_own() -> None:
+    model = exact()
+    with torch.no_grad():
+        model.conv1.weight[2].mul_(16.0)
+        model.conv2.weight[1].zero_()
+    found = measured(model, exact(), KEPT).norms[1]
+    # what is zero can be compared with nothing
+    assert (found.of, found.count) == ("channels", 7)
+    assert (found.mean, found.least, found.most) == pytest.approx((16 ** (1 / 7), 1.0, 16.0))
+
+
+def test_channels_that_are_normalised_together_have_no_scale_of_their_own() -> None:
+    model = exact()
+    model.bn1 = nn.GroupNorm(2, 4).double()
+    assert [(each.of, each.count) for each in measured(model, model, KEPT).norms] == [("layers", 2), ("channels", 4)]
+
+
+def test_a_denoiser_meets_the_same_noise_every_time() -> None:
+    models = [tiny_unet(seed=1), tiny_unet(seed=1)]
+    kind = {"spec": tiny_unet_spec(), "task": tiny_denoising()}
+    found = measured(*models, MaskingConfig(heads=["kept"], steps=1, batches=1), **kind)
+    assert list(moments(found)) == [("kept", 0), ("kept", 1)]
+    assert all(math.isfinite(each.protected) and each.protected == each.unprotected for each in found.seen)
+    # what its convolutions say is added to, and so shows, before any normalisation reads it
+    assert found.norms == []
+
+
+def test_a_head_that_a_denoiser_does_not_have_is_left_out() -> None:
+    kind = {"spec": tiny_unet_spec(), "task": tiny_denoising()}
+    found = measured(tiny_unet(), tiny_unet(), MaskingConfig(heads=["fresh"], steps=0, batches=1), **kind)
+    assert found.seen == []
+    assert "class-conditional" in found.left_out["fresh"]
+
+
+def test_the_same_seed_gives_the_same_and_models_stay_as_they_are() -> None:
+    models = tiny_model(1), tiny_model(2)
+    before = [state_of(model) for model in models]
+    modes = [model.training for model in models]
+    config = MaskingConfig(heads=["fresh"], steps=1, batches=1)
+    first = measured(*models, config, seed=3)
+    torch.rand(7)
+    assert repr(measured(*models, config, seed=3)) == repr(first)
+    assert repr(measured(*models, config, seed=4)) != repr(first)
+    for model, state, mode in zip(models, before, modes, strict=True):
+        assert_same_state(model, state)
+        assert model.training is mode
+
+
+def test_a_head_of_another_size_is_left_out_with_the_reason() -> None:
+    two = LoadedDomain("two", CLASSES[:2], {"attack": tiny_images(3)}, {})
+    two.splits["attack"].labels.remainder_(2)
+    found = measured(tiny_model(1), tiny_model(2), restricted=two)
+    assert {head for head, _ in moments(found)} == {"fresh"}
+    assert "as many classes" in found.left_out["kept"]
+
+
+def test_a_probed_head_has_been_fitted() -> None:
+    config = MaskingConfig(heads=["fresh", "probed"], steps=0, batches=1)
+    fresh, probed = moments(measured(tiny_model(1), tiny_model(1), config)).values()
+    assert probed["loss"] < fresh["loss"]
+
+
+def test_no_head_starts_measure_nothing() -> None:
+    models = {"protected": tiny_model(), "unprotected": tiny_model()}
+    assert measure(models, tiny_spec(), tiny_task(), ATTACKED, MaskingConfig(heads=[]), 0) is None
+
+
+def test_a_loss_that_is_not_finite_is_reported_as_such() -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.fc.weight.fill_(math.inf)
+    found = audit(trio("a", 20.0, 60.0, 50.0), masking=measured(broken, tiny_model(), KEPT)).json()
+    gradient = next(each for each in found["masking"]["seen"] if each["quantity"] == "gradient")
+    assert (gradient["protected"], gradient["ratio"]) == (None, None)
+    assert gradient["unprotected"] > 0
+
+
+def test_a_model_without_normalisation_has_nothing_to_hide_in() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Linear(SIZE * SIZE, 4)
+            self.fc = nn.Linear(4, len(CLASSES))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.tanh(F.linear(images.flatten(1), self.features.weight)))
+
+    torch.manual_seed(0)
+    spec = ModelSpec("torchvision", "bare", CLASSES, 1, SIZE, (0.5,), (0.25,))
+    models = Bare().double(), Bare().double()
+    found = measured(*models, KEPT, spec=spec)
+    assert found.norms == []
+    assert [each.protected for each in found.seen if each.quantity == "hidden_gradient"] == [0.0]
+    (ratio,) = moments(found, "ratio").values()
+    assert math.isnan(ratio["hidden_gradient"])
+    assert ratio["gradient"] > 0
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1000.0, "are 1000 times as large"), (1.0, "")])
+def test_the_verdict_says_that_weights_times_1000_may_be_masking(factor: float, said: str) -> None:
+    found = audit(trio("a", 20.0, 60.0, 50.0), masking=measured(scaled(exact(), factor), exact(), KEPT))
+    assert said in " ".join(found.verdict.findings)
+    assert ("normalisation" in " ".join(found.verdict.findings)) == bool(said)

@@ -1,0 +1,397 @@
+"""The choice of the next attacker: the sampler's own draws, or rather those that recover most; nothing else ever."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sophon.attacker import HEADS, OPTIMIZERS, FineTuneStrategy, fields_outside
+from sophon.config import Config, MethodConfig
+from sophon.errors import UserError
+from sophon.protection.curriculum import RECENT, TEMPERATURE, Curriculum
+from sophon.ranges import check
+from sophon.sampler import SamplerConfig, StrategySampler
+
+Found = list[tuple[FineTuneStrategy, float]]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def method(**changes: Any) -> MethodConfig:
+    return MethodConfig(**{"name": "test", "curriculum": "bandit", **changes})
+
+
+def small(**changes: Any) -> SamplerConfig:
+    return replace(SamplerConfig(optimizers={"adam": [1e-4, 1e-1]}, heads=["kept"]), **changes)
+
+
+def bandit(sampler: SamplerConfig | None = None, **changes: Any) -> Curriculum:
+    return Curriculum(StrategySampler(sampler or small()), method(**changes))
+
+
+rates = st.tuples(st.floats(1e-8, 10), st.sampled_from([1.0, 1.5, 1e4])).map(lambda pair: [pair[0], pair[0] * pair[1]])
+samplers = st.builds(
+    SamplerConfig,
+    optimizers=st.dictionaries(st.sampled_from(sorted(OPTIMIZERS)), rates, min_size=1, max_size=4),
+    batch_sizes=st.lists(st.integers(1, 64), min_size=1, max_size=3),
+    steps=st.tuples(st.integers(1, 50), st.integers(0, 50)).map(lambda pair: [pair[0], sum(pair)]),
+    heads=st.lists(st.sampled_from(HEADS), min_size=1, max_size=4),
+    scopes=st.lists(st.sampled_from(["all", "head", "last_blocks"]), min_size=1, max_size=4),
+    weight_decays=st.lists(st.floats(0, 0.1), min_size=1, max_size=3),
+    surgeries=st.lists(st.sampled_from([[], [{"operation": "noise", "scale": 0.1}]]), min_size=1, max_size=3),
+)
+everyone = StrategySampler(SamplerConfig(optimizers={name: [1e-9, 1e6] for name in OPTIMIZERS}, scopes=["all", "head"]))
+# attackers of any kind, mostly not the sampler's, with any success at all
+lessons = st.lists(
+    st.lists(st.tuples(st.integers(0, 10**6).map(lambda seed: everyone.sample(seeded(seed))), st.floats()), max_size=4),
+    max_size=6,
+)
+methods = st.builds(
+    method, curriculum_share=st.sampled_from([0.0, 0.3, 1.0]), curriculum_memory=st.sampled_from([0.0, 0.9])
+)
+
+
+# --- what can be drawn --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(samplers, lessons, st.integers(0, 2**63 - 1))
+def test_uniform_draws_are_those_of_the_sampler(config: SamplerConfig, taught: list[Found], seed: int) -> None:
+    curriculum = Curriculum(StrategySampler(config), MethodConfig(name="test"))
+    before = curriculum.table()
+    for step in taught:
+        curriculum.learn_all(step)
+    generator, same = seeded(seed), seeded(seed)
+    for _ in range(3):
+        assert curriculum.draw(generator) == StrategySampler(config).sample(same)
+    assert torch.equal(generator.get_state(), same.get_state())
+    assert curriculum.table() == before
+
+
+@settings(max_examples=40, deadline=None)
+@given(samplers, methods, lessons, st.integers(0, 2**63 - 1))
+def test_every_draw_lies_in_the_support_whatever_was_learnt(
+    config: SamplerConfig, chosen: MethodConfig, taught: list[Found], seed: int
+) -> None:
+    sampler = StrategySampler(config)
+    curriculum, generator = Curriculum(sampler, chosen), seeded(seed)
+    for step in taught:
+        own = [(curriculum.draw(generator), success) for _, success in step]
+        curriculum.learn_all([*step, *own])
+    support = json.loads(json.dumps(curriculum.support(), allow_nan=False))
+    assert support == sampler.support()
+    for _ in range(5):
+        strategy = curriculum.draw(generator)
+        strategy.validate("drawn")
+        assert fields_outside(support, strategy) == ()
+    for name, arms in json.loads(json.dumps(curriculum.table(), allow_nan=False)).items():
+        assert len(arms) > 1, name
+        assert math.fsum(arms.values()) == pytest.approx(1, abs=1e-12)
+        assert min(arms.values()) > 0
+
+
+def test_what_the_sampler_lacks_is_held_out_however_well_it_recovers() -> None:
+    curriculum = bandit(small(optimizers={"adam": [1e-4, 1e-2], "sgd": [0.1, 0.1]}, heads=["kept", "probed"]))
+    before = curriculum.table()
+    for outside in (
+        {"optimizer": "rmsprop", "lr": 1e-3},
+        {"optimizer": "adam", "lr": 0.5},
+        {"optimizer": "sgd", "lr": 0.05},
+    ):
+        strategy = FineTuneStrategy(head="fresh", **outside)
+        for success in range(20):
+            curriculum.learn(strategy, success)
+    assert curriculum.table() == before
+
+
+def test_draws_depend_on_the_generator_alone() -> None:
+    curriculum = bandit(small(heads=["kept", "fresh"], steps=[1, 50]))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = [curriculum.draw(generator) for generator in [seeded(3)] for _ in range(5)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert [curriculum.draw(generator) for generator in [seeded(3)] for _ in range(5)] == first
+    assert len(set(first)) == 5
+
+
+def test_operations_are_arms_like_any_other_value() -> None:
+    noise = {"operation": "noise", "scale": 0.1}
+    config = small(surgeries=[[], [noise, {"operation": "renormalise"}], [{"operation": "noise"}]])
+    plans = StrategySampler(config).choices()["surgery"]
+    curriculum, generator = bandit(config), seeded()
+    labels = ["none", "noise(scale=0.1) + renormalise", "noise"]
+    assert curriculum.table()["surgery"] == pytest.approx(dict.fromkeys(labels, 1 / 3))
+    assert {curriculum.draw(generator).surgery for _ in range(40)} == set(plans)
+    for _ in range(20):
+        curriculum.learn_all([(replace(curriculum.draw(generator), surgery=plan), len(plan)) for plan in plans])
+    assert sorted(labels, key=curriculum.table()["surgery"].__getitem__) == ["none", "noise", labels[1]]
+
+
+# --- before anything is learnt ------------------------------------------------------------------------------------
+
+
+def test_the_first_table_is_the_samplers() -> None:
+    config = small(
+        optimizers={"sgd": [0.1, 0.1], "adam": [1e-4, 1e-1], "momentum": None}, scopes=["all", "all", "all", "head"]
+    )
+    thirds = {"adam low": 1 / 6, "adam middle": 1 / 6, "adam high": 1 / 6}
+    assert bandit(config).table() == {
+        "optimizer": pytest.approx({**thirds, "sgd": 1 / 2}),
+        "scope": pytest.approx({"all": 0.75, "head": 0.25}),
+    }
+
+
+def test_a_sampler_without_a_choice_has_no_table() -> None:
+    curriculum = bandit(small(optimizers={"sgd": [0.1, 0.1]}, batch_sizes=[32, 32]))
+    strategy = curriculum.draw(seeded())
+    assert (strategy.optimizer, strategy.batch_size) == ("sgd", 32)
+    assert strategy.lr == pytest.approx(0.1, rel=1e-12)
+    curriculum.learn(strategy, 1.0)
+    assert curriculum.table() == {}
+
+
+def test_draws_follow_the_table_and_rates_are_log_uniform_in_their_third() -> None:
+    curriculum, generator = bandit(small(heads=["kept", "kept", "fresh"], steps=[3, 5])), seeded()
+    for _ in range(4):
+        curriculum.learn_all([(FineTuneStrategy("adam", lr, head="fresh"), -lr) for lr in (2e-4, 5e-2)])
+    table = curriculum.table()
+    draws = [curriculum.draw(generator) for _ in range(3000)]
+    places = torch.tensor([math.log10(draw.lr) for draw in draws], dtype=torch.float64) + 4  # a decade to each third
+
+    def seen(count: float, p: float) -> bool:
+        return abs(count - 3000 * p) < 5 * math.sqrt(3000 * p * (1 - p))
+
+    assert seen(sum(draw.head == "fresh" for draw in draws), table["head"]["fresh"])
+    assert all(seen(sum(draw.steps == steps for draw in draws), 1 / 3) for steps in (3, 4, 5))
+    counts = places.histc(bins=9, min=0, max=3).view(3, 3)
+    for row, part in zip(counts, ("low", "middle", "high"), strict=True):
+        assert all(seen(float(count), table["optimizer"][f"adam {part}"] / 3) for count in row)
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+def reference(taught: Sequence[Found], values: Sequence[str], *, share: float, memory: float) -> list[float]:
+    """Follow the definition for the heads ``values``, equally likely, with every pair compared."""
+    scores = [0.0] * len(values)
+    for at, step in enumerate(taught):
+        recent = [success for earlier in taught[max(0, at - RECENT + 1) : at + 1] for _, success in earlier]
+        for place, value in enumerate(values):
+            ranks = [
+                sum((other < success) - (other > success) for other in recent) / len(recent)
+                for strategy, success in step
+                if strategy.head == value
+            ]
+            if ranks:
+                scores[place] = memory * scores[place] + (1 - memory) * sum(ranks) / len(ranks)
+    odds = [math.exp(score / TEMPERATURE) for score in scores]
+    return [share / len(values) + (1 - share) * each / sum(odds) for each in odds]
+
+
+def class_of(seed: int, steps: int, most: int) -> list[Found]:
+    """Make up a few successes a step, some of them equal."""
+    generator = seeded(seed)
+
+    def number(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    return [
+        [(FineTuneStrategy("adam", 1e-3, head=HEADS[number(3)]), float(number(9))) for _ in range(1 + number(most))]
+        for _ in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(("share", "memory"), [(0.3, 0.9), (0.0, 0.5), (1.0, 0.0)])
+def test_the_table_is_the_definitions(share: float, memory: float) -> None:
+    curriculum = bandit(small(heads=list(HEADS)), curriculum_share=share, curriculum_memory=memory)
+    taught = class_of(0, RECENT + 20, 4)
+    for count, step in enumerate(taught, start=1):
+        curriculum.learn_all(step)
+        if count in (1, 2, 10, RECENT, RECENT + 1, RECENT + 20):
+            expected = reference(taught[:count], HEADS, share=share, memory=memory)
+            assert [curriculum.table()["head"][name] for name in HEADS] == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.randoms())
+def test_the_order_within_a_step_does_not_matter(seed: int, chance: Any) -> None:
+    one, other = bandit(small(heads=list(HEADS))), bandit(small(heads=list(HEADS)))
+    for step in class_of(seed, 5, 8):
+        one.learn_all(step)
+        chance.shuffle(step)
+        other.learn_all(step)
+    assert one.table() == other.table()
+    assert one.record() == other.record()
+
+
+def test_only_the_order_of_successes_counts() -> None:
+    plain, bent = bandit(small(heads=list(HEADS))), bandit(small(heads=list(HEADS)))
+    for step in class_of(1, 20, 4):
+        plain.learn_all(step)
+        bent.learn_all([(strategy, -math.exp(100 - 10 * success)) for strategy, success in step])
+    assert plain.table() == bent.table()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_ignored(bad: float) -> None:
+    curriculum, same = bandit(small(heads=list(HEADS))), bandit(small(heads=list(HEADS)))
+    for step in class_of(2, 5, 4):
+        same.learn_all(step)
+        curriculum.learn_all([(FineTuneStrategy("adam", 1e-3, head="kept"), bad), *step])
+        curriculum.learn(FineTuneStrategy("adam", 1e-3, head="probed"), bad)
+        curriculum.learn_all([])
+    assert curriculum.record() == same.record()
+
+
+def test_a_loss_of_any_size_leaves_the_table_finite() -> None:
+    curriculum = bandit(small(heads=["kept", "fresh"]))
+    for _ in range(10):
+        curriculum.learn_all(
+            [(FineTuneStrategy("adam", 1e-3, head=h), s) for h, s in (("kept", -1e308), ("fresh", 1e308))]
+        )
+    assert curriculum.table()["head"]["kept"] == pytest.approx(0.15, abs=0.01)
+
+
+def test_what_was_learnt_survives_json() -> None:
+    taught = class_of(3, RECENT + 5, 3)
+    curriculum = bandit(small(heads=list(HEADS)))
+    for step in taught[:-3]:
+        curriculum.learn_all(step)
+    record = json.loads(json.dumps(curriculum.record(), allow_nan=False))
+    other = bandit(small(heads=list(reversed(HEADS))))
+    other.learn_all(taught[0])  # overwritten
+    other.restore(record)
+    for step in taught[-3:]:
+        curriculum.learn_all(step)
+        other.learn_all(step)
+    assert other.record() == curriculum.record()
+    table = bandit(small(heads=list(HEADS)))
+    table.restore(json.loads(json.dumps(curriculum.record())))
+    assert table.table() == curriculum.table()
+
+
+def test_the_record_does_not_move_with_the_curriculum() -> None:
+    curriculum = bandit(small(heads=list(HEADS)))
+    first, *rest = class_of(4, 5, 3)
+    curriculum.learn_all(first)
+    record = curriculum.record()
+    copy = json.dumps(record)
+    curriculum.restore(record)
+    for step in rest:
+        curriculum.learn_all(step)
+    assert json.dumps(record) == copy
+
+
+def test_an_empty_record_is_a_new_start() -> None:
+    curriculum = bandit(small(heads=list(HEADS)))
+    before = curriculum.table()
+    for step in class_of(5, 5, 3):
+        curriculum.learn_all(step)
+    assert curriculum.table() != before
+    curriculum.restore({})
+    assert curriculum.table() == before
+
+
+# --- adversaries --------------------------------------------------------------------------------------------------
+
+
+def play(
+    curriculum: Curriculum,
+    steps: int,
+    success: Callable[[FineTuneStrategy], float],
+    seed: int = 0,
+    noise: float = 0.2,
+) -> list[Any]:
+    """Let the curriculum choose its own attackers, two a step; return the table after each step."""
+    generator, tables = seeded(seed), []
+    for _ in range(steps):
+        drawn = [curriculum.draw(generator) for _ in range(2)]
+        extra = noise * torch.randn(2, generator=generator, dtype=torch.float64)
+        curriculum.learn_all([(each, success(each) + more) for each, more in zip(drawn, extra.tolist(), strict=True)])
+        tables.append(curriculum.table())
+    return tables
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1])
+def test_the_best_arm_takes_all_but_the_uniform_share(share: float) -> None:
+    curriculum = bandit(small(heads=list(HEADS)), curriculum_share=share)
+    tables = play(curriculum, 500, lambda each: each.head == "fresh", noise=0.0)
+    largest = 1 - share + share / 3
+    assert all(largest - 0.005 < table["head"]["fresh"] <= largest + 1e-12 for table in tables[400:])
+    assert all(min(table["head"].values()) >= share / 3 for table in tables)
+
+
+def test_a_field_that_does_not_matter_is_not_decided() -> None:
+    tables = play(bandit(small(heads=list(HEADS))), 300, lambda each: each.head == "fresh")
+    average = [sum(table["optimizer"][name] for table in tables) / 300 for name in tables[0]["optimizer"]]
+    assert all(0.2 < p < 0.5 for p in average)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_third_of_one_optimizers_rates_is_found_among_24_arms(seed: int) -> None:
+    curriculum = bandit(small(optimizers={name: [1e-4, 1e-1] for name in OPTIMIZERS}))
+    tables = play(curriculum, 300, lambda each: each.optimizer == "adam" and each.lr > 1e-2, seed)
+    assert len(tables[-1]["optimizer"]) == 24
+    assert tables[-1]["optimizer"]["adam high"] > 0.8 * (0.7 + 0.3 / 24)
+    assert sum(tables[-1]["optimizer"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_curriculum_follows_a_success_that_moves(seed: int) -> None:
+    curriculum = bandit(small(heads=["kept", "fresh"]))
+    best = 1 - 0.3 + 0.3 / 2
+    assert play(curriculum, 150, lambda each: each.head == "kept", seed)[-1]["head"]["kept"] > 0.95 * best
+    # within RECENT steps: the uniform share sees the other head 0.3 times a step, and must about ten times
+    after = play(curriculum, RECENT, lambda each: each.head == "fresh", seed + 10)
+    assert after[-1]["head"]["fresh"] > 0.95 * best
+    assert all(before["head"]["fresh"] > 0.14 for before in after)
+
+
+def test_a_success_that_a_defence_takes_away_is_left_for_the_next_best() -> None:
+    curriculum, worth = bandit(small(heads=list(HEADS))), dict(zip(HEADS, (1.0, 2.0, 3.0), strict=True))
+    visited = []
+    for seed in range(4):
+        last = play(curriculum, RECENT + 60, lambda each: worth[each.head], seed)[-1]["head"]
+        visited.append(max(last, key=last.__getitem__))
+        worth[visited[-1]] -= 2.5  # what is simulated most is defended against
+    assert visited == ["probed", "fresh", "kept", "probed"]
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("curriculum", "greedy", "allowed: bandit, uniform"),
+        *(("curriculum_share", bad, ">= 0 and <= 1") for bad in (-0.1, 1.1, math.nan)),
+        *(("curriculum_memory", bad, ">= 0 and < 1") for bad in (-0.1, 1.0, math.nan)),
+    ],
+)
+def test_a_bad_setting_is_named_on_one_line(key: str, value: Any, allowed: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(Config(name="test", pretrain=FineTuneStrategy(), method=method(**{key: value})))
+    message = str(caught.value)
+    assert message.startswith(f"method.{key}: ")
+    assert str(value) in message
+    assert allowed in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("ends", [{"curriculum_share": 0.0}, {"curriculum_share": 1, "curriculum_memory": 0.0}])
+def test_the_ends_of_the_ranges_are_allowed(ends: dict[str, Any]) -> None:
+    check(Config(name="test", pretrain=FineTuneStrategy(), method=method(**ends)))
+    curriculum = bandit(small(heads=list(HEADS)), **ends)
+    tables = play(curriculum, 30, lambda each: each.head == "kept", seed=0)
+    assert all(0 < p < 1 for table in tables for p in table["head"].values())

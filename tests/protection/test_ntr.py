@@ -1,0 +1,222 @@
+"""NTR against a loop written out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from sophon.config import MethodConfig
+from sophon.domains import batches
+from sophon.errors import UserError
+from sophon.losses import distillation, well_conditioning
+from sophon.protection.inner_loop import Objective
+from sophon.protection.ntr import NTR
+from sophon.protection.objectives.condition import Condition
+from sophon.seeds import derive_seed
+from sophon.tasks import ClassificationTask, Task
+from tests.protection.staged import context, training
+from tests.tiny import (
+    assert_same_state,
+    state_of,
+    tiny_denoising,
+    tiny_images,
+    tiny_model,
+    tiny_spec,
+    tiny_task,
+    tiny_unet,
+)
+
+IMAGES = tiny_images(3)
+METHOD = MethodConfig(name="test", ntr_lr=0.01, ntr_batch_size=10, ntr_augmentation="crop")
+
+
+def make_ntr(
+    model: nn.Module, reference: nn.Module, task: Task, seed: int, objectives: Sequence[Objective] = ()
+) -> NTR:
+    found = context(model, task, METHOD, reference=reference, original=training(IMAGES), seed=seed)
+    return NTR(found, objectives)
+
+
+def distilling(weight: float) -> ClassificationTask:
+    return ClassificationTask(tiny_spec(), distillation=weight, temperature=2.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("factor", "anneal"), [(1.0, False), (1.0, True), (0.25, False), (0.25, True)])
+@pytest.mark.parametrize("weight", [0.0, 0.8])
+def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -> None:
+    reference = tiny_model(1)
+    expected, total = copy.deepcopy(reference).train(), 0.0
+    with torch.no_grad():
+        expected.fc.weight.add_(0.3)  # so that there is something to distil
+    model = copy.deepcopy(expected)
+    adam = torch.optim.Adam(expected.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 2, "repair"))
+    for step, (images, labels) in enumerate(islice(batches(IMAGES, 10, generator, "crop"), 6)):
+        adam.param_groups[0]["lr"] = 0.01 * factor * (0.5 * (1 + math.cos(math.pi * step / 6)) if anneal else 1)
+        inputs = (images.double() / 255 - 0.5) / 0.25
+        logits = expected(inputs)
+        loss = nn.functional.cross_entropy(logits, labels)
+        loss = loss + weight * distillation(logits, reference.eval()(inputs), 2.0)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        total += loss.item()
+
+    ntr = make_ntr(model, reference, distilling(weight), 5)
+    assert ntr.run(6, 2, "repair", factor=factor, anneal=anneal) == pytest.approx(total / 6, rel=1e-12)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+
+def test_moments_live_on_between_runs() -> None:
+    """Two runs of Adam with one set of moments, not two of one step each."""
+    model = tiny_model(1)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 5)
+    ntr.run(1, 0)
+    ntr.run(2, 1)
+    assert {float(state["step"]) for state in ntr.optimizer.state.values()} == {3.0}
+
+
+def test_annealing_and_factor_last_for_one_run() -> None:
+    """What follows a repair, or a round at a low rate, trains at the full rate again."""
+    model = tiny_model(1)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 5)
+    ntr.run(4, 0, anneal=True)
+    assert ntr.optimizer.param_groups[0]["lr"] < 0.2 * METHOD.ntr_lr
+    ntr.run(1, 1)
+    assert ntr.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
+    ntr.run(1, 2, factor=0.5)
+    assert ntr.optimizer.param_groups[0]["lr"] == 0.5 * METHOD.ntr_lr
+    ntr.run(1, 3)
+    assert ntr.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.8])
+def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
+    """Of the loss that `run` would step by first; nothing moves but BatchNorm's statistics, by that one batch."""
+    reference, model = tiny_model(1), tiny_model(2)
+    reference_before, expected = state_of(reference), copy.deepcopy(model).train()
+    generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 2, 1, "anchor"))
+    images, labels = next(batches(IMAGES, 10, generator, "crop"))
+    inputs = (images.double() / 255 - 0.5) / 0.25
+    logits = expected(inputs)
+    loss = nn.functional.cross_entropy(logits, labels)
+    loss = loss + weight * distillation(logits, reference.eval()(inputs), 2.0)
+    loss.backward()
+
+    ntr = make_ntr(model, reference, distilling(weight), 5)
+    found = ntr.gradient(2, 1, "anchor")
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-13)
+        assert not found[name].requires_grad
+    assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-2
+    assert_same_state(model, state_of(expected))
+    assert_same_state(reference, reference_before)
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *reference.parameters()))
+    assert not ntr.optimizer.state
+
+
+def test_gradient_is_the_first_step_of_a_run_with_its_key() -> None:
+    """And asking for it does not disturb the run."""
+    model = tiny_model(1)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 5)
+    found = ntr.gradient(3)
+    steps: list[dict[str, torch.Tensor]] = []
+    ntr.optimizer.register_step_pre_hook(
+        lambda *_: steps.append({name: p.grad for name, p in model.named_parameters()})
+    )
+    loss = ntr.run(2, 3)
+    assert all(torch.equal(found[name], gradient) for name, gradient in steps[0].items())
+    assert loss == make_ntr(tiny_model(1), tiny_model(1), tiny_task(), 5).run(2, 3)
+
+
+def test_key_and_seed_decide_the_gradient() -> None:
+    def gradient(seed: int, *key: object) -> float:
+        torch.manual_seed(seed + len(key))  # what came before must not matter
+        found = make_ntr(tiny_model(1), tiny_model(1), tiny_task(), seed).gradient(*key)
+        return float(found["conv1.weight"].sum())
+
+    assert gradient(1, 0) == gradient(1, 0)
+    assert len({gradient(1, 0), gradient(2, 0), gradient(1, 1), gradient(1, 0, "anchor")}) == 4
+
+
+def test_key_and_seed_decide_the_batches() -> None:
+    def loss(seed: int, *key: object) -> float:
+        return make_ntr(tiny_model(1), tiny_model(1), tiny_task(), seed).run(2, *key)
+
+    assert loss(1, 0) == loss(1, 0)
+    assert len({loss(1, 0), loss(2, 0), loss(1, 1), loss(1, 0, "repair")}) == 4
+
+
+def test_zero_steps_do_nothing() -> None:
+    model = tiny_model(1)
+    before = state_of(model)
+    assert make_ntr(model, tiny_model(1), tiny_task(), 0).run(0, 0) == 0
+    assert_same_state(model, before)
+
+
+def test_loss_that_is_not_finite() -> None:
+    model = tiny_model(1)
+    with torch.no_grad():
+        model.fc.bias[0] = torch.inf
+    before = state_of(model)
+    ntr = make_ntr(model, tiny_model(1), tiny_task(), 0)
+    for ask in (lambda: ntr.run(3, 0), lambda: ntr.gradient(0)):
+        with pytest.raises(UserError, match=r"method.ntr_lr: .* nan at ntr_lr=0.01, fts_lr=.*lower") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name])
+
+
+def test_distillation_pulls_to_the_reference() -> None:
+    """From a disturbed copy, the distilled model ends nearer to the reference's outputs, which stay what they were."""
+    reference = tiny_model(1)
+    before = state_of(reference)
+    task = distilling(0.0)
+    inputs = task.prepare(IMAGES.images)
+
+    def distance(weight: float) -> float:
+        torch.manual_seed(0)
+        model = copy.deepcopy(reference)
+        with torch.no_grad():
+            model.fc.weight.add_(torch.randn_like(model.fc.weight))
+        make_ntr(model, reference, distilling(weight), 0).run(100, 0)
+        gap = model.eval()(inputs).log_softmax(1) - reference.eval()(inputs).log_softmax(1)
+        return float(gap.detach().abs().mean())
+
+    assert distance(20.0) < 0.5 * distance(0.0)
+    assert_same_state(reference, before)
+
+
+def test_condition_keeps_the_originals_features_well_conditioned() -> None:
+    """One step's gradient is that of the sum; the batch is recorded in statistics once."""
+    model = tiny_model(1).train()
+    expected, recorded = copy.deepcopy(model), copy.deepcopy(model)
+    found = make_ntr(model, tiny_model(1), tiny_task(), 5, [Condition(0.7)]).gradient(3)
+    make_ntr(recorded, tiny_model(1), tiny_task(), 5).gradient(3)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, recorded.get_buffer(name))
+
+    generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 3))
+    images, labels = next(batches(IMAGES, 10, generator, "crop"))
+    seen: list[torch.Tensor] = []
+    expected.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    loss = nn.functional.cross_entropy(expected((images.double() / 255 - 0.5) / 0.25), labels)
+    loss = loss + 0.7 * well_conditioning(seen[0])
+    gradients = torch.autograd.grad(loss, list(expected.parameters()))
+    for name, gradient in zip(dict(expected.named_parameters()), gradients, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_condition_needs_features() -> None:
+    ntr = make_ntr(tiny_unet(), tiny_unet(), tiny_denoising(), 5, [Condition(0.7)])
+    with pytest.raises(UserError, match=r"^method\.objectives\.condition: "):
+        ntr.run(1, 0)

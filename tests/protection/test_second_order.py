@@ -1,0 +1,317 @@
+"""The exact engine against one graph of all the steps, kept by plain `higher`, in float64.
+
+What is compared starts from the same seed and draws in the same order: the attacker's step, then the query.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sophon.attacker import OPTIMIZERS, FineTuneStrategy, learning_rate
+from sophon.optimizers import build_optimizer
+from sophon.protection.differentiable import DifferentiableAttacker, innerloop
+from sophon.protection.first_order import first_order
+from sophon.protection.inner_loop import Simulation, frozen_statistics, query_weights
+from sophon.protection.second_order import second_order
+from sophon.tasks import Task
+from tests.tiny import (
+    TinyNet,
+    assert_same_state,
+    state_of,
+    tiny_batches,
+    tiny_denoising,
+    tiny_model,
+    tiny_task,
+    tiny_unet,
+)
+
+STEPS = 5
+SEED = 11
+RATES = {"adadelta": 1.0, "sgd": 0.1, "momentum": 0.05, "nesterov": 0.05, "adagrad": 0.02, "rmsprop": 0.005}
+ADAPT = tiny_batches(1, 16, 6)
+QUERY = tiny_batches(2, 16, 6)
+GAMMA = query_weights("linear", STEPS, 1)
+
+
+class Remembering(TinyNet):
+    """Draws a dropout mask, and scales its answer by a number of passes that it counts itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes.add_(1)
+        features = self.dropout(torch.tanh(self.bn1(self.conv1(images))))
+        features = torch.tanh(self.bn2(self.conv2(features)))
+        return self.fc(features.mean((2, 3))) * (1 + 0.1 * self.passes)
+
+
+def remembering() -> nn.Module:
+    torch.manual_seed(0)
+    return Remembering().double()
+
+
+def strategy(optimizer: str, scope: str = "all", **changes: Any) -> FineTuneStrategy:
+    base = FineTuneStrategy(optimizer, RATES.get(optimizer, 0.01), 0.01, "cosine", steps=STEPS, scope=scope)
+    return replace(base, **changes)
+
+
+def simulated(
+    engine: Callable[..., Any],
+    model: nn.Module,
+    plan: FineTuneStrategy,
+    task: Task | None = None,
+    gammas: Sequence[float] = GAMMA,
+    **options: Any,
+) -> Any:
+    torch.manual_seed(SEED)
+    return engine(copy.deepcopy(model), plan, task or tiny_task(), iter(ADAPT), iter(QUERY), gammas, **options)
+
+
+def one_graph(
+    attacker: nn.Module,
+    plan: FineTuneStrategy,
+    task: Task,
+    adapt: Any,
+    query: Any,
+    gammas: Sequence[float],
+    cuts: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """Keep the graph of all steps, and differentiate it once.
+
+    Before the steps named by ``cuts`` the weights become the first ones plus a constant, the optimizer's state one.
+    """
+    trainable = task.train_mode(attacker, plan.scope)
+    attacker.requires_grad_(True)
+    optimizer = build_optimizer(plan, trainable.values())
+    total = torch.zeros((), dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH), innerloop(attacker, optimizer) as (model, steps):
+        first = list(model.parameters())
+        for step, gamma in enumerate(gammas):
+            if step in cuts:
+                model.update_params([a + (p - a).detach() for a, p in zip(first, model.parameters(), strict=True)])
+                for state in steps.state[0].values():
+                    state.update({key: v.detach() for key, v in state.items() if isinstance(v, Tensor)})
+            loss = task.attacker_loss(model, next(adapt))
+            steps.step(loss, override={"lr": [learning_rate(plan, step)]})
+            if gamma:
+                with frozen_statistics(model):
+                    total = total + gamma * task.suppression_loss(model, next(query))
+    parameters = dict(attacker.named_parameters())
+    found = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def assert_same_gradients(run: Simulation, expected: dict[str, Tensor]) -> None:
+    assert set(run.gradients) == set(expected)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-4
+    for name, gradient in run.gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-10)
+
+
+# ---- exact ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["all", pytest.param("head", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_segment_gives_the_gradient_of_one_graph(optimizer: str, scope: str) -> None:
+    model, plan = tiny_model(), strategy(optimizer, scope)
+    expected = simulated(one_graph, model, plan)
+    for segment in (1, 2, 3, STEPS, 2 * STEPS):
+        assert_same_gradients(simulated(second_order, model, plan, segment=segment), expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    segment=st.integers(1, 7),
+    gammas=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=6).filter(any),
+    optimizer=st.sampled_from(["sgd", "adamw"]),
+)
+def test_queries_may_come_at_any_step(segment: int, gammas: list[float], optimizer: str) -> None:
+    """With no query after it, a step is taken all the same, but there is nothing to differentiate."""
+    model, plan = tiny_model(), strategy(optimizer, steps=len(gammas))
+    run = simulated(second_order, model, plan, gammas=gammas, segment=segment)
+    assert_same_gradients(run, simulated(one_graph, model, plan, gammas=gammas))
+    assert (len(run.attacker_losses), len(run.query_losses)) == (len(gammas), sum(map(bool, gammas)))
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, STEPS])
+def test_a_step_taken_again_draws_and_remembers_the_same(segment: int) -> None:
+    """Dropout masks are the same, buffers as they were then; the global generator ends as if each step were one."""
+    model, plan = remembering(), strategy("adam")
+    expected = simulated(one_graph, model, plan)
+    drawn = torch.rand(3)
+    assert_same_gradients(simulated(second_order, model, plan, segment=segment), expected)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scope"),
+    [
+        pytest.param("adam", "all", marks=pytest.mark.slow),
+        pytest.param("momentum", "attention", marks=pytest.mark.slow),
+        pytest.param("adamw", "last_blocks", marks=pytest.mark.slow),
+        pytest.param("rmsprop", "head", marks=pytest.mark.slow),
+    ],
+)
+def test_a_unet_with_attention(optimizer: str, scope: str) -> None:
+    model, plan = tiny_unet(conditional=True), strategy(optimizer, scope, head="kept", steps=3)
+    task, gammas = tiny_denoising(conditional=True), query_weights("uniform", 3, 1)
+    expected = simulated(one_graph, model, plan, task, gammas)
+    for segment in (1, 2):
+        assert_same_gradients(simulated(second_order, model, plan, task, gammas, segment=segment), expected)
+
+
+@pytest.mark.parametrize("segment", [1, 2, STEPS])
+def test_the_attacker_is_left_as_it_was(segment: int) -> None:
+    model = tiny_model()
+    before = state_of(model)
+    second_order(model, strategy("adam"), tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, segment=segment)
+    assert_same_state(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"segment": 2}, {"window": 2}, {"window": 0}])
+def test_losses_are_those_of_the_attacker_on_its_way(options: dict[str, int]) -> None:
+    model, plan = tiny_model(), strategy("adam")
+    run, way = simulated(second_order, model, plan, **options), simulated(first_order, model, plan)
+    assert run.attacker_losses == pytest.approx(way.attacker_losses, rel=1e-10)
+    assert run.query_losses == pytest.approx(way.query_losses, rel=1e-10)
+    assert run.optimizer_state is None
+
+
+def test_a_diverging_attacker_is_reported() -> None:
+    run = simulated(second_order, tiny_model(), strategy("sgd", lr=1e200))
+    assert len(run.attacker_losses) == len(run.query_losses) == STEPS
+    assert not all(map(math.isfinite, run.query_losses))
+
+
+# ---- truncated ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [tiny_model, remembering])
+@pytest.mark.parametrize("scope", ["all", "head"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_window_of_no_step_is_first_order(optimizer: str, scope: str, model: Callable[[], nn.Module]) -> None:
+    plan = strategy(optimizer, scope)
+    expected = simulated(first_order, model(), plan).gradients
+    assert_same_gradients(simulated(second_order, model(), plan, window=0), expected)
+
+
+@pytest.mark.parametrize("window", [STEPS, STEPS + 3])
+def test_a_window_of_all_steps_is_exact(window: int) -> None:
+    model, plan = tiny_model(), strategy("nesterov")
+    expected = simulated(one_graph, model, plan)
+    assert_same_gradients(simulated(second_order, model, plan, window=window), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment", [1, 2, 4])
+@pytest.mark.parametrize(("window", "cuts"), [(1, (1, 2, 3, 4)), (2, (1, 3)), (3, (2,)), (4, (1,))])
+@pytest.mark.parametrize(("optimizer", "scope"), [("momentum", "all"), ("adamw", "all"), ("adam", "head")])
+def test_a_window_cuts_the_graph_where_it_says(
+    optimizer: str, scope: str, window: int, cuts: tuple[int, ...], segment: int
+) -> None:
+    model, plan = remembering(), strategy(optimizer, scope)
+    exact, expected = simulated(one_graph, model, plan), simulated(one_graph, model, plan, cuts=cuts)
+    assert_same_gradients(simulated(second_order, model, plan, window=window, segment=segment), expected)
+    assert any(not torch.allclose(exact[name], expected[name], rtol=1e-3, atol=1e-6) for name in exact)
+
+
+def test_a_query_after_the_last_step_has_the_whole_window() -> None:
+    model, plan, gammas = tiny_model(), strategy("adam"), query_weights("last", STEPS, 1)
+    expected = simulated(one_graph, model, plan, gammas=gammas, cuts=(STEPS - 3,))
+    assert_same_gradients(simulated(second_order, model, plan, gammas=gammas, window=3), expected)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Bytes that graphs hold for their backward passes, and the most that they have held at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        held, size = self, tensor.numel() * tensor.element_size()
+
+        class Saved:
+            def __init__(self) -> None:
+                self.tensor = tensor.detach()
+                held.now += size
+                held.most = max(held.most, held.now)
+
+            def __del__(self) -> None:
+                held.now -= size
+
+        return Saved()
+
+
+def most_held(steps: int, optimizer: str = "adam", **options: Any) -> int:
+    held, model = Held(), tiny_model()
+    plan, gammas = strategy(optimizer, steps=steps), query_weights("uniform", steps, 1)
+    with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda saved: saved.tensor):
+        simulated(second_order, model, plan, gammas=gammas, **options)
+    return held.most
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_what_graphs_hold_grows_with_the_segment_and_not_with_the_steps(optimizer: str) -> None:
+    few, many = most_held(3, optimizer), most_held(12, optimizer)
+    assert 0 < many < 1.02 * few
+    assert most_held(12, optimizer, segment=3) < 4 * many
+    assert most_held(12, optimizer, segment=12) > 6 * many
+    assert most_held(12, optimizer, segment=12, window=3) < 4 * many
+
+
+# ---- the attacker that goes back ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_loading_puts_back_all_that_the_next_steps_depend_on(optimizer: str) -> None:
+    task, plan, attacker = tiny_task(), strategy(optimizer), remembering()
+    inner = DifferentiableAttacker(attacker, build_optimizer(plan, attacker.parameters()))
+
+    def walk(first: int, last: int) -> list[Tensor]:
+        for step in range(first, last):
+            inner.step(task.attacker_loss(inner.model, ADAPT[step]), plan.lr, graph=False)
+        assert not any(tensor.grad_fn for tensor in inner.position())
+        return [value.detach().clone() for value in (*inner.position(), *inner.model.buffers(), torch.rand(2))]
+
+    walk(0, 2)
+    note = inner.save()
+    there = walk(2, 4)
+    inner.load(note)
+    again = walk(2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(there, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(there, walk(4, 5), strict=True) if a.numel() > 1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_without_a_graph_are_those_of_torch_optim(optimizer: str) -> None:
+    """To the last digits of float64, whatever type torch counts its steps in."""
+    task, plan, model = tiny_task(), strategy(optimizer, lr=0.1), tiny_model()
+    attacker, plain = copy.deepcopy(model), copy.deepcopy(model)
+    inner = DifferentiableAttacker(attacker, build_optimizer(plan, attacker.parameters()))
+    stepper = build_optimizer(plan, plain.parameters())
+    for batch in ADAPT[:3]:
+        inner.step(task.attacker_loss(inner.model, batch), plan.lr, graph=False)
+        stepper.zero_grad()
+        task.attacker_loss(plain, batch).backward()
+        stepper.step()
+    for name, weight in inner.parameters().items():
+        torch.testing.assert_close(weight, plain.get_parameter(name), rtol=1e-11, atol=1e-13)

@@ -1,0 +1,238 @@
+"""Surgery of simulated attackers: the same start as the audit's, and how it follows the released weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sophon.attacker import Operation, operations_from
+from sophon.errors import UserError
+from sophon.protection.starts import check_simulated, start
+from sophon.surgery import OPERATIONS, Means, operate
+from tests.surgery.surgical import fresh_state, means_for, resnet, unet
+from tests.tiny import assert_same_state, state_of, tiny_domain, tiny_model
+
+ORIGINAL = tiny_domain("original", ("train",))
+SCALE_FREE = ("conv1.weight", "conv2.weight")
+
+
+def operations(*entries: Any) -> tuple[Operation, ...]:
+    return operations_from("surgery", [{"operation": each} if isinstance(each, str) else each for each in entries])
+
+
+def means_at_hand() -> Means:
+    return means_for(original=ORIGINAL)
+
+
+def started(model: nn.Module, chosen: tuple[Operation, ...]) -> tuple[nn.Module, dict[str, Any]]:
+    """Operate on a copy; all that is drawn is the same every time."""
+    attacker = copy.deepcopy(model)
+    torch.manual_seed(5)
+    return attacker, start(attacker, chosen, means_at_hand())
+
+
+def tangent(weight: Tensor, index: int, per: str | None) -> Tensor:
+    """Return the direction of one element, without its part along what a norm is taken of."""
+    direction = torch.zeros_like(weight).flatten()
+    direction[index] = 1.0
+    direction = direction.view_as(weight)
+    if per is None:
+        return direction
+    axes = tuple(range(weight.dim()))[1 if per == "channel" else 0 :]
+    along = (direction * weight).sum(axes, keepdim=True) / weight.square().sum(axes, keepdim=True)
+    return direction - along * weight
+
+
+def assert_follows(chosen: tuple[Operation, ...], *, per: str | None = None, rtol: float = 1e-6) -> dict[str, Any]:
+    """Hold the factors against central differences of the start, in some elements of every parameter."""
+    model = tiny_model()
+    attacker, factors = started(model, chosen)
+    assert set(factors) <= {name for name, _ in model.named_parameters()}
+    step = 1e-6
+    for name, parameter in model.named_parameters():
+        factor = torch.as_tensor(factors.get(name, 1.0), dtype=torch.float64)
+        assert factor.expand(parameter.shape).shape == attacker.get_parameter(name).shape
+        for index in range(0, parameter.numel(), max(1, parameter.numel() // 3)):
+            direction = tangent(parameter.detach(), index, per if name in SCALE_FREE else None)
+            ends = []
+            for sign in (1, -1):
+                moved = copy.deepcopy(model)
+                with torch.no_grad():
+                    moved.get_parameter(name).add_(direction, alpha=sign * step)
+                ends.append(started(moved, chosen)[0].get_parameter(name).detach())
+            slope = (ends[0] - ends[1]) / (2 * step)
+            expected = factor * direction
+            torch.testing.assert_close(slope, expected, rtol=rtol, atol=1e-8 + rtol * float(expected.abs().max()))
+    return factors
+
+
+# --- factors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "rtol"),
+    [
+        ({"operation": "restate", "batches": 1}, 1e-6),
+        # of noise only what is added counts, not that it grows with the tensor's spread
+        ({"operation": "noise", "scale": 1e-4}, 1e-3),
+        # to first order: what its gradients do as the weights move is of the order of its rate
+        ({"operation": "heal", "steps": 1, "lr": 1e-5, "optimizer": "sgd", "batch_size": 8}, 1e-3),
+    ],
+    ids=["restate", "noise", "heal"],
+)
+def test_what_adds_has_the_factor_one(entry: Any, rtol: float) -> None:
+    assert assert_follows(operations(entry), rtol=rtol) == {}
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.5])
+def test_prune_has_a_mask(fraction: float) -> None:
+    factors = assert_follows(operations({"operation": "prune", "fraction": fraction}))
+    model = tiny_model()
+    attacker, _ = started(model, operations({"operation": "prune", "fraction": fraction}))
+    assert set(factors) == {*SCALE_FREE, "fc.weight"}
+    for name, factor in factors.items():
+        assert torch.equal(factor, (attacker.get_parameter(name) != 0).double())
+        assert int((factor == 0).sum()) == round(fraction * factor.numel())
+
+
+def test_prune_masks_a_weight_that_was_zero_before_as_zero_and_only_if_it_is_pruned() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    factors = start(model, operations({"operation": "prune", "fraction": 0.5}), means_at_hand())
+    assert int((factors["fc.weight"] == 0).sum()) == 6
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0, None])
+def test_shrink_perturb_has_what_it_keeps(keep: float | None) -> None:
+    arguments = {} if keep is None else {"keep": keep}
+    factors = assert_follows(operations({"operation": "shrink_perturb", **arguments}))
+    assert factors == dict.fromkeys(dict(tiny_model().named_parameters()), 0.5 if keep is None else keep)
+
+
+@pytest.mark.parametrize("per", ["layer", "channel", None])
+def test_renormalise_has_the_ratio_of_norms(per: str | None) -> None:
+    """Along directions that leave the norm: a gradient of a scale-free layer has no other part."""
+    arguments = {} if per is None else {"per": per}
+    factors = assert_follows(operations({"operation": "renormalise", **arguments}), per=per or "layer", rtol=1e-5)
+    assert set(factors) == {*SCALE_FREE, "bn1.weight", "bn2.weight"}
+    model, fresh = tiny_model(), fresh_state(5)
+    axes = (1, 2, 3) if per == "channel" else (0, 1, 2, 3)
+    for name in SCALE_FREE:
+        norms = [weight.square().sum(axes, keepdim=True).sqrt() for weight in (fresh[name], model.get_parameter(name))]
+        torch.testing.assert_close(factors[name], (norms[0] / norms[1]).detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "replaced"),
+    [
+        ("reset_affine", {f"bn{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")}),
+        ("reinitialise", {"conv2.weight", "bn2.weight", "bn2.bias"}),
+        ({"operation": "reinitialise", "end": "first"}, {"conv1.weight", "bn1.weight", "bn1.bias"}),
+        ({"operation": "distil", "steps": 1, "lr": 1e-5}, {name for name, _ in tiny_model().named_parameters()}),
+    ],
+    ids=["reset_affine", "reinitialise last", "reinitialise first", "distil"],
+)
+def test_what_replaces_has_the_factor_zero(entry: Any, replaced: set[str]) -> None:
+    chosen = operations(entry)
+    _, factors = started(tiny_model(), chosen)
+    assert factors == dict.fromkeys(replaced, 0.0)
+    if chosen[0].name != "distil":  # whose student follows its teacher, but through gradients, which are constants
+        assert_follows(chosen)
+
+
+def test_composition_multiplies() -> None:
+    chosen = operations(
+        {"operation": "renormalise", "per": "channel"},
+        {"operation": "shrink_perturb", "keep": 0.4},
+        {"operation": "prune", "fraction": 0.5},
+        {"operation": "reinitialise", "end": "first"},
+    )
+    factors = assert_follows(chosen, per="channel", rtol=1e-5)
+    (_, one), (attacker, two) = started(tiny_model(), chosen[:1]), started(tiny_model(), chosen[:3])
+    mask = (attacker.conv2.weight != 0).double()
+    assert 0 < mask.mean() < 1
+    torch.testing.assert_close(factors["conv2.weight"], one["conv2.weight"] * 0.4 * mask, rtol=1e-12, atol=0)
+    torch.testing.assert_close(two["bn2.weight"], one["bn2.weight"] * 0.4, rtol=1e-12, atol=0)
+    assert not torch.as_tensor(factors["conv1.weight"]).any()
+    assert factors["fc.bias"] == 0.4
+
+
+def test_factors_have_the_parameters_type_and_format() -> None:
+    model, means = resnet()
+    entry = {"operation": "renormalise", "per": "channel"}
+    factors = start(model, operations(entry, "prune"), means)
+    for name, factor in factors.items():
+        parameter = model.get_parameter(name)
+        assert factor.dtype == parameter.dtype
+        assert (parameter * factor).shape == parameter.shape
+    assert model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert factors["layer1.0.conv1.weight"].unique().numel() > 2
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_start_is_the_audits_and_in_place(name: str) -> None:
+    """Every operation that there is, or nobody has said how its start follows the released weights."""
+    steps = {"steps": 2} if name in ("heal", "distil") else {}
+    chosen = operations({"operation": name, **steps}, {"operation": "noise", "scale": 0.01})
+    check_simulated(chosen, "sampler.surgeries[0]")
+    attacker, twin = tiny_model(), tiny_model()
+    owned = dict(attacker.named_parameters())
+    torch.manual_seed(5)
+    start(attacker, chosen, means_at_hand())
+    torch.manual_seed(5)
+    assert_same_state(attacker, state_of(operate(twin, chosen, means_at_hand())))
+    assert all(parameter is owned[each] for each, parameter in attacker.named_parameters())
+
+
+def test_no_operation_is_no_change() -> None:
+    model, before = tiny_model(), state_of(tiny_model())
+    assert start(model, (), means_at_hand()) == {}
+    assert_same_state(model, before)
+
+
+def test_denoisers() -> None:
+    model, means = unet(conditional=True)
+    factors = start(model, operations("renormalise", {"operation": "shrink_perturb", "keep": 0.25}), means)
+    assert factors == dict.fromkeys(dict(model.named_parameters()), 0.25)
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        (
+            "tests.surgery.test_arguments.halve",
+            r"\[1\].operation: 'tests.surgery.test_arguments.halve' is not simulated; allowed: reinitialise, noise, ",
+        ),
+        ("nois", r"\[1\].operation: 'nois' is not simulated; allowed: "),
+        ({"operation": "noise", "scale": -1}, r"\[1\].scale: -1 is not allowed"),
+        (
+            {"operation": "renormalise", "per": "filter"},
+            r"\[1\].per: filter is not allowed; it must be layer or channel",
+        ),
+        ({"operation": "noise", "size": 1}, r"\[1\].size: 'noise' has no such argument"),
+        (
+            {"operation": "heal", "domain": "benign"},
+            r"\[1\].domain: 'benign' is not simulated, since it leaves another head; allowed: original",
+        ),
+    ],
+)
+def test_what_is_not_simulated_is_refused(entry: Any, line: str) -> None:
+    with pytest.raises(UserError, match=rf"^sampler.surgeries\[2\]{line}") as caught:
+        check_simulated(operations("restate", entry), "sampler.surgeries[2]")
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_blocks() -> None:
+    with pytest.raises(UserError, match="reinitialise has 9 blocks to replace; the model has only 2"):
+        start(tiny_model(), operations({"operation": "reinitialise", "blocks": 9}), means_at_hand())
