@@ -64,8 +64,8 @@ def with_clusters(
 @torch.no_grad()
 def _features(images: ImageSet, features: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
     parts = [features(batch.images).float().cpu() for batch in evaluation_batches(images, _BATCH)]
-    found: NDArray[np.float32] = torch.cat(parts).numpy()
-    return found
+    points: NDArray[np.float32] = torch.cat(parts).numpy()
+    return points
 
 
 def _centres(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32] | None:

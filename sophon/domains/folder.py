@@ -78,9 +78,9 @@ class _Side:
         self.folder, self._key = folder, key
         self.left_out: Counter[str] = Counter()
         with explained(folder, "read", key):
-            found = self._entries(str(folder))
-            folders = [entry for entry in found if entry.is_dir()]
-        self._files = [entry.name for entry in found if entry not in folders]
+            listed = self._entries(str(folder))
+            folders = [entry for entry in listed if entry.is_dir()]
+        self._files = [entry.name for entry in listed if entry not in folders]
         self.folders: dict[str, str] = {}
         for entry in folders:
             name = unicodedata.normalize("NFC", entry.name)  # some systems write accents as characters of their own
@@ -133,7 +133,7 @@ class _Side:
 
     def _images(self, top: str) -> list[str]:
         """Return the image files below ``top`` in the order of torchvision's ImageFolder: by folder, then by name."""
-        found: dict[str, list[str]] = {}
+        images: dict[str, list[str]] = {}
         read, pending = _above(top), [top]
         while pending:
             folder = pending.pop()
@@ -148,10 +148,10 @@ class _Side:
                     elif _suffix(entry.name) not in SUFFIXES:
                         self._skip(_suffix(entry.name))
                     elif entry.is_file() or not exists(entry.path):  # a broken link is an image that cannot be read
-                        found.setdefault(folder, []).append(entry.path)
+                        images.setdefault(folder, []).append(entry.path)
                     else:
                         self._skip("neither file nor folder")
-        return [path for folder in sorted(found) for path in found[folder]]
+        return [path for folder in sorted(images) for path in images[folder]]
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """List a folder by name, without what is no data."""

@@ -68,18 +68,18 @@ def _scalar(label: Any) -> bool:
 
 def _values(labels: Iterable[Any], names: Sequence[str] | None, who: str) -> list[Any]:
     """Return what labels may be, in the order of the classes."""
-    found = set()
+    present = set()
     for label in labels:
         if isinstance(label, bool) or not isinstance(label, (int, str)):
             raise UserError(
                 f"{who}: a label of type {type(label).__name__} is not allowed; give numbers 0, 1, ... or names"
             )
-        found.add(label)
-    if len({type(label) for label in found}) > 1:
+        present.add(label)
+    if len({type(label) for label in present}) > 1:
         raise UserError(f"{who}: some labels are numbers and some are names; give one or the other")
     if names is None:
-        return sorted(found)
-    values: list[Any] = list(range(len(names))) if all(isinstance(label, int) for label in found) else list(names)
-    if unknown := sorted(found - set(values)):
+        return sorted(present)
+    values: list[Any] = list(range(len(names))) if all(isinstance(label, int) for label in present) else list(names)
+    if unknown := sorted(present - set(values)):
         raise UserError(f"{who}: the label {unknown[0]!r} is none of the {len(names)} classes {few(map(str, names))}")
     return values

@@ -24,7 +24,7 @@ from sophon.domains.part import Part, UnreadableError, class_generator
 from sophon.domains.python_data import Domain
 from sophon.domains.streamed import GROUP, StreamedImages, read_ahead
 from sophon.domains.torchvision_sets import torchvision_sets
-from sophon.domains.types import ImageSet, MemoryImages, fingerprint
+from sophon.domains.types import ImageSet, MemoryImages, fingerprints
 from sophon.errors import UserError, choose
 from sophon.tracking import Tracker
 
@@ -136,27 +136,27 @@ def _read(
         return to_tensor(image, shape), image.size
 
     def pixels(number: int) -> Tensor:
-        found = decoded(number)
-        if isinstance(found, UnreadableError):
-            raise UserError(f"{where}.root: {found}") from found
-        return found[0]
+        result = decoded(number)
+        if isinstance(result, UnreadableError):
+            raise UserError(f"{where}.root: {result}") from result
+        return result[0]
 
     notes.left_out.update(part.left_out)
     kept = torch.empty((len(numbers), *(shape if memory_gb is None else (32,))), dtype=torch.uint8)
     readable = torch.ones(len(numbers), dtype=torch.bool)
     groups = (group.tolist() for group in torch.split(numbers, GROUP))
     with Tracker(progress=len(numbers) >= _MANY).progress(f"reading {where}", len(numbers)) as advance:
-        for row, found in enumerate(chain.from_iterable(read_ahead(decoded, groups))):
+        for row, result in enumerate(chain.from_iterable(read_ahead(decoded, groups))):
             advance()
-            if isinstance(found, UnreadableError):
+            if isinstance(result, UnreadableError):
                 if not config.skip_unreadable:
-                    raise UserError(f"{where}.root: {found}; {where}.skip_unreadable=true leaves such out") from found
-                notes.saw_unreadable(str(found))
+                    raise UserError(f"{where}.root: {result}; {where}.skip_unreadable=true leaves such out") from result
+                notes.saw_unreadable(str(result))
                 readable[row] = False
                 continue
-            image, size = found
+            image, size = result
             notes.saw(size)
-            kept[row] = image if memory_gb is None else fingerprint(image)
+            kept[row] = image if memory_gb is None else fingerprints(image[None])[0]
     if not readable.all():
         kept, numbers, labels = kept[readable], numbers[readable], labels[readable]
     classes = _kept_classes(part, config)

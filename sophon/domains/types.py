@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,16 +115,13 @@ class MemoryImages(ImageSet):
 
     def fingerprints(self) -> Tensor:
         """Return the sha256 of every image's pixels: uint8 [N, 32] on the CPU."""
-        prints = torch.empty(len(self), 32, dtype=torch.uint8)
-        for row, image in enumerate(self.images):
-            prints[row] = fingerprint(image)
-        return prints
+        return fingerprints(self.images)
 
 
-def fingerprint(image: Tensor) -> Tensor:
-    """Return the sha256 of an image's pixels (uint8 [C, H, W]): uint8 [32] on the CPU."""
-    pixels = image.cpu().contiguous().numpy().tobytes()
-    return torch.frombuffer(bytearray(hashlib.sha256(pixels).digest()), dtype=torch.uint8)
+def fingerprints(images: Tensor) -> Tensor:
+    """Return the sha256 of every image's pixels, of uint8 [N, C, H, W] on any device: uint8 [N, 32] on the CPU."""
+    digests = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images.cpu().numpy())
+    return torch.from_numpy(np.frombuffer(digests, np.uint8).reshape(-1, 32).copy())
 
 
 @dataclass(frozen=True)
