@@ -114,7 +114,7 @@ def _worst(audit: AuditReport) -> Iterator[Part]:
     if audit.results.worst_case:
         yield (
             f"{_measured(audit)} An attacker takes the attack that does best on the select split; below each value "
-            "stands which. Groups below the first two rows show the reading that decides."
+            "stands which. Groups of attacks show the reading that decides."
         )
         yield tables.worst_table(audit.results)
 

@@ -203,7 +203,9 @@ def _audits_table(audits: Sequence[_Compared], shared: Sequence[str]) -> Table:
         )
     groups = ["shared attacks", "all attacks", *EXPOSURE_WORDS.values()]
     head = ["audit", "judged", "method", "intactness loss", *(f"gap closed, {group}" for group in groups)]
-    return Table([*head, "harm to benign use", "masked share"], rows, 3)
+    head += ["harm to benign use", "masked share"]
+    kept = [at for at in range(len(head)) if at < 3 or any(row[at] != "-" for row in rows)]
+    return Table([head[at] for at in kept], [[row[at] for at in kept] for row in rows], 3)
 
 
 def _map(audits: Sequence[_Compared], rows: Mapping[str, Sequence[float]], first: str) -> Table:

@@ -120,6 +120,7 @@ def _search_panel(name: str, trials: pd.DataFrame, metric: Metric) -> str:
         ends = trials.groupby("role")["best"].last().dropna()
         label_ends(axes, {str(role): float(best) for role, best in ends.items()}, (low, high))
         axes.set_xlim(0.5, trials["trial"].max() + 1.5)
+        axes.locator_params(axis="x", integer=True)
         axes.grid(visible=True, axis="y")
         axes.set_xlabel("trials")
         return svg(figure, f"best {metric.name} so far over trials of the search {name}")

@@ -165,6 +165,7 @@ def worst_table(results: Results) -> Table:
 
     def add(title: str, worst: WorstCase, reading: str) -> None:
         found = getattr(worst, reading)
+        told = _READING[reading] if worst.readings_differ else "both"
         decides = "\nthe lower" if reading == worst.decided_by and worst.readings_differ else ""
         cells = [
             f"{score(found.roles[role], results.metric)}\n{printable(found.attacks[role])}"
@@ -174,14 +175,15 @@ def worst_table(results: Results) -> Table:
         ]
         rows.append(
             [
-                *(title, str(len(worst.tried)), _READING[reading] + decides, *cells),
+                *(title, str(len(worst.tried)), told + decides, *cells),
                 *(gap(found.gap_closed), str(found.gap_closed.state).lower()),
             ]
         )
 
     if overall := results.worst_case.get("overall"):
         add("all attacks", overall, "own_best")
-        add("all attacks", overall, "same_attack")
+        if overall.readings_differ:
+            add("all attacks", overall, "same_attack")
     for title, worst in groups.items():
         add(title, worst, worst.decided_by)
     return Table(["worst of", "attacks", "reading", *SHOWN_ROLES, "gap closed", "judged"], rows)

@@ -66,5 +66,7 @@ def say_found(folder: Path, audit: AuditReport) -> None:
     from sophon.report.audit import table
 
     print(table(audit))
-    print(f"{audit.verdict} (Rests on {audit.verdict.basis}.)")
+    print(f"{audit.verdict} It rests on {audit.verdict.basis}.")
+    for finding in audit.verdict.findings:
+        print(f"- {finding}")
     print(f"report: {folder / 'report.html'}")

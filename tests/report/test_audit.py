@@ -106,9 +106,9 @@ def test_column_heads_lead_to_their_definitions(written):
 @pytest.mark.parametrize(
     ("title", "row"),
     [
-        ("## Worst cases", ["all attacks", "4", "same attack", "44.0 [44.0, 44.0]; found", "64.0 [64.0, 64.0]; found",
+        ("## Worst cases", ["all attacks", "4", "both", "44.0 [44.0, 44.0]; found", "64.0 [64.0, 64.0]; found",
          "58.0 [58.0, 58.0]; found", "0.30 [0.30, 0.30]", "weakened"]),
-        ("## Worst cases", ["family surgery", "1", "own best attack", "-", "50.0 [50.0, 50.0]; renormalised",
+        ("## Worst cases", ["family surgery", "1", "both", "-", "50.0 [50.0, 50.0]; renormalised",
          "20.0 [20.0, 20.0]; renormalised", "-; no result of scratch", "cannot be judged"]),
         ("## Attacks", ["`found`; winner: adam at 0.1, 100 steps", "seen", "9.4 %", "3.0", "44.0 [44.0, 44.0]",
          "64.0 [64.0, 64.0]", "58.0 [58.0, 58.0]", "0.30 [0.30, 0.30]"]),
