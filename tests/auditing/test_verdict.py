@@ -45,10 +45,16 @@ def said(attempts, **context):
             "Protection leaves an attacker worse off than starting from scratch: ",
         ),
         (
+            trio("a", 59.0, 80.0, 60.0, error=1.0),
+            State.HOLDS,
+            "Protection leaves an attacker no better off than starting ",
+        ),
+        (
             trio("a", 0.5, 0.25, 0.75, metric=MSE),
             State.WEAKENED,
             "Protection takes something from an attacker, but not all: fine-tuning the protected model gets an "
-            "attacker to 0.5 eps-MSE, fine-tuning the unprotected one to 0.25 and training from scratch to 0.75.",
+            "attacker to 0.5 eps-MSE (lower is better), fine-tuning the unprotected one to 0.25 and training from "
+            "scratch to 0.75.",
         ),
         (
             trio("a", 70.0, 80.0, 60.0, error=6.0),
