@@ -14,7 +14,6 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.export import Checkpoint
 from sophon.files import sha256_file
-from sophon.models.weights import refuse_pickle
 
 _ALLOWED = "a folder of sophon, timm, transformers or diffusers, or a .safetensors state dict"
 
@@ -34,10 +33,10 @@ def described(path: str | Path, model: ModelConfig, key: str = "checkpoint") -> 
     path = Path(path)
     if not paths.exists(path, key):
         raise UserError(f"{key}: '{path}' does not exist; give {_ALLOWED}")
-    refuse_pickle(path, key, model.library)
+    config = models.describe(replace(model, pretrained=False, weights=str(path)), key)
     if paths.is_file(path, key) and path.suffix != ".safetensors":
         raise UserError(f"{key}: '{path}' is not a checkpoint; give {_ALLOWED}")
-    return models.describe(replace(model, pretrained=False, weights=str(path)), key)
+    return config
 
 
 def open_foreign(path: str | Path, model: ModelConfig, classes: Sequence[str], key: str = "checkpoint") -> Checkpoint:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torchvision
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -178,17 +177,6 @@ def test_a_state_dict_of_timm_is_what_the_model_group_says(tmp_path: Path) -> No
     assert opened.spec == open_foreign(timm_folder(tmp_path / "folder", model), OTHER, CLASSES).spec
 
 
-def test_a_state_dict_of_torchvision(tmp_path: Path) -> None:
-    model = torchvision.models.get_model("mobilenet_v3_small", num_classes=3)
-    path = state_dict(tmp_path / "weights.safetensors", model)
-    config = ModelConfig("torchvision", "mobilenet_v3_small", image_size=32, mean=[0.1, 0.2, 0.3], std=[0.5])
-    opened = open_foreign(path, config, CLASSES)
-    assert_opened(opened, model, path, path)
-    assert opened.spec == ModelSpec(
-        "torchvision", "mobilenet_v3_small", CLASSES, 3, 32, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)
-    )
-
-
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
 def test_a_pipeline_carries_its_network_and_noise(tmp_path: Path, scheduler: Any) -> None:
     model = unet()
@@ -223,18 +211,6 @@ def test_opening_draws_nothing(tmp_path: Path) -> None:
 
 
 # ---- what does not --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["net.pth", "net.pt", "pytorch_model.bin", "net.CKPT", "net.pth.tar"])
-@pytest.mark.parametrize("library", ["timm", "torchvision", "diffusers"])
-def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path, name: str, library: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    message = refusal(path, dataclasses.replace(PLAIN, library=library))
-    assert f"'{path}' is a pickle" in message
-    way = {"timm": "load_state_dict", "torchvision": "weights_only=True", "diffusers": "safe_serialization=True"}
-    assert way[library] in message
-    compile(message.split("convert it first: ")[1], "snippet", "exec")
 
 
 def test_a_timm_folder_with_nothing_but_a_pickle(tmp_path: Path) -> None:
@@ -322,18 +298,7 @@ def test_a_config_cannot_make_timm_load_another_file(tmp_path: Path) -> None:
     assert open_foreign(folder, OTHER, CLASSES).spec.model_args == SMALL
 
 
-def test_a_state_dict_of_another_architecture_or_number_of_classes(tmp_path: Path) -> None:
-    path = state_dict(tmp_path / "weights.safetensors", resnet())
-    another = dataclasses.replace(PLAIN, architecture="test_resnet", model_args={})
-    assert f"{path} does not fit the model: it lacks" in refusal(path, another)
-    misnamed = dataclasses.replace(PLAIN, architecture="resnet_18")
-    assert "'resnet_18' is not known to timm" in refusal(path, misnamed)
-    misfit = dataclasses.replace(PLAIN, model_args={"stem": "deep"})
-    assert "does not fit 'resnet18'" in refusal(path, misfit)
-    assert "checkpoint has 3 classes, original domain has 2" in refusal(path, classes=CLASSES[:2], key="checkpoint")
-
-
-@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+@pytest.mark.parametrize("kept", [0, 100])
 @pytest.mark.parametrize("kind", ["file", "folder", "pipeline"])
 def test_truncated_weights(tmp_path: Path, kind: str, kept: int) -> None:
     if kind == "file":
@@ -348,15 +313,6 @@ def test_truncated_weights(tmp_path: Path, kind: str, kept: int) -> None:
     assert f"cannot read {weights}: it is truncated or not a safetensors file" in refusal(path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_no_protection(tmp_path: Path, value: float) -> None:
-    model = resnet()
-    with torch.no_grad():
-        model.fc.bias[1] = value
-    path = state_dict(tmp_path / "weights.safetensors", model)
-    assert f"{path}: weight 'fc.bias' holds NaN or infinite numbers" in refusal(path)
-
-
 @pytest.mark.parametrize(
     "missing",
     ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"],
@@ -365,15 +321,6 @@ def test_a_pipeline_that_lacks_a_part(tmp_path: Path, missing: str) -> None:
     folder = pipeline(tmp_path, unet())
     (folder / missing).unlink()
     assert Path(missing).name in refusal(folder)
-
-
-def test_a_pipeline_of_pickles(tmp_path: Path) -> None:
-    folder = pipeline(tmp_path, unet())
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-    message = refusal(folder)
-    assert f"'{weights.with_suffix('.bin')}' is a pickle" in message
-    assert "safe_serialization=True" in message
 
 
 def test_a_pipeline_without_a_size(tmp_path: Path) -> None:

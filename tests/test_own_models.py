@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from tests.cli_helpers import load, sophon
+from sophon.files import write_json
+from tests.cli_helpers import load, refusal, sophon
 from tests.models.own import GroupNormNet
 
 CLASSES = ("anchor", "bell", "cup")
@@ -77,6 +78,7 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(settings)
 
 
+PUBLISHED = {"input_size": [3, SIZE, SIZE], "mean": MEAN, "std": STD}
 WITH_INPUT = (f"model.image_size={SIZE}", f"model.mean={MEAN}", f"model.std={STD}")
 OWN = (
     "model.library=python",
@@ -245,3 +247,42 @@ def test_a_pipeline_keeps_its_sampler_through_every_verb(tmp_path: Path) -> None
     before = load(tmp_path / "runs/mine/seed0/pretrain/checkpoint/sophon.json")
     assert before["config"]["model"]["image_size"] == 8
     assert before["model"]["scheduler"]["beta_schedule"] == "squaredcos_cap_v2"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain", "model.weights=theirs.pth", "pretrain.steps=0"),
+        ("pretrain", *OWN, "model.weights=theirs.pth", "pretrain.steps=0"),
+        ("pretrain", "model.weights=folder", "pretrain.steps=0"),
+        ("protect", "reference=theirs.pth"),
+        ("protect", "reference=folder"),
+        ("export", "checkpoint=theirs.pth"),
+        ("sample", "checkpoint=theirs.pth"),
+        ("audit", "checkpoint=theirs.pth", "reference=theirs.pth"),
+    ],
+    ids=" ".join,
+)
+def test_every_verb_says_how_to_convert_a_pickle(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "folder").mkdir()
+    write_json(tmp_path / "folder" / "config.json", {"architecture": "resnet18", "pretrained_cfg": PUBLISHED})
+    for path in (tmp_path / "theirs.pth", tmp_path / "folder" / "pytorch_model.bin"):
+        torch.save(GroupNormNet().state_dict(), path)
+    message = refusal(sophon(tmp_path, *words[:1], *RUN, *words[1:]))
+    key = next(word.split("=")[0] for word in words if word.endswith(("=theirs.pth", "=folder")))
+    assert message.startswith(f"{key}: '")
+    assert "is a pickle, which can run any code; " in message
+    compile(message.split("convert it first: ")[1], "code", "exec")
+
+
+@pytest.mark.slow
+def test_a_prefix_is_named_and_taken_away(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS["own"].build()
+    train(model, folder, 5)
+    state = {f"_orig_mod.module.{name}": part.contiguous() for name, part in model.state_dict().items()}
+    save_file(state, folder / "theirs.safetensors")
+    words = (*RUN, *OWN, "model.weights=theirs.safetensors", "pretrain.steps=0")
+    message = refusal(sophon(folder, "pretrain", *words))
+    assert message.endswith("give model.strip_prefix='_orig_mod.module.'")
+    assert sophon(folder, "pretrain", *words, "model.strip_prefix=_orig_mod.module.").code == 0

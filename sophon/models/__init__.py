@@ -16,6 +16,7 @@ from sophon.errors import UserError, choose
 from sophon.files import read_json
 from sophon.models.adapter import AdaptedModel, Card, ModelAdapter
 from sophon.models.spec import ModelSpec
+from sophon.models.weights import refuse_pickle
 
 __all__ = [
     "LIBRARIES",
@@ -90,14 +91,18 @@ def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
         key: the configuration key that messages name.
 
     Raises:
-        UserError: the folder is none of a library's own format.
+        UserError: they are a pickle, or the folder is none of a library's own format.
     """
-    if config.weights is None or not paths.is_folder(config.weights, key):
+    if config.weights is None:
+        return config
+    refuse_pickle(Path(config.weights), key, config.library)
+    if not paths.is_folder(config.weights, key):
         return config
     folder = Path(config.weights)
     if paths.is_folder(folder / "checkpoint", key):
         folder = folder / "checkpoint"
     library = _library_of(folder, key)
+    _adapter(library).weights_in(folder, key)
     try:
         return replace(_adapter(library).describe(folder, config), library=library, weights=str(folder))
     except UserError as error:

@@ -111,7 +111,8 @@ class ModelAdapter(Protocol):
     def start_head(self, model: nn.Module, classes: Sequence[str]) -> None:
         """Replace the head, in place, by a new one for ``classes``, drawn from torch's global generator."""
 
-    def weights_in(self, path: Path, key: str = "model.weights") -> Path:
+    @classmethod
+    def weights_in(cls, path: Path, key: str = "model.weights") -> Path:
         """Return the ``.safetensors`` file that a path is or, if it is a folder, has.
 
         Raises:

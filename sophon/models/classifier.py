@@ -163,9 +163,10 @@ class ClassifierAdapter:
         new = nn.Linear(old.in_features, len(classes), bias=old.bias is not None, **place)
         model.set_submodule(self.head, new.train(old.training))
 
-    def weights_in(self, path: Path, key: str = "model.weights") -> Path:
+    @classmethod
+    def weights_in(cls, path: Path, key: str = "model.weights") -> Path:
         """Return the safetensors file that a path is or, if it is a folder, has."""
-        return find_weights(path, self.weights, key, self.library)
+        return find_weights(path, cls.weights, key, cls.library)
 
     def load_weights(self, model: nn.Module, path: Path, *, key: str, strip_prefix: str = "") -> None:
         """Load a state dict, all of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -97,11 +97,15 @@ class DiffusersAdapter:
             ),
             start,
         )
-        adapter._try_out()
-        return adapter
+        settings = adapter._try_out()
+        return cls(replace(adapter.spec, model_args=settings), start)
 
-    def _try_out(self) -> None:
-        """Run the network once without numbers: what does not fit together would otherwise show in the first step."""
+    def _try_out(self) -> dict[str, Any]:
+        """Run the network once without numbers: what does not fit together would otherwise show in the first step.
+
+        Returns:
+            Every setting of the network, so that its spec does not depend on who wrote them down.
+        """
         spec = self.spec
         # another embedding divides by the timestep, or does not know how many there are
         embedding = spec.model_args.get("time_embedding_type", "positional")
@@ -120,6 +124,7 @@ class DiffusersAdapter:
                 self.forward(module, images, timesteps=zero, labels=zero)
             except Exception as error:  # layers raise whatever their first misused argument leads to
                 raise self._misfit(error) from error
+        return _settings(module)
 
     def _misfit(self, error: Exception) -> UserError:
         spec, reason = self.spec, one_line(error)
@@ -146,13 +151,13 @@ class DiffusersAdapter:
             raise UserError("scheduler: needed with a U-Net; give the scheduler of its pipeline")
         if not isinstance(scheduler, dict):
             scheduler = read_schedule("scheduler", type(scheduler).__name__, dict(scheduler.config))
-        settings = {name: value for name, value in module.config.items() if not name.startswith("_")}
+        settings = module.config
         count = settings["num_class_embeds"]
         classes = facts.pop("classes", None) or tuple(map(str, range(count or 1)))
         config = ModelConfig(
             library="diffusers",
             architecture=pipeline.ARCHITECTURE,
-            model_args={name: value for name, value in settings.items() if name not in pipeline.RESERVED},
+            model_args={name: value for name, value in _settings(module).items() if name != "num_class_embeds"},
             channels=settings["in_channels"],
             image_size=settings["sample_size"],
             scheduler=scheduler,
@@ -212,9 +217,10 @@ class DiffusersAdapter:
         model.set_submodule(_HEAD, new.train(old.training))
         model.register_to_config(num_class_embeds=len(classes))  # type: ignore[operator]
 
-    def weights_in(self, path: Path, key: str = "model.weights") -> Path:
+    @classmethod
+    def weights_in(cls, path: Path, key: str = "model.weights") -> Path:
         """Return the safetensors file that a path is or, if it is a folder, has."""
-        inside = pipeline.within(path, self.weights) if paths.is_folder(path, key) else path
+        inside = pipeline.within(path, cls.weights) if paths.is_folder(path, key) else path
         return find_weights(path, str(inside.relative_to(path)), key, "diffusers")
 
     def load_weights(self, model: nn.Module, path: Path, *, key: str, strip_prefix: str = "") -> None:
@@ -260,6 +266,15 @@ class DiffusersAdapter:
             (*notes, classes),
             _CONDITIONAL.format(shape=(1, *shape), steps=min(50, steps)),
         )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return a network's own settings as plain data; ``num_class_embeds`` is there if it has classes."""
+    config: Mapping[str, Any] = module.config  # type: ignore[assignment]
+    own = {name for name in config if not name.startswith("_") and name not in pipeline.RESERVED}
+    if config["num_class_embeds"]:
+        own.add("num_class_embeds")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items() if name in own}
 
 
 def _start(config: ModelConfig) -> Path | None:

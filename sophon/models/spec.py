@@ -54,7 +54,7 @@ class ModelSpec:
         return ModelConfig(
             library=self.library,
             architecture=self.architecture,
-            model_args=dict(self.model_args),
+            model_args={name: value for name, value in self.model_args.items() if name != "num_class_embeds"},
             image_size=self.image_size,
             channels=self.channels,
             mean=list(self.mean),

@@ -168,7 +168,7 @@ def _check_names(where: str, tensors: Mapping[str, Tensor], state: Mapping[str, 
     if missing := [name for name in state if name not in tensors]:
         if prefix := _shared_prefix(tensors, state):
             raise UserError(
-                f"{where}: its names begin with '{prefix}', which the model's do not; give model.strip_prefix={prefix}"
+                f"{where}: its names begin with '{prefix}', the model's do not; give model.strip_prefix='{prefix}'"
             )
         parts.append(f"it lacks {_few(missing)}")
     if unexpected := [name for name in tensors if name not in state]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sophon.config import ModelConfig
 from sophon.export import read_checkpoint, write_checkpoint
 from sophon.models import LIBRARIES, ModelAdapter, ModelSpec, adapt, adapter_of, create, describe
+from sophon.models.diffusers_models import DiffusersAdapter
 from sophon.models.partition import owned
 from sophon.models.transformers_models import TransformersAdapter
 from tests.models.own import GroupNormNet
@@ -38,7 +39,7 @@ VIT = {
     "intermediate_size": 16,
     "patch_size": 8,
 }
-SCHEDULE = dict(DDPMScheduler(num_train_timesteps=20).config)
+SCHEDULE = {"num_train_timesteps": 20}
 
 
 class Case(NamedTuple):
@@ -84,9 +85,9 @@ def of_transformers(architecture: str, size: int, channels: int = 3, **settings:
 
 
 def of_diffusers(**more: Any) -> Case:
-    usual = {"mean": (0.5,), "std": (0.5,), "model_args": {**NETWORK, **more}}
-    schedule = {name: value for name, value in SCHEDULE.items() if name[0] != "_" and value is not None}
-    return Case(spec("diffusers", "UNet2DModel", 8, 1, scheduler=schedule, **usual), by_diffusers)
+    usual = {"mean": (0.5,), "std": (0.5,), "model_args": {**NETWORK, **more}, "scheduler": SCHEDULE}
+    plain = spec("diffusers", "UNet2DModel", 8, 1, **usual)
+    return Case(DiffusersAdapter.from_config(plain.config(), CLASSES).spec, by_diffusers)
 
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 8}
@@ -216,9 +217,7 @@ def test_what_is_saved_loads_in_the_library_alone_and_here_again(name: str, tmp_
     state = torch.get_rng_state()
     described = describe(ModelConfig(architecture="another", image_size=99, mean=[0.9], weights=str(tmp_path)))
     again = create(described, CLASSES)
-    # what diffusers writes down names every setting, also those that nobody chose
-    filled = again.spec.model_args if adapter.kind == "denoising" else adapter.spec.model_args
-    assert again.spec == replace(adapter.spec, model_args=filled)
+    assert again.spec == adapter.spec
     assert_same_state(again.model, state_of(model))
     torch.set_rng_state(state)
 
@@ -234,6 +233,12 @@ def test_the_cards_code_loads_and_runs_the_model(name: str, tmp_path: Path) -> N
         torch.testing.assert_close(place["logits"], adapter.forward(model, (place["images"] - mean) / std))
     else:
         assert len(place["images"]) > 0
+
+
+def test_a_spec_is_what_its_own_configuration_makes(name: str) -> None:
+    of = CASES[name].spec
+    with torch.device("meta"):
+        assert create(of.config(), CLASSES).spec == of
 
 
 def test_a_model_in_memory_is_recognised_as_what_it_is(name: str) -> None:

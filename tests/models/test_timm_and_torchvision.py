@@ -17,7 +17,8 @@ from sophon.models import ModelSpec, adapter_of, build, create, timm_models
 from sophon.tensor_files import write_tensors
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-SHIPPED = sorted(path.stem for path in CONF.glob("*.yaml") if "library: diffusers" not in path.read_text())
+TEXTS = {path.stem: path.read_text() for path in sorted(CONF.glob("*.yaml"))}
+SHIPPED = [name for name, text in TEXTS.items() if "architecture:" in text and "library: diffusers" not in text]
 CLASSES = ("cat", "dog", "owl")
 HEADS = {"vgg13_bn": "head.fc", "caformer_m36": "head.fc.fc2"}
 

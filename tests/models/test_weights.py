@@ -71,7 +71,7 @@ def test_whole_numbers_of_any_width_count() -> None:
         (lambda state: {**state, "ema.decay": torch.ones(1)}, "does not fit the model: the model has no ema.decay"),
         (lambda state: {}, "it lacks conv1.weight, bn1.weight, bn1.bias and .* more"),
         *(
-            (prefixed(p), rf"its names begin with '{p}', which the model's do not; give model.strip_prefix={p}")
+            (prefixed(p), rf"its names begin with '{p}', the model's do not; give model.strip_prefix='{p}'")
             for p in ("module.", "_orig_mod.", "model.", "_orig_mod.module.", "state.net.")
         ),
     ],
