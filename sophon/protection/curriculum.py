@@ -1,34 +1,20 @@
 """Which attacker is simulated next: any that the sampler knows, or rather those that recover most at present.
 
-An attacker has too many fields for every combination to be tried, so each field with several choices has a bandit of
-its own, and all of them learn from every attacker: the naive assumption of Ontanon, "The combinatorial multi-armed
-bandit problem and its application to real-time strategy games" (AIIDE 2013), that a choice's worth shows whatever the
-other choices are. An arm is a choice; for the optimizer, which means little without its rate, an optimizer together
-with one third of its range of rates (on a log scale). Lengths are no arms: a longer attack always recovers more.
+Each field with several choices has a bandit of its own, and all learn from every attacker, as if a choice's worth
+showed whatever the others are (Ontanon, AIIDE 2013). An arm is a choice; for the optimizer, together with one third of
+its range of rates (on a log scale). Lengths are no arms: a longer attack always recovers more.
 
-**Success.** Losses drift as the protection grows, and an attacker that blows up may lose by millions. So a success is
-centred and scaled by where it stands among those of the last `RECENT` steps, its own included::
+A success is ranked among those of the last `RECENT` steps, its own included (after Graves et al., arXiv 1704.03003)::
 
     rank = (recent ones that are lower - recent ones that are higher) / recent ones          in (-1, 1)
 
-This is Graves et al., "Automated curriculum learning for neural networks" (arXiv 1704.03003, section 3), who rescale a
-reward by quantiles of its recent history; a whole rank needs no clipping and holds where most of the history is equal.
-
-**Arms.** Defender and attackers both change, so an arm's score forgets: it starts from 0, the middle, and where the arm
-was seen becomes ``memory * score + (1 - memory) * mean rank in this step`` (Sutton and Barto, "Reinforcement learning",
-2nd edition, equation 2.5). The next choice has the probability::
+An arm's score starts from 0 and, where the arm was seen, becomes ``memory * score + (1 - memory) * mean rank in this
+step``. The next choice has the probability, after Exp3 (Auer et al., SIAM J. Comput. 32, 2002)::
 
     p = share * prior + (1 - share) * prior * exp(score / TEMPERATURE) / (the sum of these over the field's arms)
 
-with the sampler's own probability as prior (1/n, more for a value that its list repeats), so before anything is learnt
-the draws are the sampler's. The form is Exp3's (Auer et al., "The nonstochastic multiarmed bandit problem", SIAM J.
-Comput. 32, 2002, figure 1). Its division of a gain by the probability of the choice is left out, and means taken
-instead: an attacker of a pool is drawn once and seen in many turns, so that is not the probability of seeing it.
-
-An arm that always beats the n - 1 others comes within about n * exp(-1 / TEMPERATURE) = 0.0003 n of its largest
-probability, ``1 - share + share / n``. Once another takes over, the draws follow within the `RECENT` steps in which the
-old successes leave the ranks, and those in which the uniform share meets the new one 1 / (1 - memory) times. An arm
-whose attackers never stay finite keeps the score 0: it is drawn less than the best, more than what is known to fail.
+with the sampler's own probability as prior, so that before anything is learnt the draws are the sampler's. Exp3 divides
+a gain by the probability of the choice; here means are taken, since an attacker of a pool is drawn once and seen often.
 """
 
 from __future__ import annotations
@@ -52,13 +38,7 @@ TEMPERATURE = 0.125
 
 
 class Rates(NamedTuple):
-    """An optimizer with a part of its range.
-
-    Attributes:
-        optimizer: its name.
-        low: logarithm of the part's lowest learning rate.
-        high: of its highest; at least ``low``.
-    """
+    """An optimizer with a part of its range: logarithms of the lowest and the highest learning rate."""
 
     optimizer: str
     low: float
@@ -66,13 +46,7 @@ class Rates(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """One choice for a field.
-
-    Attributes:
-        label: what logs and states call it; no two of a field are the same.
-        value: the strategy's value, or for the optimizer its `Rates`.
-        prior: the probability that the sampler gives it, > 0; those of a field sum to 1.
-    """
+    """One choice for a field: its name in states, the strategy's value (`Rates` for the optimizer), the sampler's p."""
 
     label: str
     value: Any
@@ -108,10 +82,6 @@ class Curriculum:
         lr = math.exp(low + (high - low) * _uniform(generator))
         return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=self.sampler.steps(generator), **drawn)
 
-    def learn(self, strategy: FineTuneStrategy, success: float) -> None:
-        """Learn from a step of one attacker; see `learn_all`."""
-        self.learn_all([(strategy, success)])
-
     def learn_all(self, found: Sequence[tuple[FineTuneStrategy, float]]) -> None:
         """Learn from all attackers of one step, in any order.
 
@@ -133,10 +103,6 @@ class Curriculum:
                 seen = [rank for rank, at in zip(ranks, places, strict=True) if at == place]
                 mean = math.fsum(seen) / len(seen)  # rounded once, so without regard to their order
                 self._scores[name][place] = memory * self._scores[name][place] + (1 - memory) * mean
-
-    def support(self) -> dict[str, Any]:
-        """Return what can be drawn, as `StrategySampler.support` does: whatever is learnt, it stays the same."""
-        return self.sampler.support()
 
     def table(self) -> dict[str, dict[str, float]]:
         """Return the probability of each arm, by field and label; fields with a single choice are left out."""

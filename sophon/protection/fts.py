@@ -18,7 +18,7 @@ from sophon.protection.attackers import Attackers
 from sophon.protection.context import Context
 from sophon.protection.curriculum import Curriculum
 from sophon.protection.first_order import PLAIN, first_order
-from sophon.protection.inner_loop import Engine, Objective, Past, Simulation, query_weights
+from sophon.protection.inner_loop import Objective, Past, Simulation, query_weights
 from sophon.protection.pool import Member, Pool
 from sophon.protection.second_order import second_order
 from sophon.protection.starts import Factors
@@ -27,7 +27,7 @@ from sophon.seeds import derive_seed
 ENGINES: dict[str, Callable[..., Simulation]] = {"first_order": first_order, "second_order": second_order}
 
 
-def engine_of(config: MethodConfig, objectives: Sequence[Objective] = PLAIN) -> Engine:
+def engine_of(config: MethodConfig, objectives: Sequence[Objective] = PLAIN) -> Callable[..., Simulation]:
     """Return the engine that a configuration names, with its settings.
 
     Raises:

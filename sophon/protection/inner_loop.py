@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch
 from sophon.tasks import Task
 
@@ -38,8 +37,8 @@ class Simulation(NamedTuple):
         gradients: d L / d theta^0 by parameter name, for every parameter of the attacker, its head included.
         query_losses: the suppression loss at each query.
         attacker_losses: the attacker's own loss at each of its steps.
-        optimizer_state: after the last step (see `sophon.protection.optimizer_state`); None from an engine whose
-            attackers cannot go on.
+        optimizer_state: after the last step; None from an engine whose attackers
+            cannot go on.
     """
 
     gradients: dict[str, Tensor]
@@ -87,14 +86,13 @@ class Objective:
 
     Attributes:
         remembers: whether it needs ``start`` and ``before`` of a `Query`, which cost two copies of the moving weights.
-        weighs: whether it has a gradient; one without is measured only.
     """
 
     remembers: ClassVar[bool] = False
 
     @property
     def weighs(self) -> bool:
-        """Whether it has a gradient."""
+        """Whether it has a gradient; one without is measured only."""
         return True
 
     def add(self, model: nn.Module, task: Task, batch: Batch, gamma: float, query: Query) -> Tensor:
@@ -115,23 +113,6 @@ class Objective:
     def on_original(self, model: nn.Module, task: Task, batch: Batch) -> Tensor | None:
         """Return what NTR minimises besides the original domain's loss on a batch of it; None for nothing."""
         return None
-
-
-class Engine(Protocol):
-    """Simulates one attacker; see `first_order`."""
-
-    def __call__(
-        self,
-        attacker: nn.Module,
-        strategy: FineTuneStrategy,
-        task: Task,
-        adapt: Iterator[Batch],
-        query: Iterator[Batch],
-        gammas: Sequence[float],
-        /,
-        **going_on: Past,
-    ) -> Simulation:
-        """Run the attacker for as many steps as there are gammas; ``past`` is for the first order alone."""
 
 
 # gamma_k for k = 1 .. K, before they are scaled to sum to 1

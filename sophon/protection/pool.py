@@ -72,17 +72,9 @@ class Pool:
         optimizer_state: Mapping[str, Tensor],
         domain: int = 0,
     ) -> None:
-        """Keep an attacker for its next turn.
+        """Keep copies of what an attacker needs for its next turn; see `Member`.
 
-        Args:
-            place: where, 0 .. size - 1.
-            strategy: how it fine-tunes.
-            taken: steps that it has taken so far.
-            attacker: its model as it is now; copied.
-            released: the released model as it was during the turn.
-            factors: see `Member`; copied.
-            optimizer_state: of its optimizer; copied.
-            domain: see `Member`.
+        ``attacker`` is its model as it is now, ``released`` the released model as it was during the turn.
         """
         start = dict(released.named_parameters())
         kept = {name: torch.as_tensor(factor).clone() for name, factor in factors.items()}

@@ -84,18 +84,6 @@ def _adds(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
     return {}
 
 
-def _scales(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
-    return dict(rescale_to_fresh(attacker, means, **_arguments(operation)))
-
-
-def _centres(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
-    return centre_channels(attacker, means, **_arguments(operation))
-
-
-def _equalises(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
-    return dict(equalise_channels(attacker))
-
-
 def _shrinks(attacker: nn.Module, means: Means, operation: Operation) -> Factors:
     operate(attacker, [operation], means)
     return dict.fromkeys(_names(attacker), _arguments(operation)["keep"])
@@ -131,9 +119,9 @@ _SIMULATED: dict[str, Callable[[nn.Module, Means, Operation], Factors]] = {
     "shrink_perturb": _shrinks,
     "restate": _adds,
     "reset_affine": _replaces(lambda model, means, each: affine(model)),
-    "renormalise": _scales,
-    "centre": _centres,
-    "equalise": _equalises,
+    "renormalise": lambda model, means, each: dict(rescale_to_fresh(model, means, **_arguments(each))),
+    "centre": lambda model, means, each: centre_channels(model, means, **_arguments(each)),
+    "equalise": lambda model, means, each: dict(equalise_channels(model)),
     "heal": _adds,
     "distil": _replaces(lambda model, means, each: _names(model)),
 }

@@ -32,7 +32,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +53,8 @@ from sophon.tasks.task import evaluating
 
 OPEN = 5.0  # deviations of what is shared that the constant lies above zero: a ReLU then cuts next to nothing
 STATISTICS = 2000  # images that what is shared, and normalisation behind a changed convolution, are measured on
+ROUNDING = 1.0  # points on val that a model may differ by from itself in other coordinates
 _BATCH = 500
-
-
-# points of accuracy on val that a model may differ by from itself in other coordinates
-ROUNDING = 1.0
 
 
 @dataclass
@@ -129,41 +126,32 @@ class Reparameterise(Stage):
 
 
 def known(model: nn.Module) -> list[Interface]:
-    """Return the model's interfaces.
+    """Return the interfaces of one of timm's ResNets of plain basic blocks or bottlenecks.
 
     Raises:
-        UserError: the model is none of timm's ResNets of plain basic blocks or bottlenecks.
+        UserError: the model is another.
     """
-    found = interfaces(model)
-    if not found:
+    if not (places := interfaces(model)):
         raise UserError(
             "method.stages.reparameterise: knows timm's ResNets of plain blocks, such as resnet18, and not this model; "
             "use method=sophon_klu, which takes any"
         )
-    return found
+    return places
 
 
 def linear(model: nn.Module) -> nn.Module:
-    """Return a copy without ReLU at the interfaces; its state dict has the same names.
-
-    Args:
-        model: see `known`; it stays as it is.
-    """
+    """Return a copy without ReLU at the interfaces; its state dict has the same names."""
     changed = copy.deepcopy(model)
-    for each in known(model):
-        changed.set_submodule(each.act, nn.Identity())
+    for interface in known(model):
+        changed.set_submodule(interface.act, nn.Identity())
     return changed
 
 
 class BlindReaders:
-    """What reads an interface is kept blind to what all channels have in common.
-
-    Args:
-        model: see `known`; changed by `project` alone.
-    """
+    """A constraint: what reads an interface of the model is blind to what all channels have in common."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = [model.get_parameter(f"{name}.weight") for each in known(model) for name in each.readers]
+        self._weights = [model.get_parameter(f"{name}.weight") for place in known(model) for name in place.readers]
 
     @torch.no_grad()
     def project(self) -> None:
@@ -181,8 +169,8 @@ def gains_for(model: nn.Module, gains: Sequence[float]) -> list[float]:
     count = len(known(model))
     if len(gains) not in (1, count):
         raise UserError(
-            f"method.stages.reparameterise.gains: {list(gains)} has {len(gains)} numbers; "
-            f"give 1 or {count}, one for each interface"
+            f"method.stages.reparameterise.gains: {list(gains)} has {len(gains)} numbers; give 1 or {count}, one for "
+            "each interface"
         )
     return [float(gain) for gain in gains] * (count if len(gains) == 1 else 1)
 
@@ -203,7 +191,7 @@ def release(
         trained: what `linear` returned, trained, its readers blind.
         reference: of the same architecture; gives the norms of what comes before a normalisation. It stays as it is.
         task: prepares images.
-        images: of the original domain, on the model's device; what is shared is measured on the first of them.
+        images: of the original domain; what is shared is measured on the first of them.
         gains: one, or one for each interface; > 0.
         spread: the largest scale of an interface's channels over the smallest, to a factor of two; >= 1.
         seed: of what is shared, and of which channel has which scale.
@@ -211,18 +199,19 @@ def release(
     Raises:
         UserError: see `gains_for`.
     """
-    gains, found = gains_for(reference, gains), known(reference)
-    measured = _Measured(task, images)
-    shared = [_Shared.of(trained, each, measured, seed, place) for place, each in enumerate(found)]
+    gains, places = gains_for(reference, gains), known(reference)
+    few = images.take(torch.arange(min(STATISTICS, len(images)))).in_memory()
+    shared = [_Shared.of(trained, place, task, few, seed, index) for index, place in enumerate(places)]
     if isinstance(reference.maxpool, nn.MaxPool2d):
-        shared = [each.constant() if where.norm == "bn1" else each for each, where in zip(shared, found, strict=True)]
+        shared = [each.constant() if place.norm == "bn1" else each for each, place in zip(shared, places, strict=True)]
     model = copy.deepcopy(reference)
     model.load_state_dict(trained.state_dict())
     with evaluating(model):
-        for name in (name for each in found for name in each.readers if name != "fc"):
+        for name in (name for place in places for name in place.readers if name != "fc"):
             rescale(reader(model, name), norms(reference.get_submodule(name), None))
-        for gain, common, each in zip(gains, shared, found, strict=True):
-            _mix(model, each, gain, common, _norm(reference, each.convolution), measured)
+        for gain, common, place in zip(gains, shared, places, strict=True):
+            wanted = reference.get_parameter(f"{place.convolution}.weight").norm()
+            _mix(model, place, gain, common, wanted, task, few)
     spread_channels(model, spread, seed)
     return model
 
@@ -238,26 +227,33 @@ def spread_channels(model: nn.Module, spread: float, seed: int) -> None:
         spread: >= 1.
         seed: of which channel has which scale.
     """
-    for place, each in enumerate(channels(model)):
-        like = model.get_parameter(f"{each.norms[0]}.weight")
-        generator = torch.Generator().manual_seed(derive_seed(seed, "spread", place))
+    for index, place in enumerate(channels(model)):
+        like = model.get_parameter(f"{place.norms[0]}.weight")
+        generator = torch.Generator().manual_seed(derive_seed(seed, "spread", index))
         ranks = torch.randperm(len(like), generator=generator) / max(1, len(like) - 1)
-        scale_channels(model, each, torch.exp2((ranks * math.log2(spread)).round()).to(like))
+        scale_channels(model, place, torch.exp2((ranks * math.log2(spread)).round()).to(like))
 
 
 class _Shared(NamedTuple):
-    """What an interface's channels get in common: a filter, and its mean and deviation over the original domain."""
+    """What an interface's channels get in common: a filter [1, inputs, height, width], and mean and deviation of its
+    responses over the original domain."""
 
     filter: Tensor
     mean: Tensor
     deviation: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, where: Interface, measured: _Measured, seed: int, place: int) -> _Shared:
-        convolution = _convolution(model, where.convolution)
-        drawn = _filter(convolution, seed, place)
+    def of(cls, model: nn.Module, place: Interface, task: Task, images: ImageSet, seed: int, index: int) -> _Shared:
+        convolution = cast(nn.Conv2d, model.get_submodule(place.convolution))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "coordinates", index))
+        drawn = torch.randn(1, *convolution.weight.shape[1:], generator=generator)
+        drawn = drawn.div(drawn[0].numel() ** 0.5).to(convolution.weight)
+
+        def response(given: Tensor, _: Tensor) -> Tensor:
+            return F.conv2d(given, drawn.to(given.dtype), None, convolution.stride, convolution.padding)
+
         with evaluating(model):
-            mean, variance = measured.moments(model, convolution, lambda given, _: _respond(convolution, drawn, given))
+            mean, variance = _moments(model, convolution, task, images, response)
         return cls(drawn.double(), mean, variance.sqrt())
 
     def constant(self) -> _Shared:
@@ -265,71 +261,32 @@ class _Shared(NamedTuple):
         return _Shared(torch.zeros_like(self.filter), torch.zeros_like(self.mean), self.deviation)
 
 
-def _mix(model: nn.Module, where: Interface, gain: float, shared: _Shared, wanted: Tensor, measured: _Measured) -> None:
+def _mix(
+    model: nn.Module, place: Interface, gain: float, shared: _Shared, wanted: Tensor, task: Task, images: ImageSet
+) -> None:
     """Add ``gain`` times what is shared to what convolution and normalisation did, and say it in their terms."""
-    convolution, norm = _convolution(model, where.convolution), _batch_norm(model, where.norm)
-    mean, variance = _statistics(norm)
+    convolution = cast(nn.Conv2d, model.get_submodule(place.convolution))
+    norm = cast(nn.BatchNorm2d, model.get_submodule(place.norm))
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     slope = norm.weight.double() / (variance.double() + norm.eps).sqrt()
     whole = convolution.weight.double() * slope.view(-1, 1, 1, 1) + gain * shared.filter / shared.deviation
     level = norm.bias - mean * slope + gain * (OPEN - shared.mean / shared.deviation)
     scale = wanted / whole.norm()
     convolution.weight.copy_(scale * whole)
-    found = measured.moments(model, convolution, lambda _, output: output)
-    mean.copy_(found[0])
-    variance.copy_(found[1])
+    moments = _moments(model, convolution, task, images, lambda _, output: output)
+    mean.copy_(moments[0])
+    variance.copy_(moments[1])
     norm.weight.copy_((variance.double() + norm.eps).sqrt() / scale)
     norm.bias.copy_(level + mean.double() / scale)
 
 
-def _respond(convolution: nn.Conv2d, drawn: Tensor, given: Tensor) -> Tensor:
-    found: Tensor = F.conv2d(given, drawn.to(given.dtype), None, convolution.stride, convolution.padding)
-    return found
+def _moments(
+    model: nn.Module, layer: nn.Module, task: Task, images: ImageSet, of: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return mean and variance by channel, float64, of what ``of`` makes of a layer's input and output."""
 
+    def run() -> None:
+        for batch in evaluation_batches(images, _BATCH):
+            task.features(model, batch.images)
 
-def _filter(convolution: nn.Conv2d, seed: int, place: int) -> Tensor:
-    """Draw what an interface is to share: [1, inputs, height, width], of the convolution's type and device."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "coordinates", place))
-    drawn: Tensor = torch.randn(1, *convolution.weight.shape[1:], generator=generator)
-    return drawn.div(drawn[0].numel() ** 0.5).to(convolution.weight)
-
-
-class _Measured:
-    """Images by which layers of a model are measured, a batch at a time."""
-
-    def __init__(self, task: Task, images: ImageSet) -> None:
-        self._task = task
-        self._images = images.take(torch.arange(min(STATISTICS, len(images)))).in_memory()
-
-    def moments(
-        self, model: nn.Module, layer: nn.Module, of: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean and variance by channel, float64, of what ``of`` makes of a layer's input and output."""
-
-        def run() -> None:
-            for batch in evaluation_batches(self._images, _BATCH):
-                self._task.features(model, batch.images)
-
-        return channel_moments(layer, run, of)
-
-
-def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
-    found = model.get_submodule(name)
-    assert isinstance(found, nn.Conv2d)
-    return found
-
-
-def _batch_norm(model: nn.Module, name: str) -> nn.BatchNorm2d:
-    found = model.get_submodule(name)
-    assert isinstance(found, nn.BatchNorm2d)
-    return found
-
-
-def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return norm.running_mean, norm.running_var
-
-
-def _norm(reference: nn.Module, name: str) -> Tensor:
-    found: Tensor = reference.get_parameter(f"{name}.weight").norm()
-    return found
+    return channel_moments(layer, run, of)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from sophon.attacker import FineTuneStrategy, learning_rate
+from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.losses import ill_conditioning
-from sophon.optimizers import build_optimizer
 from sophon.protection.first_order import PLAIN, first_order
 from sophon.protection.fts import engine_of
 from sophon.protection.inner_loop import (
@@ -26,9 +22,6 @@ from sophon.protection.inner_loop import (
     Past,
     Simulation,
     frozen_statistics,
-    query_weights,
-    rewinder,
-    standing_at,
 )
 from sophon.protection.objectives import objectives_of
 from sophon.protection.objectives.clamp import Clamp
@@ -38,100 +31,21 @@ from sophon.protection.objectives.suppression import Suppression
 from sophon.stages.alternate import Alternate
 from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.protection.staged import context
-from tests.tiny import assert_same_state, state_of, tiny_batches, tiny_denoising, tiny_model, tiny_task, tiny_unet
-
-STEPS, EVERY = 4, 2
-ADAPT = tiny_batches(1, STEPS)
-QUERY = tiny_batches(2, STEPS)
-GAMMA = query_weights("linear", STEPS, EVERY)
-PLAN = FineTuneStrategy(optimizer="adam", lr=0.02, steps=STEPS, schedule="cosine")
-SHARP = 0.3
-WIDTH = 0.01
-SEED = 5
-
-Weights = dict[str, Tensor]
-Ask = Callable[[Weights], Tensor]
-
-
-def run_with(
-    objectives: Sequence[Objective], plan: FineTuneStrategy = PLAN, past: Past | None = None
-) -> tuple[Simulation, nn.Module]:
-    attacker = tiny_model()
-    torch.manual_seed(SEED)
-    run = first_order(attacker, plan, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, past, objectives=objectives)
-    return run, attacker
-
-
-class Way:
-    """One attacker's way, taken with torch.optim's default optimizer; weights by step, 0 the start."""
-
-    def __init__(self, plan: FineTuneStrategy = PLAN) -> None:
-        task, self.model = tiny_task(), tiny_model()
-        self.moving = list(task.train_mode(self.model, plan.scope))
-        optimizer = build_optimizer(plan, [self.model.get_parameter(name) for name in self.moving])
-        self.weights = [self._copied()]
-        self.buffers: list[Weights] = [{}]
-        for step, batch in enumerate(ADAPT):
-            optimizer.param_groups[0]["lr"] = learning_rate(plan, step)
-            self.model.zero_grad()
-            task.attacker_loss(self.model, batch).backward()
-            optimizer.step()
-            self.weights.append(self._copied())
-        self.batches = dict(zip([k for k in range(1, STEPS + 1) if GAMMA[k - 1]], QUERY, strict=False))
-        self.lr = learning_rate(plan, STEPS - 1)
-
-    def _copied(self) -> Weights:
-        return {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-
-    def loss(self, weights: Weights, batch: Batch, kind: str = "attacker_loss") -> Tensor:
-        """Return a loss of the task as a function of the weights."""
-        task = tiny_task()
-
-        def called(images: Tensor) -> Tensor:
-            found: Tensor = functional_call(self.model, weights, (images,))
-            return found
-
-        with frozen_statistics(self.model):
-            return getattr(task, kind)(called, batch)  # type: ignore[no-any-return]
-
-    def at(self, k: int) -> Weights:
-        return {name: weight.clone().requires_grad_() for name, weight in self.weights[k].items()}
-
-    def grad(self, value: Tensor, weights: Weights) -> Weights:
-        found = torch.autograd.grad(value, list(weights.values()), retain_graph=True, materialize_grads=True)
-        return dict(zip(weights, found, strict=True))
-
-    def flat(self, weights: Weights) -> Tensor:
-        return torch.cat([weights[name].flatten() for name in self.moving])
-
-    def moved(self, weights: Weights, by: Tensor) -> Weights:
-        """Add a flat vector over what moves."""
-        sizes = [weights[name].numel() for name in self.moving]
-        parts = dict(zip(self.moving, by.split(sizes), strict=True))
-        return {name: w + parts[name].view_as(w) if name in parts else w for name, w in weights.items()}
-
-    def slope(self, weights: Weights, batch: Batch) -> Tensor:
-        """Return the gradient of the attacker's loss over what moves, flat, with its graph."""
-        found = torch.autograd.grad(
-            self.loss(weights, batch), [weights[name] for name in self.moving], create_graph=True
-        )
-        return torch.cat([part.flatten() for part in found])
-
-
-def added(*parts: tuple[float, Weights]) -> Weights:
-    return {name: sum(weight * part[name] for weight, part in parts) for name in parts[0][1]}  # type: ignore[misc]
-
-
-def assert_gradients(found: Weights, expected: Weights, rtol: float = 1e-8, atol: float = 1e-12) -> None:
-    assert any(value.abs().max() > 1e-6 for value in expected.values()), "the reference must say something"
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-SCOPES = pytest.mark.parametrize("scope", ["all", "head"])
-
+from tests.protection.way import (
+    ADAPT,
+    GAMMA,
+    PLAN,
+    QUERY,
+    SCOPES,
+    SHARP,
+    STEPS,
+    Way,
+    Weights,
+    added,
+    assert_gradients,
+    run_with,
+)
+from tests.tiny import assert_same_state, state_of, tiny_denoising, tiny_model, tiny_task, tiny_unet
 
 # ---- suppression ----------------------------------------------------------------------------------------------------
 
@@ -191,11 +105,6 @@ def test_sharp_suppression_looks_where_it_is_worst(scope: str) -> None:
     assert_same_state(attacker, state_of(run_with(PLAIN, plan)[1]))
 
 
-def test_no_sharpness_is_plain_suppression() -> None:
-    sharp, plain = run_with((Sharpness(0.0),))[0], run_with(PLAIN)[0]
-    assert_gradients(sharp.gradients, plain.gradients, rtol=1e-12, atol=1e-15)
-
-
 class Flat(ClassificationTask):
     """Whose suppression loss depends on no weight that moves."""
 
@@ -208,161 +117,6 @@ def test_where_the_loss_is_flat_there_is_nowhere_to_go() -> None:
     task = Flat(tiny_task().spec, suppression_loss="klu", dtype=torch.float64)
     run = first_order(attacker, PLAN, task, iter(ADAPT), iter(QUERY), GAMMA, objectives=(Sharpness(1.0),))
     assert not any(value.any() for value in run.gradients.values())
-
-
-# ---- CLAMP ----------------------------------------------------------------------------------------------------------
-
-
-def directions(way: Way, count: int) -> list[Tensor]:
-    """Draw what the clamp draws: the generator is seeded by who simulates."""
-    torch.manual_seed(SEED)
-    drawn = [torch.cat([torch.randn_like(way.weights[0][name]).flatten() for name in way.moving]) for _ in range(count)]
-    return [one / one.norm() for one in drawn]
-
-
-def curvature(way: Way, config: Clamp) -> Weights:
-    parts = []
-    for k, batch in way.batches.items():
-        weights = way.at(k)
-        step = way.flat(way.weights[k]) - way.flat(way.weights[k - 1])
-        along = WIDTH * step / step.norm()
-        up, here, down = (way.loss(way.moved(weights, side * along), batch) for side in (1, 0, -1))
-        kappa = (up - 2 * here + down) / WIDTH**2
-        assert abs(kappa.item()) > 1e-6
-        parts.append((config.curvature * GAMMA[k - 1], way.grad(F.softplus(config.kappa_min - kappa), weights)))
-    return added(*parts)
-
-
-def end(way: Way, config: Clamp) -> tuple[Weights, float, float]:
-    """Return the gradient of contraction and tail, their value, and the rate c."""
-    last, first = way.at(STEPS), way.at(0)
-    batch = way.batches[STEPS]
-
-    def update_map(weights: Weights) -> Tensor:
-        return way.flat(weights) - way.lr * way.slope(weights, batch)
-
-    def rate(direction: Tensor) -> Tensor:
-        return (update_map(way.moved(last, WIDTH * direction)) - update_map(last)).norm() / WIDTH
-
-    c = max((rate(direction) for direction in directions(way, config.probes)), key=Tensor.item)
-    length = (way.flat(way.weights[STEPS]) - way.flat(way.weights[STEPS - 1])).norm()
-    reach = length / (1 - c.clamp(max=config.c_limit))
-    drop = way.loss(first, batch) - way.loss(last, batch)
-    bound = drop + way.slope(last, batch).norm() * reach + config.lipschitz / 2 * reach**2
-    value = config.contract * F.softplus(c - config.c_max) + config.tail * F.relu(bound - config.slack)
-    # theta^k = theta^0 + constant: both points move with the released weights
-    return added((1, way.grad(value, last)), (1, way.grad(value, first))), value.item(), c.item()
-
-
-def clamped(plan: FineTuneStrategy, **values: Any) -> tuple[Simulation, Clamp]:
-    config = Clamp(probe_width=WIDTH, **values)
-    run, attacker = run_with((Suppression(0.0), config), plan)
-    assert_same_state(attacker, state_of(run_with(PLAIN, plan)[1]))
-    return run, config
-
-
-@SCOPES
-@pytest.mark.parametrize("kappa_min", [0.0, 2.5])
-def test_curvature(kappa_min: float, scope: str) -> None:
-    plan = replace(PLAN, scope=scope, schedule="constant")
-    run, config = clamped(plan, curvature=0.7, kappa_min=kappa_min)
-    assert_gradients(run.gradients, curvature(Way(plan), config), rtol=1e-6, atol=1e-9)
-
-
-def test_an_attacker_that_stands_still_has_no_curvature() -> None:
-    plan = replace(PLAN, optimizer="sgd", lr=1e-300, schedule="constant")
-    run, _ = clamped(plan, curvature=1.0)
-    assert all(value.abs().max() < 1e-6 for value in run.gradients.values())
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "contraction": {"contract": 0.8, "c_max": 0.9, "c_limit": 0.9999},
-    "contraction, the worst of three": {"contract": 0.8, "c_max": 0.9, "c_limit": 0.9999, "probes": 3},
-    "tail": {"tail": 0.6, "c_limit": 0.999},
-    "tail, c at its limit": {"tail": 0.6, "c_limit": 0.5, "lipschitz": 3.0},
-    "both": {"tail": 0.6, "contract": 0.8, "c_limit": 0.999, "slack": 0.01, "lipschitz": 0.5},
-}
-
-
-@SCOPES
-@pytest.mark.parametrize("case", CASES)
-def test_contraction_and_tail(case: str, scope: str) -> None:
-    plan = replace(PLAN, optimizer="sgd", lr=0.5, scope=scope, schedule="constant")
-    run, config = clamped(plan, **CASES[case])
-    way = Way(plan)
-    expected, value, c = end(way, config)
-    assert value > 0
-    assert (c < config.c_limit) is ("limit" not in case)
-    assert_gradients(run.gradients, expected, rtol=1e-6, atol=1e-9)
-
-
-def test_within_the_slack_nothing_is_asked() -> None:
-    run, _ = clamped(PLAN, tail=1.0, slack=1e6)
-    assert not any(value.any() for value in run.gradients.values())
-
-
-class Guessing(ClassificationTask):
-    """Where a guess is as bad, or as good, as said."""
-
-    chance = 0.0
-
-    def chance_loss(self, model: nn.Module) -> float:
-        return self.chance
-
-
-@SCOPES
-@pytest.mark.parametrize(("chance", "asked"), [(1e-6, False), (1e6, True)])
-def test_inverse_has_no_reward_for_worse_than_a_guess(chance: float, asked: bool, scope: str) -> None:
-    plan = replace(PLAN, scope=scope)
-    task, way = Guessing(tiny_task().spec, suppression_loss="klu", dtype=torch.float64), Way(plan)
-    task.chance = chance
-    objectives = (Suppression(0.0), Clamp(inverse=0.4))
-    run = first_order(tiny_model(), plan, task, iter(ADAPT), iter(QUERY), GAMMA, objectives=objectives)
-    weights = way.at(0)
-    if asked:
-        expected = way.grad(way.loss(weights, way.batches[STEPS]), weights)
-        assert_gradients(run.gradients, added((-0.4, expected)))
-    else:
-        assert not any(value.any() for value in run.gradients.values())
-
-
-def test_all_terms_add_up_with_suppression() -> None:
-    values = {"curvature": 0.7, "contract": 0.8, "tail": 0.6, "inverse": 0.4, "c_limit": 0.999}
-    plan = replace(PLAN, schedule="constant")
-    config = Clamp(probe_width=WIDTH, **values)
-    together, _ = run_with((Suppression(0.5), config, Condition(0.3)), plan)
-    parts = [(1.0, clamped(plan, **{**values, **dict.fromkeys(rest, 0.0)})[0].gradients) for rest in rests()]
-    parts.append((1.0, run_with((Suppression(0.5),), plan)[0].gradients))
-    parts.append((1.0, run_with((Suppression(0.0), Condition(0.3)), plan)[0].gradients))
-    assert_gradients(together.gradients, added(*parts), rtol=1e-7, atol=1e-10)
-
-
-def rests() -> Iterator[list[str]]:
-    """Name what is switched off: all but one, each in turn; contraction and tail, which share probes, are one."""
-    groups = (["curvature"], ["contract", "tail"], ["inverse"])
-    for kept in groups:
-        yield [name for group in groups if group is not kept for name in group]
-
-
-class Watched(ClassificationTask):
-    """Notes whether passes were autocast."""
-
-    def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        seen.append(self.amp)
-        return super().attacker_loss(model, batch)
-
-
-seen: list[bool] = []
-
-
-def test_differences_are_not_taken_in_half_precision() -> None:
-    seen.clear()
-    task = Watched(tiny_task().spec, suppression_loss="klu", amp=True, dtype=torch.float64)
-    model = tiny_model()
-    objectives = (*PLAIN, Clamp(curvature=1.0))
-    first_order(model, replace(PLAN, steps=1), task, iter(ADAPT), iter(QUERY), [1.0], objectives=objectives)
-    assert seen == [True, False, False, False]
-    assert task.amp
 
 
 # ---- denoisers ------------------------------------------------------------------------------------------------------
@@ -382,13 +136,6 @@ def test_passes_that_are_compared_draw_the_same_noise() -> None:
     run, *_ = denoise((Suppression(0.0), config))
     norm = float(torch.nn.utils.get_total_norm(list(run.gradients.values())))
     assert 0 < norm < 1e3
-
-
-def test_sharpness_of_a_denoiser_vanishes_with_its_radius() -> None:
-    plain, *_ = denoise((Suppression(),))
-    sharp, *_ = denoise((Sharpness(1e-9),))
-    assert sharp.query_losses == plain.query_losses
-    assert_gradients(sharp.gradients, plain.gradients, rtol=1e-5, atol=1e-7)
 
 
 def test_a_denoiser_has_no_features_to_condition() -> None:
@@ -490,41 +237,4 @@ def test_the_second_order_asks_plain_suppression_alone(asked: dict[str, Any]) ->
         engine_of(MethodConfig("x", engine="second_order"), objectives_of(asked))
 
 
-def test_an_engine_asks_them_of_who_goes_on_as_well() -> None:
-    objectives, plan = (Sharpness(SHARP), Clamp(curvature=0.5)), replace(PLAN, steps=8)
-    for past in (lambda: None, lambda: past_of(plan)):
-        going_on = past()
-        expected, _ = run_with(objectives, plan, past())
-        model = tiny_model()
-        torch.manual_seed(SEED)
-        rest = {} if going_on is None else {"past": going_on}
-        engine = engine_of(MethodConfig("x"), objectives)
-        found = engine(model, plan, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, **rest)
-        assert all(torch.equal(value, expected.gradients[name]) for name, value in found.gradients.items())
-        assert not torch.equal(found.gradients["fc.bias"], run_with(PLAIN, plan, past())[0].gradients["fc.bias"])
-
-
 # ---- what objectives are made of ------------------------------------------------------------------------------------
-
-
-def test_weights_stand_elsewhere_for_a_while() -> None:
-    model = tiny_model()
-    before, moving = state_of(model), [model.conv1.weight, model.fc.bias]
-    with standing_at(moving, [torch.zeros_like(weight) for weight in moving]):
-        assert not any(weight.any() for weight in moving)
-        assert torch.equal(model.fc.weight, before["fc.weight"])
-    assert_same_state(model, before)
-    with pytest.raises(KeyError), standing_at(moving, [weight + 1 for weight in moving]):
-        raise KeyError
-    assert_same_state(model, before)
-
-
-def test_generators_come_back() -> None:
-    torch.manual_seed(0)
-    rewind = rewinder(torch.device("cpu"))
-    first = torch.randn(3)
-    rewind()
-    assert torch.equal(torch.randn(3), first)
-    assert not torch.equal(torch.randn(3), first)
-    copy.deepcopy(rewind)()
-    assert torch.equal(torch.randn(3), first)
