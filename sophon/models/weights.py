@@ -15,13 +15,8 @@ from sophon.tensor_files import read_tensors
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_PICKLED = (
-    b"\x80\x02",
-    b"\x80\x03",
-    b"\x80\x04",
-    b"\x80\x05",
-    b"PK\x03\x04",
-)  # how pickles and torch's archives begin
+# how pickles begin, and the archives that torch makes of them
+_PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _SHOWN = 3  # as many names as fit into a message of one line
 
 
@@ -54,9 +49,7 @@ def refuse_pickle(path: Path, key: str, library: str = "timm", target: Path | No
             f"from timm.models import load_state_dict; d = load_state_dict({str(path)!r}, weights_only=True); "
             f"from safetensors.torch import save_file; save_file({{k: d[k].contiguous() for k in d}}, {str(out)!r})"
         )
-    raise UserError(
-        f"{key}: '{path}' is a pickle, which can run any code; where you trust it, convert it first: {code}"
-    )
+    raise UserError(f"{key}: '{path}' is a pickle, which can run any code; if you trust it, convert it first: {code}")
 
 
 def find_weights(path: Path, name: str, key: str, library: str) -> Path:

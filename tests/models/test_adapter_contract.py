@@ -222,6 +222,7 @@ def test_what_is_saved_loads_in_the_library_alone_and_here_again(name: str, tmp_
     torch.set_rng_state(state)
 
 
+@pytest.mark.slow
 def test_the_cards_code_loads_and_runs_the_model(name: str, tmp_path: Path) -> None:
     adapter, model = made(name)
     write_checkpoint(tmp_path, model.eval(), adapter.spec, {"verb": "pretrain"})

@@ -101,6 +101,7 @@ def saved_pipeline(folder: Path, kind: type, name: str, classes: int | None = No
     write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", name]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*((name, DDPMPipeline) for name in SCHEDULERS), ("DDIMScheduler", DDIMPipeline), ("PNDMScheduler", DDIMPipeline)],
