@@ -56,6 +56,9 @@ def own_model(seed: int = 0) -> Any:
 run = partial(protect, original=ORIGINAL, restricted=RESTRICTED, method=METHOD, attackers=ATTACKERS, guard=GUARD)
 
 
+attack = partial(audit, own_model(), own_model(), ORIGINAL, RESTRICTED)
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -166,13 +169,16 @@ def test_nothing_that_is_global_matters() -> None:
         (lambda: run(own_model(), method={"name": "x", "rouns": 3}), r"^method.rouns: .*rounds"),
         (lambda: run(own_model(), settings={"method.rounds": 0}), r"^method.rounds: 0"),
         (lambda: run(own_model(), settings={"method.rounds": "many"}), r"^method.rounds: "),
-        (lambda: run(own_model(), settings={"metod.rounds": 1}), r"^metod: "),
+        (lambda: run(own_model(), settings={"metod.rounds": 1}), r"^settings: 'metod.rounds' is not allowed.*method"),
+        (lambda: run(own_model(), settings={"seed": 1}), r"^settings: 'seed' is not allowed"),
+        (lambda: attack(settings={"attack.shards": 2}), r"^attack.shards: a call runs the whole audit"),
+        (lambda: attack(settings={"workers": 2}), r"^workers: a model or data in memory cannot be handed"),
         (lambda: run(own_model(), guard={"tolerance": -1}), r"^guard.tolerance: -1"),
         (lambda: run(own_model(), attackers=sophon.Attackers(optimizers={"adamm": [1, 2]})), "adamm"),
         (lambda: run(own_model(), device="gpu"), r"^device: 'gpu' is not known"),
         (lambda: audit(own_model()), r"^reference, original, restricted: missing"),
         (lambda: audit(own_model(), own_model(1), ORIGINAL, [RESTRICTED, ORIGINAL]), r"^restricted: .* are several"),
-        (lambda: audit(own_model(), own_model(), ORIGINAL, RESTRICTED, attacks="standart"), r"^attack: .*standard"),
+        (lambda: attack(attacks="standart"), r"^attack: .*standard"),
         (lambda: load("nowhere"), r"^folder: 'nowhere' is not a folder"),
     ],
 )

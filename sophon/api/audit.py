@@ -20,6 +20,7 @@ from sophon.api.common import (
     require_float32,
     task_of,
 )
+from sophon.api.results import Audited
 from sophon.auditing.fidelity import Fidelity, feature_network
 from sophon.auditing.gallery import write_gallery
 from sophon.auditing.masking import Masking
@@ -32,17 +33,12 @@ from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
 from sophon.export import Checkpoint, package_versions
-from sophon.files import write_text
 from sophon.paths import explained
 from sophon.seeds import derive_seed
 from sophon.tracking import Tracker
 
 if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long to load, and that no attack uses
-    import pandas as pd
-
-    from sophon.auditing.summary import AuditReport, Context
-    from sophon.auditing.verdict import Verdict
-    from sophon.auditing.worst_case import WorstCase
+    from sophon.auditing.summary import Context
 
 
 @dataclass(frozen=True)
@@ -58,47 +54,10 @@ class Audit:
     """
 
     config: Config
-
     protected: Checkpoint
     reference: Checkpoint
     original: LoadedDomain
     scene: Scene
-
-
-@dataclass(frozen=True)
-class Audited:
-    """What an audit found.
-
-    Attributes:
-        found: all of it: attempts, results, verdict and what stands behind them.
-        html: the page.
-    """
-
-    found: AuditReport
-    html: str
-
-    @property
-    def verdict(self) -> Verdict:
-        """What is to be said of the checkpoint: ``word``, ``sentence``, ``basis``, ``findings``."""
-        return self.found.verdict
-
-    @property
-    def worst_case(self) -> WorstCase | None:
-        """The worst case of all attacks, read in two ways; None if none was tried."""
-        return self.found.results.worst_case.get("overall")
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row an attempt: what was run, on whom, and what came of it (see `sophon.auditing.table.Attempts`)."""
-        return self.found.attempts.table
-
-    def to_html(self, path: str | Path) -> None:
-        """Write the page: one file that needs no other.
-
-        Raises:
-            UserError: the file system refuses.
-        """
-        write_text(path, self.html)
 
 
 Checkpoints = tuple[Checkpoint, Checkpoint]

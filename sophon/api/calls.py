@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,13 +11,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sophon.api import audit as auditing
 from sophon.api import protect as protecting
-from sophon.api.audit import Audited
 from sophon.api.common import doubt
 from sophon.api.contained import contained
 from sophon.api.inputs import Choice, Data, Model, checkpoint_of, config_of, domain_of, domains_by_name, in_memory
-from sophon.api.protect import Protected, Protection
+from sophon.api.protect import Protection
+from sophon.api.results import Audited, Protected
+from sophon.config import Config
 from sophon.devices import resolve_device
 from sophon.errors import UserError
 from sophon.export import Checkpoint, read_checkpoint
@@ -79,6 +83,7 @@ def protect(
             settings=settings,
             facts={"name": name, "seed": seed, "device": device},
         )
+        _threads(config)
         protection = protecting.prepare(config, reference, resolve_device(device))
         with run_folder(folder, "protect", protection.identity):
             if exists(folder / "checkpoint"):
@@ -153,6 +158,10 @@ def audit(
             settings=settings,
             facts={"name": name, "seed": seed, "device": device},
         )
+        _threads(config)
+        if config.workers > 1:
+            _require_portable(config, protected, unprotected)
+        auditing.share_threads(config)
         [prepared] = auditing.prepare(config, protected, unprotected)
         runner = auditing.runner_of(prepared, folder)
         for checkpoint, key in ((protected, "model"), (unprotected, "reference")):
@@ -179,6 +188,20 @@ def _folder(run_dir: str | PathLike[str] | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="sophon-") as folder:
         yield Path(folder) / "run"
+
+
+def _threads(config: Config) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def _require_portable(*handed_over: object) -> None:
+    try:
+        pickle.dumps(handed_over)  # as it is sent to the processes
+    except Exception as error:
+        raise UserError(
+            f"workers: a model or data in memory cannot be handed to other processes ({error}); give folders, or 1"
+        ) from error
 
 
 def _already(protection: Protection, folder: Path) -> Protected:

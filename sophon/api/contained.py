@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Put the process's global state back when the block ends."""
+    """Put the process's global state back when the block ends: what a command changes for good, a call borrows."""
     states = random.getstate(), np.random.get_state()
     threads = torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

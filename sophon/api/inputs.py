@@ -32,6 +32,11 @@ Model = nn.Module | AdaptedModel | Checkpoint | str | PathLike[str]
 Choice = str | Mapping[str, Any] | Any  # the name of a shipped file, the path of one's own, or its content
 
 
+# The keys that a call does not take in another way.
+_COMMON = ("task", "amp", "threads", "domain.memory_gb")
+_SETTINGS = {"protect": ("method", "sampler", "guard", *_COMMON), "audit": ("attack", "workers", *_COMMON)}
+
+
 def domain_of(data: Data, name: str) -> DomainConfig:
     """Return data as a domain, called after its folder if it is one, else ``name``."""
     if isinstance(data, DomainConfig):
@@ -74,8 +79,9 @@ def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
             raise UserError(f"{key}: a {type(model).__name__} is not allowed; give a torch.nn.Module or a folder")
         model = models.adapt(model, classes=names)
     spec = model.spec
-    numbered = [tuple(f"{prefix}{number}" for number in range(len(names))) for prefix in ("", "LABEL_")]
-    if spec.classes in numbered:  # nobody has named them
+    numbers = range(len(spec.classes))
+    unnamed = spec.classes in [tuple(f"{prefix}{number}" for number in numbers) for prefix in ("", "LABEL_")]
+    if unnamed and (len(names) == len(numbers) or models.adapter_of(spec).head is None):
         spec = replace(spec, classes=names)
     return in_memory(model.model, spec, {"name": spec.architecture}, key)
 
@@ -134,8 +140,12 @@ def config_of(
         {"verb": verb, "model": asdict(spec.config()), "domain": domain, "tracking": tracking, **groups, **facts}
     )
     for key, value in (settings or {}).items():
+        if not key.startswith(_SETTINGS[verb]):
+            raise UserError(f"settings: '{key}' is not allowed; {verb} takes {', '.join(_SETTINGS[verb])}")
         OmegaConf.update(composed, key, _plain(value), merge=False)
     config = from_omegaconf(composed)
+    if config.attack.shards > 1:
+        raise UserError("attack.shards: a call runs the whole audit; `sophon audit` takes shards")
     config.domain.original, config.domain.restricted, config.domain.benign = original, dict(restricted), benign
     return config
 

@@ -20,10 +20,11 @@ from sophon.api.common import (
     with_pseudo_labels,
 )
 from sophon.api.manifests import both_splits, manifest_of
+from sophon.api.results import Protected
 from sophon.config import Config, GuardConfig, keyed, plain
 from sophon.domains import LoadedDomain
 from sophon.errors import UserError
-from sophon.export import Checkpoint, write_checkpoint
+from sophon.export import Checkpoint
 from sophon.losses import SUPPRESSION_LOSSES, reads_labels
 from sophon.protection.context import Context
 from sophon.protection.distributed import ALONE, Ranks
@@ -112,31 +113,6 @@ def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dic
         return {"original": original.hashes, "restricted": restricted[0].hashes}
     several = {each.name: each.hashes for each in restricted}
     return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
-
-
-@dataclass(frozen=True)
-class Protected:
-    """A protected model.
-
-    Attributes:
-        model: in evaluation mode.
-        history: a row a round: losses, and the metric on ``val`` where the guard looked.
-        manifest: what ``sophon.json`` says of it: ``intactness`` what the protection cost the original domain.
-        protection: what it was made from.
-    """
-
-    model: nn.Module
-    history: list[dict[str, Any]]
-    manifest: dict[str, Any]
-    protection: Protection
-
-    def save(self, folder: str | Path) -> None:
-        """Write the checkpoint: the library's own files, ``sophon.json`` and the model card.
-
-        Raises:
-            UserError: ``folder`` holds something else, or the file system refuses.
-        """
-        write_checkpoint(folder, self.model, self.protection.reference.spec, self.manifest)
 
 
 def run(protection: Protection, folder: Path, tracker: Tracker) -> Protected | None:

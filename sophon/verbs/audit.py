@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from sophon.api.audit import Audit, Audited, identity_of, named_checkpoints, prepare, run, runner_of, share_threads
+from sophon.api.audit import Audit, identity_of, named_checkpoints, prepare, run, runner_of, share_threads
 from sophon.api.common import doubt, run_dir, say_domains, tracker_of, warn
+from sophon.api.results import Audited
 from sophon.auditing.runner import Runner
 from sophon.config import Config
 from sophon.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sophon.api.common import doubt, reference_of, run_dir, say_domains, tracker_of, warn
 from sophon.api.manifests import figures
-from sophon.api.protect import Protected, lost_on_test, prepare, run
+from sophon.api.protect import lost_on_test, prepare, run
+from sophon.api.results import Protected
 from sophon.config import Config
 from sophon.errors import UserError
 from sophon.paths import exists
