@@ -79,7 +79,7 @@ class Stage:
         rehearse(copy.deepcopy(context.model), step, task, context.original["train"], "method.ntr_batch_size", loss)
 
     def prepare(self, context: Context) -> None:
-        """Get ready, once; may put another model in the context."""
+        """Get ready, once: put another model into the context if need be, then call this, which makes NTR for it."""
         self.ntr = NTR(context)
 
     def step(self, context: Context, number: int) -> Row:

@@ -26,7 +26,7 @@ from sophon.protection.runner import Runner
 from sophon.sampler import SamplerConfig
 from sophon.stages.alternate import Alternate
 from sophon.tasks import ClassificationTask
-from tests.protection.staged import context, runner, training
+from tests.protection.staged import Momenta, context, runner, training
 from tests.tiny import (
     state_of,
     tiny_bands,
@@ -80,25 +80,6 @@ def diverging(ranks: Ranks, folder: Path) -> Tensors:
     fts = FTS(context(model, task, METHOD, restricted=[RESTRICTED], sampler=sampler, ranks=ranks))
     steps = [fts.step(index) for index in range(6)]
     return state_of(model) | {"diverged": torch.tensor([step.diverged for step in steps])}
-
-
-class Momenta(nn.Module):
-    """BatchNorm of every kind: a moving average, an average of all batches, none at all, 1d, and without weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, bias=False)
-        self.layers = nn.Sequential(
-            nn.BatchNorm2d(4, momentum=0.3), nn.Tanh(),
-            nn.BatchNorm2d(4, momentum=None), nn.Tanh(),
-            nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh(),
-            nn.BatchNorm2d(4, affine=False, eps=0.1),
-        )  # fmt: skip
-        self.flat = nn.BatchNorm1d(4)
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.flat(torch.tanh(self.layers(self.conv(images))).mean((2, 3))))
 
 
 def reinforced(ranks: Ranks, folder: Path, network: str = "tiny", batch: int = 9, weight: float = 0.8) -> Tensors:

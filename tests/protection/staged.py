@@ -53,6 +53,25 @@ def training(images: ImageSet) -> LoadedDomain:
     return replace(ORIGINAL, splits={**ORIGINAL.splits, "train": images})
 
 
+class Momenta(nn.Module):
+    """BatchNorm of every kind: a moving average, an average of all batches, none at all, 1d, and without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, bias=False)
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(4, momentum=0.3), nn.Tanh(),
+            nn.BatchNorm2d(4, momentum=None), nn.Tanh(),
+            nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh(),
+            nn.BatchNorm2d(4, affine=False, eps=0.1),
+        )  # fmt: skip
+        self.flat = nn.BatchNorm1d(4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.flat(torch.tanh(self.layers(self.conv(images))).mean((2, 3))))
+
+
 class Scripted(ClassificationTask):
     """Measures what it is told to: the reference first, then whatever the guard looks at."""
 
