@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli_helpers import RUNS, SMALL, finish, load, make, refused, sophon, start
+from tests.cli_helpers import RUNS, SMALL, finish, load, make, sophon, start
 
 # Every kind of job: plain, after surgery, with adapters, a search, benign transfer, the oracle.
 SUITE = """
@@ -158,38 +158,3 @@ def test_audits_are_compared(copied: Path) -> None:
     for folder in (RUNS / "audit", Path("other")):
         assert load(copied / folder / "audit.json")["verdict"]["sentence"] in text
     assert "healed" in page
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((), ["report compare", "two audits"]),
-        (("nowhere", "own"), ["nowhere", "does not exist"]),
-        (("own", "own"), ["own", "once"]),
-        (("own", str(RUNS / "audit")), ["own", "audit.json"]),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(copied: Path, arguments: tuple[str, ...], words: list[str]) -> None:
-    message = refused(copied, "report", "compare", *arguments)
-    for word in words:
-        assert word in message
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (("attack.shard=3", "attack.shards=3"), ["attack.shard", "0 to 2"]),
-        (("workers=0",), ["workers"]),
-        (("attack.oracle=nobody",), ["attack.oracle", "nobody", "adam_fresh"]),
-        (("attack.benign=[nobody]",), ["attack.benign", "nobody"]),
-        (("attack.search.searching.trials=0",), ["attack.search.searching.trials"]),
-        (("attack.search.searching.sampler=grid",), ["attack.search.searching.sampler", "tpe"]),
-        (("attack.search.searching.optimizers={lion: [1.0, 2.0]}",), ["attack.search.searching.optimizers", "lion"]),
-        (("+attack.search.searching.choices.steps=[1]",), ["attack.search.searching.choices.steps"]),
-        (("attack.reuse=[nowhere]",), ["attack.reuse", "nowhere"]),
-    ],
-)
-def test_bad_audits_are_refused(copied: Path, overrides: tuple[str, ...], words: list[str]) -> None:
-    message = refused(copied, *AUDIT, "run_dir=new", *overrides)
-    for word in words:
-        assert word in message

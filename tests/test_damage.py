@@ -1,0 +1,110 @@
+"""Files and folders that are damaged or not ours: refused in one line, and left as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli_helpers import (
+    AUDIT,
+    PROTECT,
+    RUNS,
+    SMALL,
+    make,
+    refused,
+    sophon,
+)
+
+NEW = "run_dir=new"
+
+pytestmark = pytest.mark.slow  # whole commands
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which pretrain and protect have run; never written to again."""
+    folder = tmp_path_factory.mktemp("made")
+    make(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copied"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def edit(**values: Any) -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated weights": ("model.safetensors", truncate, "sha256"),
+    "one bit of a weight": ("model.safetensors", flip_last_byte, "sha256"),
+    "no weights": ("model.safetensors", Path.unlink, "holds no model.safetensors"),
+    "no config": ("config.json", Path.unlink, "holds no config.json"),
+    "truncated manifest": ("sophon.json", truncate, "sophon.json"),
+    "manifest of another kind": ("sophon.json", lambda path: path.write_text("[]"), "format version"),
+    "manifest of another version": ("sophon.json", edit(format_version=99), "99"),
+    "manifest without its model": ("sophon.json", edit(model=None), "sophon.json"),
+    "manifest of another model": ("sophon.json", edit(model={"library": "timm"}), "sophon.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(copied: Path, case: str) -> None:
+    name, damage, word = DAMAGE[case]
+    damage(copied / RUNS / "protect" / "checkpoint" / name)
+    message = refused(copied, "export", f"checkpoint={RUNS / 'protect'}", "out=out")
+    assert message.startswith(("checkpoint: ", "cannot read "))
+    assert word in message
+
+
+@pytest.mark.parametrize(("verb", "command"), [("pretrain", PROTECT), ("pretrain", AUDIT), ("protect", AUDIT)])
+def test_no_verb_takes_weights_that_are_not_those_exported(copied: Path, verb: str, command: tuple[str, ...]) -> None:
+    flip_last_byte(copied / RUNS / verb / "checkpoint" / "model.safetensors")
+    message = refused(copied, *command, NEW)
+    assert message.startswith("reference: " if verb == "pretrain" else "checkpoint: ")
+    assert "sha256" in message
+
+
+@pytest.mark.parametrize("name", ["run.json", "state.safetensors"])
+def test_a_damaged_run_is_refused_and_kept(copied: Path, name: str) -> None:
+    run = copied / RUNS / "protect"
+    shutil.rmtree(run / "checkpoint")
+    truncate(run / name)
+    assert name in refused(copied, *PROTECT)
+
+
+def test_a_damaged_attempt_is_refused_by_name(copied: Path) -> None:
+    assert sophon(copied, *AUDIT).code == 0
+    attempt = sorted((copied / RUNS / "audit" / "attempts").iterdir())[0]
+    truncate(attempt)
+    for command in (AUDIT, ("report", *SMALL)):
+        assert attempt.name in refused(copied, *command)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"schema_version": 99}'])
+def test_report_refuses_an_audit_that_it_cannot_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "audit.json").write_text(text)
+    assert "audit.json" in refused(tmp_path, "report", "run_dir=.")
+
+
+def test_report_needs_an_audit(copied: Path) -> None:
+    message = refused(copied, "report", f"run_dir={RUNS / 'protect'}")
+    assert message.startswith("run_dir: ")
+    assert "audit.json" in message

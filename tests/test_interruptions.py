@@ -1,0 +1,228 @@
+"""Commands that are stopped, killed or out of space: nothing half-written, and the same command goes on to the bit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sophon.protection.ntr import NTR
+from sophon.protection.state import STATE_FILE, read_state
+from sophon.tasks import ClassificationTask
+from sophon.tensor_files import read_tensors
+from tests.cli_helpers import (
+    AUDIT,
+    PRETRAIN,
+    PROTECT,
+    RUNS,
+    SMALL,
+    finish,
+    load,
+    make,
+    refusal,
+    refused,
+    sophon,
+    start,
+    tree,
+    weights_sha256,
+)
+
+NEW = "run_dir=new"
+
+pytestmark = pytest.mark.slow  # whole commands
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which pretrain and protect have run; never written to again."""
+    folder = tmp_path_factory.mktemp("made")
+    make(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copied"))
+
+
+def protected_sha256(made: Path) -> str:
+    return weights_sha256(made / RUNS / "protect" / "checkpoint")
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """Let so many files be written, and no more."""
+    left, fsync = writes, os.fsync
+
+    def filling(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", filling)
+
+
+def out_of_space(folder: Path, writes: int, *command: str) -> None:
+    """Run ``command`` on a disk that fills up; everything that was there, or was finished since, must be whole."""
+    before = tree(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, writes)
+        message = refusal(sophon(folder, *command))
+    assert "No space left on device" in message
+    after = tree(folder)
+    assert {name: after.get(name) for name in before} == before
+    assert not [name for name in after if ".tmp" in name or ".old" in name]
+
+
+# run.json; the state after each of three rounds; then the checkpoint's weights, config, manifest and card
+@pytest.mark.parametrize("writes", [0, 2, 5, 7])
+def test_protect_goes_on_after_the_disk_was_full(made: Path, copied: Path, writes: int) -> None:
+    out_of_space(copied, writes, *PROTECT, NEW)
+    assert not (copied / "new" / "checkpoint").exists()
+    if writes > 1:
+        assert read_tensors(copied / "new" / "state.safetensors")[1]["round"] == min(writes - 1, 3)
+    assert sophon(copied, *PROTECT, NEW).code == 0
+    assert weights_sha256(copied / "new" / "checkpoint") == protected_sha256(made)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 4])
+def test_pretrain_starts_again_after_the_disk_was_full(made: Path, tmp_path: Path, writes: int) -> None:
+    out_of_space(tmp_path, writes, *PRETRAIN)
+    assert sophon(tmp_path, *PRETRAIN).code == 0
+    checkpoint = RUNS / "pretrain" / "checkpoint"
+    assert weights_sha256(tmp_path / checkpoint) == weights_sha256(made / checkpoint)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3])
+def test_a_full_disk_leaves_an_older_export_whole(copied: Path, writes: int) -> None:
+    assert sophon(copied, "export", f"checkpoint={RUNS / 'pretrain'}", "out=out").code == 0
+    out_of_space(copied, writes, "export", f"checkpoint={RUNS / 'protect'}", "out=out")
+
+
+@pytest.mark.parametrize("writes", [0, 3, 10, 11, 13])
+def test_an_audit_goes_on_after_the_disk_was_full(copied: Path, writes: int) -> None:
+    out_of_space(copied, writes, *AUDIT)
+    assert sophon(copied, *AUDIT).code == 0
+    out_of_space(copied, 0, "report", *SMALL)
+
+
+def test_a_write_that_fails_before_its_end_leaves_no_trace(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("sophon.files.Path.replace", refuse)
+    assert "Disk quota exceeded" in refused(copied, "export", *SMALL, "out=out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_protection_saves_and_goes_on_to_the_bit(made: Path, copied: Path, number: int) -> None:
+    command = (*PROTECT, NEW, "guard.every=3")  # no state is due before the end
+    whole, calls = NTR.run, 0
+
+    def interrupting(self: NTR, *arguments: Any, **options: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), number)
+        return whole(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NTR, "run", interrupting)
+        assert "interrupted" in refusal(sophon(copied, *command), 130)
+    assert calls == 2, "the round in progress is the last"
+    assert read_tensors(copied / "new" / "state.safetensors")[1]["round"] == 2
+    assert not (copied / "new" / "checkpoint").exists()
+    assert sophon(copied, *command).code == 0
+    assert weights_sha256(copied / "new" / "checkpoint") == protected_sha256(made)
+
+
+def audited(folder: Path) -> Any:
+    """Return ``audit.json`` without what depends on how fast the machine was."""
+    return {key: value for key, value in load(folder / "audit.json").items() if key not in ("seconds_total", "date")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("uninterrupted") / "copied"))
+    assert sophon(folder, *AUDIT, NEW).code == 0
+    return audited(folder / "new")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_audit_goes_on_with_what_is_missing(copied: Path, uninterrupted: Any, number: int) -> None:
+    from sophon.auditing import runner
+
+    whole, calls = runner.attack, 0
+
+    def interrupting(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), number)
+        return whole(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "attack", interrupting)
+        refusal(sophon(copied, *AUDIT, NEW), 130)
+        finished = tree(copied / "new" / "attempts")
+        assert len(finished) == 2
+        assert not (copied / "new" / "audit.json").exists()
+        assert sophon(copied, *AUDIT, NEW).code == 0
+    assert calls == 3 + 7, "what was complete did not run again"
+    assert finished.items() <= tree(copied / "new" / "attempts").items()
+    assert audited(copied / "new") == uninterrupted
+
+
+LONG = (*PROTECT, "method.rounds=24", "guard.every=2")
+
+
+@pytest.fixture(scope="module")
+def straight(made: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights' sha256 of a long protection that nothing interrupts."""
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("straight") / "copied"))
+    assert sophon(folder, *LONG, NEW).code == 0
+    return weights_sha256(folder / "new" / "checkpoint")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_process_that_is_stopped_goes_on_to_the_bit(copied: Path, straight: str, number: int, code: int) -> None:
+    process = start(copied, *LONG, NEW)
+    state = copied / "new" / "state.safetensors"
+    while not state.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    result = finish(process)
+    assert result.code == code, result
+    if number == signal.SIGINT:
+        assert "interrupted" in refusal(result, 130)
+    assert 0 < read_tensors(state)[1]["round"] < 24
+    assert not (copied / "new" / "checkpoint").exists()
+    assert sophon(copied, *LONG, NEW).code == 0
+    assert weights_sha256(copied / "new" / "checkpoint") == straight
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(made: Path, copied: Path) -> None:
+    whole, losses = ClassificationTask.original_loss, 0
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        nonlocal losses
+        losses += 1
+        return whole(self, *arguments) * (float("nan") if losses > 2 else 1)  # two NTR steps a round
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationTask, "original_loss", poisoned)
+        message = refusal(sophon(copied, *PROTECT, NEW))
+    assert "last good state is kept" in message
+    assert set(tree(copied / "new")) == {"run.json", "state.safetensors"}
+    assert read_state(copied / "new" / STATE_FILE).at.good_round == 1
+    assert sophon(copied, "export", *PROTECT[1:], "checkpoint=new", "out=out").code == 0
+    assert sophon(copied, *PROTECT, NEW).code == 0
+    assert weights_sha256(copied / "new" / "checkpoint") == protected_sha256(made)
