@@ -69,7 +69,7 @@ def _by_name(given: dict[str, Any]) -> dict[str, Any]:
         value.setdefault("name", key)
     name = one.get("name", MISSING)
     if name in named:
-        raise UserError(f"domain.restricted: the name '{name}' is given 2 times; names must differ")
+        raise UserError(f"domain.restricted: the name '{name}' is given twice; names must differ")
     if named and one.items() <= vars(DomainConfig()).items():
         return named
     if name == MISSING:

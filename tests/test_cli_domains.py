@@ -87,8 +87,8 @@ def test_the_keys_of_each_are_its_own() -> None:
 
 WRONG = {
     "unknown name": ((also("nope"),), ["domain: 'nope'", "objects_a", "svhn"]),
-    "the same name": ((also("svhn"), "domain.restricted.svhn.name=mnist", also("mnist")), ["'mnist'", "2 times"]),
-    "the name of the first": (("domain@domain.restricted=svhn", also("svhn")), ["'svhn'", "2 times"]),
+    "the same name": ((also("svhn"), "domain.restricted.svhn.name=mnist", also("mnist")), ["'mnist'", "twice"]),
+    "the name of the first": (("domain@domain.restricted=svhn", also("svhn")), ["'svhn'", "twice"]),
     "no folder's name": ((also("svhn"), "domain.restricted.svhn.name=a/b"), ["'a/b'", "folder"]),
     "none": (("~domain@domain.restricted",), ["domain.restricted.name", "missing"]),
     "a number": (("+domain.restricted.a=3",), ["domain.restricted.a", "no such key"]),

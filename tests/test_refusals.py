@@ -46,7 +46,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [
     (AUDIT, ("attack.benign=[nobody]",), ["attack.benign", "nobody"]),
     (AUDIT, ("attack.reuse=[nowhere]",), ["attack.reuse", "nowhere"]),
     (AUDIT, ("attack.shard=3", "attack.shards=3"), ["attack.shard", "0 to 2"]),
-    (AUDIT, ("+attack.search.a={optimizers: {adam: [1, 2]}, choices: {steps: [1]}}",), ["attack.search.a.choices.steps"]),
+    (AUDIT, ("+attack.search.a={optimizers: {sgd: [0.1, 1.0]}, choices: {steps: [1]}}",), ["a.choices.steps"]),
     (
         AUDIT,
         (THREE, "++attack.strategies.adam_fresh.head=kept", "++attack.strategies.adam_probed.data_budget=100000"),

@@ -129,15 +129,23 @@ def mend_hydra() -> None:
             key = override.key_or_group
             if override.package is None and not override.is_delete():
                 node = OmegaConf.select(config, key, throw_on_missing=False)
-                if isinstance(override.value(), dict) and isinstance(node, DictConfig):
-                    kind = OmegaConf.get_type(node)
-                    OmegaConf.update(config, key, kind if is_dataclass(kind) else {}, merge=False)
+                if isinstance(override.value(), dict) and isinstance(kind := _kind_at(key, node), type):
+                    OmegaConf.update(config, key, kind if is_dataclass(kind) else {}, merge=False, force_add=True)
                     override.type = OverrideType.FORCE_ADD
                 elif node is None and not override.is_add() and _is_open(config, key):
                     override.type = OverrideType.FORCE_ADD
             merge([override], config)
 
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)
+
+
+def _kind_at(key: str, node: object) -> type | None:
+    """Return the type of the mapping at ``key``; of one that is not there yet, where the mapping around it says it."""
+    if isinstance(node, DictConfig):
+        return OmegaConf.get_type(node)
+    around = find(key.rpartition(".")[0])
+    kind = get_args(around.type)[1] if around is not None and get_origin(around.type) is dict else None
+    return kind if is_dataclass(kind) and isinstance(kind, type) else None
 
 
 def _is_open(config: DictConfig, key: str) -> bool:
