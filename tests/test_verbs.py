@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -22,6 +21,7 @@ from tests.cli_helpers import (
     RUNS,
     SMALL,
     Result,
+    load,
     make,
     refusal,
     sophon,
@@ -50,10 +50,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
-
-
-def load(path: Path) -> dict:
-    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
 
 
 def manifest(folder: Path, verb: str) -> dict:
@@ -300,14 +296,3 @@ def test_export_of_an_unfinished_run_gives_its_last_good_state(copied: Path) -> 
     assert found["history"]["good_round"] == position.good_round
     assert found["weights_sha256"] == weights_sha256(copied / "out")
     assert found["parent_sha256"] == manifest(copied, "pretrain")["weights_sha256"]
-
-
-# ---- tracking -------------------------------------------------------------------------------------------------------
-
-
-def test_progress_goes_to_stderr_and_changes_nothing(made: Path, tmp_path: Path) -> None:
-    result = sophon(tmp_path, *PRETRAIN, "tracking.progress=true")
-    assert result.code == 0, result
-    assert "pretrain 60/60" in result.err
-    assert "60/60" not in result.out
-    assert weights_sha256(tmp_path / RUNS / "pretrain/checkpoint") == manifest(made, "pretrain")["weights_sha256"]
