@@ -10,10 +10,8 @@ from typing import Any
 
 import hydra
 import pytest
-import torch
 from omegaconf import OmegaConf
 
-from sophon.api.common import with_pseudo_labels
 from sophon.cli import conf_dir
 from sophon.config import Config, DomainConfig, plain
 from sophon.losses import SUPPRESSION_LOSSES, reads_labels
@@ -32,7 +30,6 @@ from tests.cli_helpers import (
     tree,
     weights_sha256,
 )
-from tests.tiny import tiny_denoising, tiny_domain, tiny_model, tiny_task, tiny_unet
 
 DIGITS = (
     "+domain.restricted.digits="
@@ -113,37 +110,6 @@ def test_what_makes_no_domains_is_refused_in_one_line(tmp_path: Path, case: str)
 
 
 # ---- without labels -------------------------------------------------------------------------------------------------
-
-
-def test_the_losses_that_read_labels_are_those_that_change_with_them() -> None:
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.0, 0.0]])
-    for name, loss in SUPPRESSION_LOSSES.items():
-        first, second = (float(loss(logits, torch.tensor(labels))) for labels in ([0, 1], [2, 0]))
-        assert (first != second) is reads_labels(loss), name
-
-
-def test_pseudo_labels_are_clusters_of_the_references_features() -> None:
-    domain, model, task = tiny_domain("d", ("adapt", "query")), tiny_model(), tiny_task()
-    config = DomainConfig("d", labels="none", clusters=2)
-    modes = [module.training for module in model.modules()]
-    found = with_pseudo_labels(domain, config, "domain.restricted", task, model)
-    assert found.classes == ("cluster_0", "cluster_1")
-    assert modes == [module.training for module in model.modules()]
-    features = task.features(model.eval(), domain["query"].images)
-    assert features is not None
-    features = features.detach()
-    centres = [features[found["query"].labels == label].mean(0) for label in range(2)]
-    apart = float((centres[0] - centres[1]).norm())
-    within = [float((features[found["query"].labels == label] - centres[label]).norm(dim=1).mean()) for label in (0, 1)]
-    assert max(within) < apart
-    assert with_pseudo_labels(domain, DomainConfig("d"), "domain.restricted", task, model) is domain
-
-
-@pytest.mark.parametrize("conditional", [False, True])
-def test_a_denoiser_has_no_features_and_keeps_one_class(conditional: bool) -> None:
-    domain, config = tiny_domain("d", ("adapt",)), DomainConfig("d", labels="none")
-    task, model = tiny_denoising(conditional=conditional), tiny_unet(conditional=conditional)
-    assert with_pseudo_labels(domain, config, "domain.restricted", task, model) is domain
 
 
 @pytest.fixture(scope="module")
