@@ -50,7 +50,6 @@ CASES = {
     "resnet18": ("resnet18", 16, 16),
     "unet32_small": ("unet32_small", 16, 16),
     "resnet18_150": ("resnet18", 150, 150),
-    "resnet18_130_20": ("resnet18", 130, 20),  # SOPHON's public code cuts its batch of 150 so
 }
 # small, so that rounding does not grow along the trajectory into a difference between methods
 RATE = 1e-3
