@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +18,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def _one_thread() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which pretrain, protect and audit have run; never written to again."""
+    from tests.cli_helpers import AUDIT, make  # most tests run no command
+    from tests.cli_helpers import sophon as command
+
+    folder = tmp_path_factory.mktemp("made")
+    make(folder)
+    result = command(folder, *AUDIT)
+    assert result.code == 0, result
+    return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sophon.run_folder import owned, owned_place
-from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, SMALL, make, refusal, sophon, tree
+from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, SMALL, refusal, sophon, tree
 
 pytestmark = pytest.mark.slow  # whole commands
 
@@ -17,11 +17,8 @@ SHARD = (*AUDIT, "attack.shards=2", "attack.shard=0")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which pretrain, protect and audit have run."""
-    folder = tmp_path_factory.mktemp("made")
-    make(folder)
-    assert sophon(folder, *AUDIT).code == 0
+def copied(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("ownership") / "copied"))
     shutil.copytree(folder / RUNS / "audit", folder / "second")
     return folder
 
@@ -46,16 +43,16 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_second_one_is_refused(
-    made: Path, command: tuple[str, ...], in_use: contextlib.AbstractContextManager[object]
+    copied: Path, command: tuple[str, ...], in_use: contextlib.AbstractContextManager[object]
 ) -> None:
-    with contextlib.chdir(made), in_use:
-        before = tree(made)
-        message = refusal(sophon(made, *command))
-        assert tree(made) == before
+    with contextlib.chdir(copied), in_use:
+        before = tree(copied)
+        message = refusal(sophon(copied, *command))
+        assert tree(copied) == before
     assert "is in use by" in message
     assert "\n" not in message
 
 
-def test_shards_share_a_folder(made: Path) -> None:
-    with contextlib.chdir(made), owned(RUNS / "audit", "1of2"):
-        assert sophon(made, *SHARD).code == 0
+def test_shards_share_a_folder(copied: Path) -> None:
+    with contextlib.chdir(copied), owned(RUNS / "audit", "1of2"):
+        assert sophon(copied, *SHARD).code == 0

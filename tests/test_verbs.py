@@ -22,7 +22,6 @@ from tests.cli_helpers import (
     SMALL,
     Result,
     load,
-    make,
     refusal,
     sophon,
     tree,
@@ -35,16 +34,6 @@ CLASSES = ["t_shirt", "trouser", "pullover", "dress", "coat"]
 OTHERS = ["sandal", "shirt", "sneaker", "bag", "ankle_boot"]
 ROLES = ["protected", "unprotected", "scratch"]
 FILES = ["README.md", "config.json", "model.safetensors", "sophon.json"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which pretrain, protect and audit have run; never written to again."""
-    folder = tmp_path_factory.mktemp("made")
-    make(folder)
-    result = sophon(folder, *AUDIT)
-    assert result.code == 0, result
-    return folder
 
 
 @pytest.fixture
