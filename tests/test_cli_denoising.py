@@ -16,63 +16,18 @@ from tests.cli_helpers import PRETRAIN as PRETRAIN_CLASSIFIER
 from tests.cli_helpers import RUNS as CLASSIFIER
 from tests.cli_helpers import SMALL as SMALL_CLASSIFIER
 from tests.cli_helpers import image_folder, load, refused, sophon, tree
-
-RUNS = Path("runs/quickstart_diffusion/seed0")
-ROLES = ("protected", "unprotected", "scratch")
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-FILES = ["README.md", "model_index.json", "scheduler/scheduler_config.json", "sophon.json", "unet/config.json", WEIGHTS]
-
-# The demonstration, at a size that takes a second.
-SMALL = (
-    "experiment=quickstart_diffusion",
-    "tracking=disabled",
-    "tracking.progress=false",
-    "threads=1",
-    "domain.original.per_class=20",
-    "domain.original.test_per_class=6",
-    "domain.restricted.per_class=10",
-    "domain.restricted.test_per_class=3",
-    "model.image_size=8",
-    "model.model_args.block_out_channels=[8,8]",
-    "model.model_args.down_block_types=[DownBlock2D,AttnDownBlock2D]",
-    "model.model_args.up_block_types=[AttnUpBlock2D,UpBlock2D]",
-    "model.model_args.norm_num_groups=4",
-    "model.scheduler.num_train_timesteps=20",
-    "task.evaluation_images=20",
-    "task.sample_steps=2",
+from tests.denoising_commands import (
+    AUDIT,
+    CONDITIONAL,
+    PRETRAIN,
+    PROTECT,
+    ROLES,
+    RUNS,
+    SMALL,
+    WEIGHTS,
+    make,
+    own_attack,
 )
-PRETRAIN = ("pretrain", *SMALL, "pretrain.steps=2", "pretrain.batch_size=8")
-PROTECT = (
-    "protect",
-    *SMALL,
-    "method.rounds=2",
-    "method.ntr_steps=1",
-    "method.ntr_batch_size=8",
-    "method.query_batch_size=8",
-    "sampler.steps=[1,2]",
-    "sampler.batch_sizes=[8]",
-    "guard.every=1",
-    "guard.tolerance=1000",
-)
-# `--config-dir` is how users bring groups of their own; `own_attack` writes this one.
-AUDIT = ("audit", "--config-dir=own", *SMALL, "attack=tiny")
-STRATEGY = "{optimizer: momentum, lr: 0.01, head: kept, batch_size: 8, steps: 2}"
-MASKING = "masking: {steps: 1, batches: 1}"  # as it ships, it takes longer than the attack
-CONDITIONAL = "model.class_conditional=true"
-
-
-def own_attack(folder: Path, strategy: str = STRATEGY) -> None:
-    (folder / "own" / "attack").mkdir(parents=True, exist_ok=True)
-    lines = ["seeds: 1", "eval_points: 2", "samples: 4", MASKING, "strategies:", f"  mine: {strategy}", ""]
-    (folder / "own" / "attack" / "tiny.yaml").write_text("\n".join(lines))
-
-
-def make(folder: Path, *commands: tuple[str, ...]) -> None:
-    own_attack(folder)
-    for command in commands:
-        result = sophon(folder, *command)
-        assert result.code == 0, result
-
 
 pytestmark = pytest.mark.slow  # whole commands
 
@@ -143,25 +98,6 @@ def attempts(folder: Path) -> list[Any]:
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "protect"])
-def test_a_checkpoint_is_a_pipeline_that_says_what_it_is(made: Path, verb: str) -> None:
-    checkpoint = made / RUNS / verb / "checkpoint"
-    assert sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()) == FILES
-    found = manifest(made, verb)
-    assert found["verb"] == verb
-    assert found["model"]["architecture"] == load(checkpoint / "unet/config.json")["_class_name"] == "UNet2DModel"
-    assert found["config"]["task"]["name"] == "denoising"
-    assert found["weights_sha256"] == sha256(checkpoint / WEIGHTS)
-    assert {"torch", "diffusers"} <= set(found["versions"])
-    intactness = found["intactness"]
-    assert (intactness["metric"], intactness["unit"], intactness["higher_is_better"]) == ("eps-MSE", "", False)
-    card = (checkpoint / "README.md").read_text()
-    assert found["weights_sha256"] in card
-    for value in intactness["after"].values():
-        assert 0 < value < 10
-        assert f"{value:.4g}" in card
-
-
 def test_the_protected_manifest_continues_the_references(made: Path) -> None:
     found, reference = manifest(made, "protect"), manifest(made, "pretrain")
     assert found["parent_sha256"] == reference["weights_sha256"] != found["weights_sha256"]
@@ -180,25 +116,6 @@ def test_pretrain_and_protect_repeat_to_the_bit(made: Path, tmp_path: Path) -> N
         assert sha256(tmp_path / part) == sha256(made / part)
 
 
-def test_a_pipeline_is_a_start(copied: Path) -> None:
-    """The network and the schedule of a folder take the place of the configuration's."""
-    make(copied, ("export", f"checkpoint={RUNS / 'protect'}", "out=pipeline"))
-    (copied / "pipeline" / "sophon.json").unlink()
-    command = (*PRETRAIN, "run_dir=new", "model.weights=pipeline", "pretrain.steps=0")
-    make(copied, (*command, "model.scheduler.num_train_timesteps=77", "model.model_args.block_out_channels=[4,4]"))
-    assert sha256(copied / "new" / "checkpoint" / WEIGHTS) == sha256(copied / RUNS / "protect/checkpoint" / WEIGHTS)
-    model = load(copied / "new" / "checkpoint" / "sophon.json")["model"]
-    assert model["scheduler"]["num_train_timesteps"] == 20
-    assert model["model_args"]["block_out_channels"] == [8, 8]
-
-
-def test_an_image_folder_is_a_domain(tmp_path: Path) -> None:
-    image_folder(tmp_path / "images")
-    folder = ("domain@domain.original=cinic10", "domain.original.root=images")
-    make(tmp_path, (*PRETRAIN, *folder))
-    assert manifest(tmp_path, "pretrain")["model"]["classes"] == ["cat", "dog"]
-
-
 # ---- the audit ------------------------------------------------------------------------------------------------------
 
 
@@ -215,16 +132,6 @@ def test_an_attempt_of_each_role_is_measured_by_an_error(made: Path) -> None:
         mean = sum(record["details"][band] for band in bands) / len(bands)
         assert mean == pytest.approx(record["test"]), "20 images, 20 timesteps: each band has five"
         assert record["flops"] > 0
-
-
-def test_samples_are_pictures_of_the_start_and_the_end(made: Path) -> None:
-    folder = made / RUNS / "audit"
-    for record in attempts(folder):
-        assert [shot["step"] for shot in record["samples"]] == [0, 2]
-        pictures = [(folder / shot["file"]).read_bytes() for shot in record["samples"]]
-        assert pictures[0] != pictures[1]
-        assert all(Image.open(io.BytesIO(picture)).format == "PNG" for picture in pictures)
-        assert all(shot["file"].startswith("samples/") for shot in record["samples"])
 
 
 def test_audit_json_says_which_way_is_better(made: Path) -> None:
