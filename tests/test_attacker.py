@@ -9,16 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sophon import attacker
 from sophon.attacker import (
-    HEADS,
     SCHEDULES,
-    SCOPES,
-    SIMULATED,
     FineTuneStrategy,
     Operation,
     fields_outside,
@@ -27,33 +23,6 @@ from sophon.attacker import (
 from sophon.domains import AUGMENTATIONS
 from sophon.errors import UserError
 from sophon.sampler import SamplerConfig, StrategySampler
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def some(values: Any) -> st.SearchStrategy[list[Any]]:
-    return st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=4)
-
-
-rates = st.tuples(st.floats(1e-8, 10), st.floats(1, 1e4)).map(lambda pair: [pair[0], pair[0] * pair[1]])
-configs = st.builds(
-    SamplerConfig,
-    optimizers=st.dictionaries(st.sampled_from(sorted(SIMULATED)), rates, min_size=1),
-    batch_sizes=st.lists(st.integers(1, 512), min_size=1, max_size=4),
-    steps=st.tuples(st.integers(1, 50), st.integers(0, 50)).map(lambda pair: [pair[0], sum(pair)]),
-    heads=some(HEADS),
-    scopes=some([scope for scope in SCOPES if scope != "lora"]),
-    weight_decays=st.lists(st.floats(0, 0.1), min_size=1, max_size=3),
-    schedules=some(SCHEDULES),
-    augmentations=some(AUGMENTATIONS),
-    surgeries=st.lists(
-        st.lists(st.sampled_from([{"operation": "renormalise"}, {"operation": "noise", "scale": 0.5}]), max_size=2),
-        min_size=1,
-        max_size=3,
-    ),
-)
 
 
 def small(**changes: Any) -> SamplerConfig:
@@ -163,122 +132,7 @@ def test_schedules_never_stop_nor_exceed_the_peak(schedule: str, steps: int) -> 
     assert factors[0] == 1 or "warmup" in schedule
 
 
-# --- the sampler --------------------------------------------------------------------------------------------------
-
-
-@given(configs, st.integers(0, 2**63 - 1))
-def test_draws_lie_in_the_support(config: SamplerConfig, seed: int) -> None:
-    sampler = StrategySampler(config)
-    support = json.loads(json.dumps(sampler.support(), allow_nan=False))
-    assert support == sampler.support()
-    generator = seeded(seed)
-    for _ in range(3):
-        strategy = sampler.sample(generator)
-        strategy.validate("drawn")
-        assert fields_outside(support, strategy) == ()
-        low, high = config.optimizers[strategy.optimizer]
-        assert low * (1 - 1e-9) <= strategy.lr <= high * (1 + 1e-9)
-        assert config.steps[0] <= strategy.steps <= config.steps[1]
-
-
-@given(configs, st.integers(0, 2**63 - 1))
-def test_draws_depend_on_the_generator_alone(config: SamplerConfig, seed: int) -> None:
-    sampler = StrategySampler(config)
-    first = sampler.sample(seeded(seed))
-    torch.manual_seed(seed % 1000)
-    assert StrategySampler(replace(config)).sample(seeded(seed)) == first
-
-
-def test_rates_are_log_uniform() -> None:
-    sampler, generator = StrategySampler(small(optimizers={"adam": [1e-5, 1e-1]})), seeded()
-    exponents = torch.tensor([math.log10(sampler.sample(generator).lr) for _ in range(4000)])
-    assert -5 <= exponents.min() < -4.9
-    assert -1.1 < exponents.max() <= -1
-    counts = exponents.histc(bins=8, min=-5, max=-1)
-    assert ((counts - 500).abs() < 110).all()  # five standard deviations of a binomial count
-
-
-def test_choices_are_uniform_and_repeats_weigh() -> None:
-    config = small(optimizers={"sgd": [1.0, 1.0], "adam": [1.0, 1.0]}, heads=["kept", "kept", "fresh"], steps=[3, 5])
-    sampler, generator = StrategySampler(config), seeded()
-    draws = [sampler.sample(generator) for _ in range(3000)]
-    assert abs(sum(draw.optimizer == "sgd" for draw in draws) - 1500) < 140
-    assert abs(sum(draw.head == "kept" for draw in draws) - 2000) < 130
-    for steps in (3, 4, 5):
-        assert abs(sum(draw.steps == steps for draw in draws) - 1000) < 130
-
-
 NOISE = {"operation": "noise", "scale": 0.5}
-
-
-def test_surgeries_are_drawn_uniformly_and_repeats_weigh() -> None:
-    sampler = StrategySampler(small(surgeries=[[], [], [NOISE, {"operation": "restate"}], [NOISE]]))
-    generator = seeded()
-    draws = [sampler.sample(generator).surgery for _ in range(2000)]
-    noise, restate = Operation("noise", (("scale", 0.5),)), Operation("restate")
-    counts = {surgery: draws.count(surgery) for surgery in ((), (noise,), (noise, restate))}
-    assert sum(counts.values()) == len(draws)
-    assert abs(counts[()] - 1000) < 110
-    assert abs(counts[noise,] - 500) < 100
-
-
-@given(configs, st.integers(0, 2**63 - 1))
-def test_surgery_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed: int) -> None:
-    """It is drawn last, and without a choice not at all: what was drawn before there was surgery still is."""
-    with_surgery, generator = StrategySampler(config).sample(seeded(seed)), seeded(seed)
-    sampler = StrategySampler(replace(config, surgeries=[[]]))
-    plain = sampler.sample(generator)
-    assert plain == replace(with_surgery, surgery=())
-    fixed, other = StrategySampler(replace(config, surgeries=[[NOISE]])), seeded(seed)
-    assert fixed.sample(other) == replace(plain, surgery=(Operation("noise", (("scale", 0.5),)),))
-    assert torch.equal(generator.get_state(), other.get_state())
-
-
-def test_an_optimizer_set_to_null_is_left_out() -> None:
-    sampler = StrategySampler(small(optimizers={"adam": None, "sgd": [0.1, 0.1]}))
-    assert list(sampler.support()["optimizer"]) == ["sgd"]
-    assert {sampler.sample(seeded(seed)).optimizer for seed in range(20)} == {"sgd"}
-
-
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("sampler.optimizers", {"optimizers": {}}),
-        ("sampler.optimizers", {"optimizers": {"adam": None}}),
-        *(("sampler.optimizers", {"optimizers": {name: [0.1, 0.2]}}) for name in ("lion", "kfac", "torch.optim.NAdam")),
-        *(
-            ("sampler.optimizers.adam", {"optimizers": {"adam": limits}})
-            for limits in ([], [0.1], [0.1, 0.2, 0.3], [0.0, 0.1], [-0.1, 0.1], [0.2, 0.1])
-        ),
-        *(
-            ("sampler.optimizers.adam", {"optimizers": {"adam": limits}})
-            for limits in ([math.nan, 1.0], [0.1, math.nan])
-        ),
-        ("sampler.optimizers.adam", {"optimizers": {"adam": [0.1, math.inf]}}),
-        *(("sampler.steps", {"steps": limits}) for limits in ([], [5], [0, 5], [6, 5], [1, 2, 3])),
-        *(
-            (f"sampler.{name}", {name: []})
-            for name in ("batch_sizes", "heads", "scopes", "weight_decays", "schedules", "augmentations", "surgeries")
-        ),
-        ("sampler.surgeries[1]", {"surgeries": [[], {"operation": "noise"}]}),
-        ("sampler.surgeries[0]", {"surgeries": ["noise"]}),
-        ("sampler.surgeries[0][1]", {"surgeries": [[{"operation": "noise"}, {"scale": 0.1}]]}),
-        ("sampler.surgeries[0][0].scale", {"surgeries": [[{"operation": "noise", "scale": [0.1]}]]}),
-        ("sampler.batch_sizes", {"batch_sizes": [32, 0]}),
-        ("sampler.heads", {"heads": ["kept", "new"]}),
-        ("sampler.scopes", {"scopes": ["tail"]}),
-        ("sampler.weight_decays", {"weight_decays": [0.0, -0.1]}),
-        ("sampler.weight_decays", {"weight_decays": [math.nan]}),
-        ("sampler.schedules", {"schedules": ["step"]}),
-        ("sampler.augmentations", {"augmentations": ["blur"]}),
-    ],
-)
-def test_bad_sampler_is_refused_by_the_key_in_the_file(key: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError) as caught:
-        StrategySampler(small(**changes))
-    assert str(caught.value).startswith(f"{key}: ")
-    assert "\n" not in str(caught.value)
-
 
 # --- seen or not --------------------------------------------------------------------------------------------------
 
@@ -342,11 +196,6 @@ def test_surgery_is_seen_if_it_was_sampled(through_json: bool) -> None:
         assert fields_outside(support, FineTuneStrategy.of({**plain.plain(), "surgery": entries})) == ()
     for entries in ([{"operation": "noise", "scale": 0.4}], [{"operation": "renormalise"}], [NOISE, NOISE]):
         assert fields_outside(support, FineTuneStrategy.of({**plain.plain(), "surgery": entries})) == ("surgery",)
-
-
-def test_fields_outside_names_them_all() -> None:
-    strategy = replace(SEEN, lr=1.0, steps=1000, head="probed", data_budget=10)
-    assert set(fields_outside(SUPPORT, strategy)) == {"lr", "steps", "head", "data_budget"}
 
 
 def test_every_field_decides_but_the_probing() -> None:

@@ -20,6 +20,7 @@ from sophon.domains import ImageSet, LoadedDomain, MemoryImages
 from sophon.errors import UserError
 from sophon.finetune import rehearse
 from sophon.models import ModelSpec, build
+from sophon.models.weights import load_state
 from sophon.tasks import ClassificationTask, Task
 from tests.tiny import (
     CLASSES,
@@ -221,3 +222,11 @@ def test_a_loss_on_test_that_the_guard_did_not_see_is_said(
     line = lost_on_test(guard, tiny_task(), before, after)
     assert line is None if said is None else said in str(line)
     assert lost_on_test(guard, tiny_denoising(), -before, -after) == line  # an error is lost by rising
+
+
+def test_a_model_that_takes_no_plain_tensors_is_refused_in_one_line() -> None:
+    """Torchvision's MNASNet wants to know from the file which version wrote it; a safetensors file does not say."""
+    spec = ModelSpec("torchvision", "mnasnet0_5", CLASSES, 3, 32, (0.5,) * 3, (0.25,) * 3)
+    model = build(spec)
+    with pytest.raises(UserError, match=r"model.architecture: the model does not take plain tensors .*; take another"):
+        load_state(model, dict(model.state_dict()), "model.architecture")

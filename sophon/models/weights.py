@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon import paths
-from sophon.errors import UserError
+from sophon.errors import UserError, one_line
 from sophon.tensor_files import read_tensors
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
@@ -115,7 +115,12 @@ def load_state(
     for name, own in state.items():
         if fault := _fault(name, tensors[name], own.dtype):
             raise UserError(f"{where}: weight '{name}' {fault}; give the weights as they were trained")
-    module.load_state_dict(tensors)
+    try:
+        module.load_state_dict(tensors)
+    except Exception as error:  # a module may ask for what only a pickle holds, as torchvision's MNASNet does
+        raise UserError(
+            f"{where}: the model does not take plain tensors ({one_line(error)}); choose another"
+        ) from error
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -18,6 +18,7 @@ from sophon.errors import UserError
 from sophon.export import write_checkpoint
 from sophon.finetune import check, loop_of, rehearse
 from sophon.models import ModelSpec, create, describe
+from sophon.models.weights import load_state
 from sophon.paths import exists
 from sophon.run_folder import run_folder
 from sophon.seeds import derive_seed, seed_all
@@ -48,6 +49,7 @@ def pretrain(config: Config) -> None:
     model, spec = create(config.model, original.classes)
     model.to(device)
     task = task_of(config, spec, device)
+    load_state(model, dict(model.state_dict()), "model.architecture")
     check(config.pretrain, "pretrain")
     rehearse(copy.deepcopy(model), config.pretrain, task, original["train"], "pretrain.batch_size")
     with run_folder(run_dir(config), "pretrain", identity) as folder:
