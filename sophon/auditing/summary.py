@@ -55,7 +55,7 @@ class Intactness:
 
 @dataclass(frozen=True)
 class Context:
-    """What is known of an audit besides its attempts, all of it plain data; what is not known is None or empty.
+    """What is known of an audit besides its attempts; what is not known is None or empty.
 
     Attributes:
         date: of the audit, ISO.
