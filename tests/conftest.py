@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,27 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which pretrain, protect and audit have run; never written to again."""
-    from tests.cli_helpers import AUDIT, make  # most tests run no command
-    from tests.cli_helpers import sophon as command
+    """A folder in which pretrain and protect have run; never written to again."""
+    from tests.cli_helpers import make  # most tests run no command
 
     folder = tmp_path_factory.mktemp("made")
     make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def audited(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that folder in which audit has run, too; never written to again."""
+    from tests.cli_helpers import AUDIT
+    from tests.cli_helpers import sophon as command
+
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("audited") / "copy"))
     result = command(folder, *AUDIT)
     assert result.code == 0, result
     return folder
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    """A copy of ``made`` to write to."""
+    return Path(shutil.copytree(made, tmp_path / "copied"))

@@ -29,9 +29,9 @@ def bundled(name: str, role: str) -> DomainConfig:
 
 
 def test_both_make_the_same_model_and_the_same_audit(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    audited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(shutil.copytree(made, tmp_path / "copied"))
+    monkeypatch.chdir(shutil.copytree(audited, tmp_path / "copied"))
     original, restricted = bundled("fashion_clothes", "original"), bundled("fashion_shoes_bags", "restricted")
     asked = identity(RUNS / "protect")
     choices = {"method": asked["method"], "attackers": asked["sampler"], "guard": asked["guard"]}

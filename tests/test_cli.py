@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from tests.cli_helpers import (
     PROTECT,
     RUNS,
     load,
-    make,
     refusal,
     refused,
     sophon,
@@ -32,19 +30,6 @@ from tests.cli_helpers import (
 NEW = "run_dir=new"
 
 pytestmark = pytest.mark.slow  # whole commands
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which pretrain and protect have run; never written to again."""
-    folder = tmp_path_factory.mktemp("made")
-    make(folder)
-    return folder
-
-
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
 # ---- help -----------------------------------------------------------------------------------------------------------

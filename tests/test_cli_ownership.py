@@ -17,8 +17,8 @@ SHARD = (*AUDIT, "attack.shards=2", "attack.shard=0")
 
 
 @pytest.fixture(scope="module")
-def copied(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("ownership") / "copied"))
+def copied(audited: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(audited, tmp_path_factory.mktemp("ownership") / "copied"))
     shutil.copytree(folder / RUNS / "audit", folder / "second")
     return folder
 

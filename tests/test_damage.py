@@ -15,27 +15,12 @@ from tests.cli_helpers import (
     PROTECT,
     RUNS,
     SMALL,
-    make,
     refused,
-    sophon,
 )
 
 NEW = "run_dir=new"
 
 pytestmark = pytest.mark.slow  # whole commands
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which pretrain and protect have run; never written to again."""
-    folder = tmp_path_factory.mktemp("made")
-    make(folder)
-    return folder
-
-
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
 def truncate(path: Path) -> None:
@@ -90,12 +75,18 @@ def test_a_damaged_run_is_refused_and_kept(copied: Path, name: str) -> None:
     assert name in refused(copied, *PROTECT)
 
 
-def test_a_damaged_attempt_is_refused_by_name(copied: Path) -> None:
-    assert sophon(copied, *AUDIT).code == 0
-    attempt = sorted((copied / RUNS / "audit" / "attempts").iterdir())[0]
-    truncate(attempt)
-    for command in (AUDIT, ("report", *SMALL)):
-        assert attempt.name in refused(copied, *command)
+@pytest.mark.parametrize(
+    ("command", "damaged"),
+    [(AUDIT, "attempts/*.json"), (("report", *SMALL), "attempts.parquet")],
+    ids=["audit", "report"],
+)
+def test_a_damaged_file_of_an_audit_is_refused_by_name(
+    audited: Path, tmp_path: Path, command: tuple[str, ...], damaged: str
+) -> None:
+    folder = Path(shutil.copytree(audited, tmp_path / "copied"))
+    file = min((folder / RUNS / "audit").glob(damaged))
+    truncate(file)
+    assert file.name in refused(folder, *command)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"schema_version": 99}'])

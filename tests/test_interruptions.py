@@ -24,7 +24,6 @@ from tests.cli_helpers import (
     SMALL,
     finish,
     load,
-    make,
     refusal,
     refused,
     sophon,
@@ -36,19 +35,6 @@ from tests.cli_helpers import (
 NEW = "run_dir=new"
 
 pytestmark = pytest.mark.slow  # whole commands
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which pretrain and protect have run; never written to again."""
-    folder = tmp_path_factory.mktemp("made")
-    make(folder)
-    return folder
-
-
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
 def protected_sha256(made: Path) -> str:

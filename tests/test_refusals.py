@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, SMALL, make, refused, sophon
+from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, SMALL, refused, sophon
 
 pytestmark = pytest.mark.slow  # whole commands
 
@@ -60,14 +60,6 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [
     (COMPARE, ("own", "own"), ["own", "once"]),
     (COMPARE, ("own", str(RUNS)), ["own", "audit.json"]),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which pretrain and protect have run; every command here leaves it as it is."""
-    folder = tmp_path_factory.mktemp("made")
-    make(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("command", "more", "words"), REFUSED, ids=lambda value: " ".join(value)[:60])

@@ -36,9 +36,9 @@ ROLES = ["protected", "unprotected", "scratch"]
 FILES = ["README.md", "config.json", "model.safetensors", "sophon.json"]
 
 
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "copied"))
+@pytest.fixture(scope="module")
+def made(audited: Path) -> Path:
+    return audited
 
 
 def manifest(folder: Path, verb: str) -> dict:
