@@ -116,7 +116,7 @@ def write_images(root: Path, seed: int, classes: tuple[str, ...] = CLASSES) -> N
             (root / split / name).mkdir(parents=True)
             for number in range(count):
                 pixels = generator.integers(0, 110, (SIZE, SIZE, 3))
-                pixels[5 * index : 5 * index + 5, :, (index + seed) % 3] += 90
+                pixels[5 * index : 5 * index + 5, :, (index + seed) % 3] += 25
                 Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.png")
 
 
@@ -178,7 +178,7 @@ def test_a_model_trained_elsewhere_has_its_owners_accuracy(folder: Path, name: s
     accuracy = taken(folder, name)
     manifest = load(folder / "runs/mine/seed0/pretrain/checkpoint/sophon.json")
     assert manifest["intactness"]["after"]["test"] == pytest.approx(accuracy)
-    assert accuracy >= 60
+    assert 40 < accuracy < 100  # more than a guess, and not all there is: other figures would show
     described = manifest["config"]["model"]
     assert (described["image_size"], described["mean"], described["std"]) == (SIZE, MEAN, STD)
     assert described["architecture"] == manifest["model"]["architecture"]
