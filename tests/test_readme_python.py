@@ -70,6 +70,7 @@ def test_a_network_of_ones_own(small: list[str]) -> None:
     assert Path("report.html").stat().st_size > 1000
 
 
+@pytest.mark.slow  # imports transformers
 def test_a_model_of_transformers(small: list[str]) -> None:
     transformers = pytest.importorskip("transformers")
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
