@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError
-from sophon.export import Checkpoint, is_ours, read_checkpoint, write_checkpoint
+from sophon.export import Checkpoint, is_ours, write_checkpoint
 from sophon.files import read_json, sha256_file, write_json
 from sophon.foreign import open_foreign
 from sophon.models import ModelSpec, create
@@ -134,29 +133,6 @@ def test_only_the_tag_of_the_same_architecture_is_taken_from_the_model_group(tmp
 def test_arguments_that_somebody_chose_stay(tmp_path: Path) -> None:
     folder = timm_folder(tmp_path, resnet(global_pool="max"))
     assert open_foreign(folder, OTHER, CLASSES).spec.model_args == {**SMALL, "global_pool": "max"}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        PLAIN,
-        dataclasses.replace(PLAIN, channels=3, mean=[0.1, 0.2, 0.3]),
-        dataclasses.replace(PLAIN, architecture="test_vit", model_args={}),
-    ],
-    ids=["grey", "colour", "vit"],
-)
-def test_what_sophon_exported_has_the_same_spec_without_its_manifest(tmp_path: Path, config: ModelConfig) -> None:
-    model, spec = create(dataclasses.replace(config, weights=None), CLASSES)
-    manifest = {"verb": "pretrain", "config": {}, "method": None, "sampler_support": None, "seed": 0}
-    write_checkpoint(tmp_path / "ours", model, spec, {**manifest, "parent_sha256": None, "intactness": {}, "name": "x"})
-    shutil.copytree(tmp_path / "ours", tmp_path / "theirs", ignore=shutil.ignore_patterns("sophon.json"))
-    assert is_ours(tmp_path / "ours")
-    assert not is_ours(tmp_path / "theirs")
-    ours = read_checkpoint(tmp_path / "ours")
-    theirs = open_foreign(tmp_path / "theirs", OTHER, CLASSES)
-    assert ours.spec == theirs.spec == spec
-    assert ours.sha256 == theirs.sha256
-    assert_opened(theirs, model, tmp_path / "theirs", tmp_path / "theirs" / "model.safetensors")
 
 
 def test_a_run_directory_of_sophon_is_its_own(tmp_path: Path) -> None:
@@ -311,16 +287,6 @@ def test_truncated_weights(tmp_path: Path, kind: str, kept: int) -> None:
         weights = path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
     assert f"cannot read {weights}: it is truncated or not a safetensors file" in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "missing",
-    ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"],
-)
-def test_a_pipeline_that_lacks_a_part(tmp_path: Path, missing: str) -> None:
-    folder = pipeline(tmp_path, unet())
-    (folder / missing).unlink()
-    assert Path(missing).name in refusal(folder)
 
 
 def test_a_pipeline_without_a_size(tmp_path: Path) -> None:
