@@ -158,9 +158,7 @@ _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 
 
 def unfit(strategy: FineTuneStrategy, scene: Scene, domain: LoadedDomain) -> str | None:
-    """Return why a strategy cannot be tried on these models and this domain: no layers of its scope, too few images, a
-    head of another size; None if it can.
-    """
+    """Return why a strategy cannot be tried on these models and this domain; None if it can."""
     model = copy.deepcopy(scene.models["protected"])
     with torch.random.fork_rng(devices=[]):
         try:
@@ -177,10 +175,7 @@ def unfit(strategy: FineTuneStrategy, scene: Scene, domain: LoadedDomain) -> str
 
 
 def _check_means(operation: Operation, model: nn.Module, scene: Scene) -> None:
-    """Refuse an operation whose means are not there, and leave ``model`` with the head that it would have afterwards.
-
-    The arguments by themselves have been checked.
-    """
+    """Refuse an operation whose means are not there, and leave ``model`` with the head that it would have after it."""
     given = dict(operation.arguments)
     if operation.name in NEED_FRESH and not scene.buildable:
         raise UserError(f"surgery: {operation.name} needs a model with random weights, and this one has no factory")

@@ -148,19 +148,6 @@ def test_restated_statistics_are_those_of_the_weights_as_they_are_then() -> None
     assert restated.curve[-1] == (12, task.evaluate(restated.model, RESTRICTED["select"]))
 
 
-@pytest.mark.parametrize("head", ["kept", "fresh"])
-def test_no_steps_are_no_attack(head: str) -> None:
-    """What the released weights do as they are, but for the head."""
-    model, before = tiny_model(), state_of(tiny_model())
-    outcome = run(replace(PLAN, steps=0, head=head), model=model)
-    assert outcome.model is model
-    assert outcome.finished
-    assert outcome.flops == outcome.prepared_flops == 0
-    assert outcome.test == tiny_task().measure(model, RESTRICTED["test"])
-    differing = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert differing == (set() if head == "kept" else {"fc.weight", "fc.bias"})
-
-
 @pytest.mark.parametrize("steps", [0, 4])
 def test_a_search_does_not_read_test(steps: int) -> None:
     reads.clear()
