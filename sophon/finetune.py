@@ -177,10 +177,11 @@ def rehearse(
                 raise UserError(
                     f"model.image_size: {size} is too small for this model in training ({reason}); {zoom * size} works"
                 )
-    key = "model.architecture"
+    key, way_out = "model.architecture", "choose another, or other model.channels or model.image_size"
     if strategy.loop not in LOOPS or strategy.optimizer not in OPTIMIZERS:
-        key = "loop" if strategy.loop not in LOOPS else "optimizer"
-    raise UserError(f"{key}: a training step on images of {size} x {size} fails ({reason}); choose another")
+        key, way_out = "loop" if strategy.loop not in LOOPS else "optimizer", "choose another"
+    shape = f"{few.images.shape[1]} x {size} x {size}"
+    raise UserError(f"{key}: a training step on images of {shape} fails ({reason}); {way_out}")
 
 
 def thaw(model: nn.Module, strategy: FineTuneStrategy, task: Task) -> dict[str, nn.Parameter]:

@@ -182,6 +182,8 @@ def test_another_architecture_starts_without_the_demos_arguments(override: str) 
         (["protect", "name=${nowhere}"], ["name: ", "nowhere"]),
         (["protect", "--bogus"], ["--bogus"]),
         (["protect", "seed"], ["seed"]),
+        (["protect", "=3"], ["'=3' names no key", "key=value"]),
+        (["protect", "+@domain=svhn"], ["'+@domain=svhn' names no key"]),
     ],
 )
 def test_what_was_likely_meant(arguments: list[str], words: list[str]) -> None:

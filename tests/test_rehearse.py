@@ -79,7 +79,7 @@ def strategy(**changes: Any) -> FineTuneStrategy:
         (Pooled, {"batch_size": 1}, "k.batch_size: 1 is too few for this model in training (Expected more than 1"),
         (Deep, {}, f"model.image_size: {SIZE} is too small for this model in training ("),
         (Deep, {"batch_size": 1}, f"{2 * SIZE} works"),
-        (Mistaken, {}, "model.architecture: a training step on images of 6 x 6 fails (mat1 and mat2"),
+        (Mistaken, {}, "model.architecture: a training step on images of 1 x 6 x 6 fails (mat1 and mat2"),
         (TinyNet, {"scope": "attention"}, "scope: 'attention' is not known"),
     ],
 )

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from sophon.auditing.words import counted
 from sophon.tasks import Metric
 
 Z = float(stats.norm.ppf(0.975))
@@ -158,7 +159,8 @@ def gap_closed(roles: Mapping[str, Score], metric: Metric) -> Gap:
     square = 1 - u2 - s2
     if not square > 0:
         images = min(p.test_images, u.test_images, s.test_images)
-        reason = f"unprotected and scratch differ by less than the error of {images} test images and {u.seeds} seeds"
+        basis = f"{counted(images, 'test image')} and {counted(u.seeds, 'seed')}"
+        reason = f"unprotected and scratch differ by less than the error of {basis}"
         return Gap(value, reason=reason)
     linear, constant = value - u2, value * value - u2 - p2
     root = math.sqrt(max(linear * linear - square * constant, 0.0))

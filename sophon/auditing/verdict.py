@@ -11,6 +11,7 @@ from sophon.auditing.scores import NO_PROTECTION_BELOW, Gap, State
 from sophon.auditing.words import (
     EXPOSURES,
     ROLES,
+    counted,
     describe,
     format_difference,
     format_value,
@@ -103,7 +104,7 @@ def _sentence(worst: WorstCase, results: Results) -> str:
 def format_gap(gap: Gap) -> str:
     """Write gap closed with its interval, or the reason why there is none; what is beyond scratch is said."""
     if math.isnan(gap.value):
-        return gap.reason
+        return f"not known: {gap.reason}"
     beyond = " (worse than scratch)" if gap.value > 1 else ""
     return f"{gap.value:.2f}{beyond}" + (f" {format_interval(gap)}" if not math.isnan(gap.low) else f" ({gap.reason})")
 
@@ -134,13 +135,9 @@ def basis(results: Results) -> str:
     scores = worst.deciding.roles.values()
     images, seeds = (min((getattr(each, name) for each in scores), default=0) for name in ("test_images", "seeds"))
     trials = sum(attack.trials for attack in results.attacks)
-    parts = [_count(images, "test image"), _count(seeds, "seed"), _count(len(worst.tried), "attack")]
-    parts += [_count(trials, "searched trial")] if trials else []
+    parts = [counted(images, "test image"), counted(seeds, "seed"), counted(len(worst.tried), "attack")]
+    parts += [counted(trials, "searched trial")] if trials else []
     return listed(parts) + ("; intervals know nothing of what other seeds would give" if seeds == 1 else "")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _groups(results: Results, context: Context) -> str:

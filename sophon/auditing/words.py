@@ -104,6 +104,11 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def counted(number: int, what: str) -> str:
+    """Say how many there are: ``1 seed``, ``3 seeds``."""
+    return f"{number} {what}" + "s" * (number != 1)
+
+
 def operation_in_words(operation: Record) -> str:
     """Say what surgery does to the weights, with its arguments."""
     name = _OPERATIONS.get(operation["operation"]) or operation["operation"].rpartition(".")[2].replace("_", " ")

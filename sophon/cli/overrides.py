@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Override, OverrideType, Quote, Quot
 from omegaconf import DictConfig, OmegaConf
 
 from sophon.config.keys import ANY, content, find, optional
+from sophon.errors import UserError
 
 _OVERRIDE = re.compile(r"(\+{0,2})([^=]+)=(.*)", re.DOTALL)
 _QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", re.DOTALL)
@@ -37,7 +38,12 @@ def as_typed(override: str, groups: Collection[str], sweeps: bool) -> str:
         override: ``key=value`` or ``group=choice``, perhaps after ``+`` signs.
         groups: the configuration groups there are.
         sweeps: whether commas part the values of a sweep (``--multirun``).
+
+    Raises:
+        UserError: nothing says which key is meant; Hydra answers that with a traceback.
     """
+    if override.lstrip("+~").startswith(("=", "@")):
+        raise UserError(f"'{override}' names no key; give key=value, without spaces around =")
     parts = split(override)
     if parts is None:
         return override

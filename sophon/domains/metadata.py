@@ -60,4 +60,5 @@ def _rows(text: str, suffix: str) -> Iterator[Any]:
 def _numbers(labels: Iterable[str]) -> list[Any]:
     """Return a table's labels as whole numbers if all of them are, for tables have no types."""
     labels = list(labels)
-    return [int(label) for label in labels] if all(re.fullmatch(r"[0-9]+", label) for label in labels) else labels
+    whole = all(re.fullmatch(r"[0-9]{1,18}", label) for label in labels)
+    return [int(label) for label in labels] if whole else labels

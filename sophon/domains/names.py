@@ -30,7 +30,7 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
     """Sort names with the numbers in them by value: 2 before 10."""
 
     def key(name: str) -> list[tuple[int, int, str]]:
-        parts = re.split(r"([0-9]+)", name)
-        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+        parts = re.split(r"(^-?[0-9]+|[0-9]+)", name)  # a hyphen further on is one between words
+        return [(0, int(part), "") if part[-1].isdigit() else (1, 0, part) for part in parts if part]
 
     return sorted(names, key=key)

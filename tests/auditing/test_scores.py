@@ -22,7 +22,7 @@ from tests.auditing.records import ACCURACY, MSE
 
 CANNOT = State.UNKNOWN
 UNCLEAR = "unprotected is not clearly better than scratch"
-ERROR = "unprotected and scratch differ by less than the error of 1000 test images and 1 seeds"
+ERROR = "unprotected and scratch differ by less than the error of 1000 test images and 1 seed"
 
 
 def rows(*tests, error=0.0, attack="a"):

@@ -66,7 +66,7 @@ def said(attempts, **context):
         (
             trio("a", 60.0, 80.0, 40.0, error=20.0, test_images=5),
             State.UNKNOWN,
-            "to 40.0 %, but unprotected and scratch differ by less than the error of 5 test images and 1 seeds.",
+            "to 40.0 %, but unprotected and scratch differ by less than the error of 5 test images and 1 seed.",
         ),
         (
             trio("a", 70.0, 80.0, 79.5),

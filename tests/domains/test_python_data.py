@@ -105,6 +105,7 @@ REFUSED: dict[str, tuple[Callable[[Path], DomainConfig], str]] = {
     "list of absent images": (listed("file_name,label\nall/99.png,1\nall/00.png,0\n"), "99.png cannot be read"),
     "no JSON": (listed("{'file_name'", "metadata.jsonl"), "metadata.jsonl cannot be read: "),
     "JSON of something else": (listed("[1, 2]", "metadata.jsonl"), "row 1 of "),
+    "label of many digits": (listed(f"file_name,label\nall/00.png,{'9' * 5000}\n"), "some labels are numbers and some"),
     "row without a label": (listed("file_name,label\nx,"), "row 1 of "),
 }
 
