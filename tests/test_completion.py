@@ -24,7 +24,7 @@ from tests.cli_helpers import REPOSITORY, sophon
         ("sophon pr", ["pretrain", "protect"]),
         ("sophon protect meth", ["method=", "method."]),
         ("sophon protect method.ntr_s", ["method.ntr_steps="]),
-        ("sophon protect seed=1 ++method.objec", []),
+        ("sophon protect seed=1 ++method.rou", ["++method.rounds="]),
         ("sophon audit attack.mask", ["attack.masking."]),
         ("sophon audit attack.masking.h", ["attack.masking.heads="]),
         ("sophon protect +domain.original.ro", ["+domain.original.root="]),
