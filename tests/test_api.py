@@ -49,7 +49,7 @@ RESTRICTED = sophon.Domain(arrays(2), arrays(3, 6), name="others")
 
 def own_model(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    net = GroupNormNet(classes=len(CLASSES))
+    net = GroupNormNet(classes=len(CLASSES)).requires_grad_(False)  # as its owner may have frozen it
     return sophon.adapt(net, head="fc", image_size=8, channels=1, mean=[0.5], std=[0.5], classes=CLASSES)
 
 

@@ -38,6 +38,8 @@ def checkpoint(folder: Path, library: str) -> Path:
     [
         ["pretrain", "model=unet16_tiny"],
         ["pretrain", "model.library=diffusers", "model.architecture=UNet2DModel"],
+        ["pretrain", "model.weights=pipeline"],
+        ["pretrain", "model.weights=a run"],
         ["protect", "reference=denoiser"],
         ["protect", "reference=a run"],
         ["protect", "name=mine", "seed=3"],

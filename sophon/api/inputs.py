@@ -93,7 +93,7 @@ def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], ke
         UserError: a weight is not finite; the message names ``key``.
     """
     require_finite(model, key)
-    module = copy.deepcopy(model).cpu().eval()
+    module = copy.deepcopy(model).cpu().eval().requires_grad_(True)  # what its owner froze is trained and attacked, too
     with tempfile.TemporaryDirectory() as folder:
         adapter = models.adapter_of(spec)
         adapter.save(module, Path(folder))

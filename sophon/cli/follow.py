@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon.cli.overrides import named
@@ -47,9 +47,10 @@ def following(overrides: Sequence[str], searched: Sequence[str]) -> list[str]:
 
 def _is_denoiser(config: DictConfig) -> bool:
     """Return whether the run's model is a denoiser: by its checkpoint, where it starts from one that is there."""
-    if config.verb in _STARTS_FROM:
-        key, maker = _STARTS_FROM[config.verb]
-        folder = Path(config[key] or f"runs/{config.name}/seed{config.seed}/{maker}").expanduser()
+    if config.verb in _STARTS_FROM or config.model.weights:
+        key, maker = _STARTS_FROM.get(config.verb, ("model.weights", ""))
+        given = OmegaConf.select(config, key)
+        folder = Path(given or f"runs/{config.name}/seed{config.seed}/{maker}").expanduser()
         if is_file(folder / "model_index.json", key):
             return True
         for manifest in (folder / "sophon.json", folder / "checkpoint" / "sophon.json"):
