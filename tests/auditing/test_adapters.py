@@ -16,7 +16,7 @@ from sophon.auditing.adapters import add_adapters
 from sophon.domains import ImageSet, MemoryImages
 from sophon.errors import UserError
 from sophon.finetune import fine_tune, flops_per_step
-from sophon.models import ModelSpec, build
+from sophon.models import ModelSpec, adapt, build
 from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.tiny import (
     CLASSES,
@@ -46,6 +46,8 @@ def classifier(architecture: str, size: int, **arguments: object) -> Case:
     if architecture == "metaformer":  # timm has none this small by name
         mixers, norms = [SepConv] * 2 + [Attention] * 2, [LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2
         model: nn.Module = MetaFormer(1, 3, "avg", (1,) * 4, (8, 8, 32, 32), token_mixers=mixers, norm_layers=norms)
+        facts = {"classes": CLASSES, "channels": 1, "image_size": size, "mean": (0.5,), "std": (0.5,)}
+        spec = adapt(model, library="python", **facts).spec
     else:
         model = build(spec)
     with torch.no_grad():
