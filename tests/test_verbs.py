@@ -36,9 +36,9 @@ ROLES = ["protected", "unprotected", "scratch"]
 FILES = ["README.md", "config.json", "model.safetensors", "sophon.json"]
 
 
-@pytest.fixture(scope="module")
-def made(audited: Path) -> Path:
-    return audited
+@pytest.fixture
+def copied(audited: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(audited, tmp_path / "copied"))
 
 
 def manifest(folder: Path, verb: str) -> dict:
@@ -53,10 +53,10 @@ def without_seconds(summary: dict) -> dict:
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "protect"])
-def test_a_checkpoint_is_whole_and_says_what_it_is(made: Path, verb: str) -> None:
-    checkpoint = made / RUNS / verb / "checkpoint"
+def test_a_checkpoint_is_whole_and_says_what_it_is(audited: Path, verb: str) -> None:
+    checkpoint = audited / RUNS / verb / "checkpoint"
     assert sorted(path.name for path in checkpoint.iterdir()) == FILES
-    found = manifest(made, verb)
+    found = manifest(audited, verb)
     assert found["format_version"] == 1
     assert found["verb"] == found["config"]["verb"] == verb
     assert found["name"] == "quickstart"
@@ -72,8 +72,8 @@ def test_a_checkpoint_is_whole_and_says_what_it_is(made: Path, verb: str) -> Non
         assert f"{value:.2f}" in card
 
 
-def test_the_manifest_of_a_protected_checkpoint(made: Path) -> None:
-    found, reference = manifest(made, "protect"), manifest(made, "pretrain")
+def test_the_manifest_of_a_protected_checkpoint(audited: Path) -> None:
+    found, reference = manifest(audited, "protect"), manifest(audited, "pretrain")
     assert found["parent_sha256"] == reference["weights_sha256"]
     assert reference["parent_sha256"] is None
     assert reference["method"] is reference["sampler_support"] is None
@@ -89,8 +89,8 @@ def test_the_manifest_of_a_protected_checkpoint(made: Path) -> None:
     assert found["history"] == {"rounds": 3, "good_round": 3, "rollbacks": 0}
 
 
-def test_intactness_is_measured_before_and_after_on_both_splits(made: Path) -> None:
-    found, reference = manifest(made, "protect")["intactness"], manifest(made, "pretrain")["intactness"]
+def test_intactness_is_measured_before_and_after_on_both_splits(audited: Path) -> None:
+    found, reference = manifest(audited, "protect")["intactness"], manifest(audited, "pretrain")["intactness"]
     assert (found["metric"], found["unit"], found["higher_is_better"]) == ("accuracy", "%", True)
     assert found["tolerance"] == 100
     assert set(found["before"]) == set(found["after"]) == {"val", "test"}
@@ -99,8 +99,8 @@ def test_intactness_is_measured_before_and_after_on_both_splits(made: Path) -> N
     assert all(0 <= value <= 100 for value in found["after"].values())
 
 
-def test_nothing_is_pickled_and_nothing_temporary_stays(made: Path) -> None:
-    names = list(tree(made))
+def test_nothing_is_pickled_and_nothing_temporary_stays(audited: Path) -> None:
+    names = list(tree(audited))
     assert not [name for name in names if name.endswith((".tmp", ".old", ".pt", ".pth", ".pkl", ".bin", ".ckpt"))]
     assert not [name for name in names if "outputs" in name or ".hydra" in name or "wandb" in name]
 
@@ -108,8 +108,8 @@ def test_nothing_is_pickled_and_nothing_temporary_stays(made: Path) -> None:
 # ---- the audit ------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_a_whole_attempt_of_each_attack_against_each_role(made: Path) -> None:
-    records = [load(path) for path in (made / RUNS / "audit" / "attempts").iterdir()]
+def test_there_is_a_whole_attempt_of_each_attack_against_each_role(audited: Path) -> None:
+    records = [load(path) for path in (audited / RUNS / "audit" / "attempts").iterdir()]
     assert {(r["attack"], r["role"]) for r in records} == {(attack, role) for attack in ATTACKS for role in ROLES}
     assert len(records) == 9
     for record in records:
@@ -121,11 +121,11 @@ def test_there_is_a_whole_attempt_of_each_attack_against_each_role(made: Path) -
         assert 0 <= record["test"] <= 100
         assert record["seconds"] > 0
         assert record["flops"] > 0
-        assert (made / RUNS / "audit" / "attempts" / f"{record['id']}.json").exists()
+        assert (audited / RUNS / "audit" / "attempts" / f"{record['id']}.json").exists()
 
 
-def test_the_audit_decides_which_attacks_were_seen(made: Path) -> None:
-    records = [load(path) for path in (made / RUNS / "audit" / "attempts").iterdir()]
+def test_the_audit_decides_which_attacks_were_seen(audited: Path) -> None:
+    records = [load(path) for path in (audited / RUNS / "audit" / "attempts").iterdir()]
     found = {record["attack"]: (record["exposure"], record["outside"]) for record in records}
     assert found == {
         "momentum_kept": ("seen", []),
@@ -134,8 +134,8 @@ def test_the_audit_decides_which_attacks_were_seen(made: Path) -> None:
     }
 
 
-def test_audit_json_compares_the_roles(made: Path) -> None:
-    summary = load(made / RUNS / "audit" / "audit.json")
+def test_audit_json_compares_the_roles(audited: Path) -> None:
+    summary = load(audited / RUNS / "audit" / "audit.json")
     assert summary["schema_version"] == 2
     assert summary["attempts"] == 9
     assert summary["verdict"]["word"] in ("BROKEN", "WEAKENED", "HOLDS", "CANNOT BE JUDGED")
@@ -145,7 +145,7 @@ def test_audit_json_compares_the_roles(made: Path) -> None:
         assert all(role["seeds"] == 1 and math.isfinite(role["mean"]) for role in attack["roles"].values())
         assert {"gap_closed", "sgrc", "signed_area", "exposure", "strategy"} <= set(attack)
     assert set(summary["worst_case"]) == {"overall", "seen", "longer", "held_out"}
-    protected, reference = manifest(made, "protect"), manifest(made, "pretrain")
+    protected, reference = manifest(audited, "protect"), manifest(audited, "pretrain")
     assert summary["checkpoint"]["sha256"] == protected["weights_sha256"]
     assert summary["checkpoint"]["method"] == "sophon_klu"
     assert summary["reference"]["sha256"] == reference["weights_sha256"]
@@ -154,8 +154,11 @@ def test_audit_json_compares_the_roles(made: Path) -> None:
     assert summary["domains"] == {"original": "fashion_clothes", "restricted": "fashion_shoes_bags", "benign": None}
 
 
-def test_the_audit_measures_intactness_itself(made: Path) -> None:
-    found, stated = load(made / RUNS / "audit" / "audit.json")["intactness"], manifest(made, "protect")["intactness"]
+def test_the_audit_measures_intactness_itself(audited: Path) -> None:
+    found, stated = (
+        load(audited / RUNS / "audit" / "audit.json")["intactness"],
+        manifest(audited, "protect")["intactness"],
+    )
     assert found["metric"]["name"] == "accuracy"
     assert found["before"] == stated["before"]["test"]
     assert found["after"] == stated["after"]["test"]
@@ -163,13 +166,13 @@ def test_the_audit_measures_intactness_itself(made: Path) -> None:
     assert found["loss"]["low"] < found["loss"]["value"] < found["loss"]["high"]
 
 
-def test_curves_parquet_holds_every_point(made: Path) -> None:
-    frame = pd.read_parquet(made / RUNS / "audit" / "curves.parquet")
+def test_curves_parquet_holds_every_point(audited: Path) -> None:
+    frame = pd.read_parquet(audited / RUNS / "audit" / "curves.parquet")
     assert list(frame) == ["id", "attack", "domain", "role", "seed", "exposure", "step", "select", "picture"]
-    records = [load(path) for path in (made / RUNS / "audit" / "attempts").iterdir()]
+    records = [load(path) for path in (audited / RUNS / "audit" / "attempts").iterdir()]
     expected = {(r["attack"], r["role"], r["seed"], p["step"], p["select"]) for r in records for p in r["curve"]}
     assert set(frame[["attack", "role", "seed", "step", "select"]].itertuples(index=False, name=None)) == expected
-    table = pd.read_parquet(made / RUNS / "audit" / "attempts.parquet")
+    table = pd.read_parquet(audited / RUNS / "audit" / "attempts.parquet")
     assert dict(zip(table["id"], table["test"], strict=True)) == {r["id"]: r["test"] for r in records}
     assert (table["test_images"] > 1).all()
 
@@ -249,13 +252,21 @@ def test_an_audit_completes_what_is_missing(copied: Path) -> None:
     assert without_seconds(load(folder / "audit.json")) == without_seconds(before)
 
 
-def test_the_same_seed_gives_the_same_weights_elsewhere(made: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights_elsewhere(audited: Path, tmp_path: Path) -> None:
     result = sophon(tmp_path, *PRETRAIN, "run_dir=here/reference")
     assert result.code == 0, result
     result = sophon(tmp_path, *PROTECT, "reference=here/reference", "run_dir=there")
     assert result.code == 0, result
     for verb, folder in (("pretrain", "here/reference"), ("protect", "there")):
-        assert weights_sha256(tmp_path / folder / "checkpoint") == manifest(made, verb)["weights_sha256"]
+        assert weights_sha256(tmp_path / folder / "checkpoint") == manifest(audited, verb)["weights_sha256"]
+
+
+def test_a_loss_that_only_test_shows_is_said_last(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sophon.verbs.protect.lost_on_test", lambda *values: "test lost 3")
+    result = sophon(copied, *PROTECT, "run_dir=again", f"reference={RUNS / 'pretrain'}")
+    assert result.code == 0, result
+    assert result.out.splitlines()[-1].startswith("next: sophon ")
+    assert result.err.splitlines()[-1] == "sophon: warning: test lost 3"
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

@@ -48,8 +48,10 @@ def _run(config: DictConfig) -> None:
             import torch
 
             torch.set_num_threads(typed.threads)
-        run(typed)
-        _finished.append(typed)
+        closing = run(typed)
+        _finished.append((typed, closing))
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            _warn(closing)
     except (UserError, GuardError, OSError, KeyboardInterrupt) as error:
         # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
         if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -57,7 +59,7 @@ def _run(config: DictConfig) -> None:
         _failed.append(error)
 
 
-_finished: list[Config] = []
+_finished: list[tuple[Config, str | None]] = []
 _failed: list[BaseException] = []
 
 
@@ -111,8 +113,10 @@ def _command(verb: str, arguments: list[str]) -> int:
         for error in _failed:
             raise error
         if _finished and not options.multirun and os.environ.get("RANK", "0") == "0":
-            for line in next_steps(_finished[0], options.overrides, flags):
-                print(line)
+            typed, closing = _finished[0]
+            for line in next_steps(typed, options.overrides, flags):
+                print(line, flush=True)  # before what goes to stderr
+            _warn(closing)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         return _fail(one_line(error, searched), 2)
     except GuardError as error:
@@ -122,6 +126,11 @@ def _command(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail(f"interrupted; the same command {'begins anew' if verb == 'pretrain' else 'goes on'}", 130)
     return 0
+
+
+def _warn(line: str | None) -> None:
+    if line is not None:
+        print(f"sophon: warning: {line}", file=sys.stderr)
 
 
 def _runs_as_override(arguments: list[str]) -> list[str]:

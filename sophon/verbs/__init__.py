@@ -19,6 +19,6 @@ VERBS = {
 _ACTIONS = {**VERBS, "compare": "sophon.verbs.report:compare"}  # on the command line `report compare`
 
 
-def action(verb: str) -> Callable[[Config], None]:
-    """Return the function of a verb; only now is anything imported that computes."""
-    return cast(Callable[[Config], None], pkgutil.resolve_name(_ACTIONS[verb]))
+def action(verb: str) -> Callable[[Config], str | None]:
+    """Return the function of a verb, which may return a warning to end with; only now is what computes imported."""
+    return cast(Callable[[Config], str | None], pkgutil.resolve_name(_ACTIONS[verb]))

@@ -19,21 +19,21 @@ from sophon.sampler import SamplerConfig
 from sophon.verbs.protect import say_released
 
 
-def export(config: Config) -> None:
-    """Copy a verified checkpoint to ``out``; from a run that is not finished, its last good state."""
+def export(config: Config) -> str | None:
+    """Copy a verified checkpoint to ``out``; of a run that is not finished, its last good state, as `protect` does."""
     source = required(config.checkpoint or str(default(config, "protect")), "checkpoint")
     out = Path(config.out) if config.out is not None else default(config, "export")
     unfinished = exists(Path(source) / STATE_FILE) and not exists(Path(source) / "checkpoint")
     with owned_place(out):
-        if not unfinished:
-            checkpoint = read_checkpoint(source)
-            write_checkpoint(out, checkpoint.model, checkpoint.spec, checkpoint.manifest)
-            print(f"exported to {out}")
-        else:
-            _export_unfinished(config, Path(source), out)
+        if unfinished:
+            return _export_unfinished(config, Path(source), out)
+        checkpoint = read_checkpoint(source)
+        write_checkpoint(out, checkpoint.model, checkpoint.spec, checkpoint.manifest)
+        print(f"exported to {out}")
+        return None
 
 
-def _export_unfinished(config: Config, run: Path, out: Path) -> None:
+def _export_unfinished(config: Config, run: Path, out: Path) -> str | None:
     reference = reference_of(config)
     identity = read_json(run / "run.json")["identity"]
     if identity["reference"] != reference.sha256:
@@ -57,4 +57,4 @@ def _export_unfinished(config: Config, run: Path, out: Path) -> None:
             )
     released = last_good(protection, run)
     released.save(out)
-    say_released(out, config, context.task, released)
+    return say_released(out, config, context.task, released)

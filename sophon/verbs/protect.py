@@ -19,10 +19,13 @@ from sophon.tasks import Task
 from sophon.tracking import Tracker
 
 
-def protect(config: Config) -> None:
+def protect(config: Config) -> str | None:
     """Protect the reference against fine-tuning on the restricted domains; write ``run_dir/checkpoint``.
 
     Started by torchrun the ranks share the work; the first one alone writes and reports.
+
+    Returns:
+        A warning if the original domain's ``test`` lost more than the guard, which reads ``val``, lets pass.
     """
     ranks, device = join(config.device)
     with ranks.together():
@@ -43,23 +46,24 @@ def protect(config: Config) -> None:
         if not ranks.first(begin):
             if ranks.rank == 0:
                 print(f"already done: {folder / 'checkpoint'}")
-            return
+            return None
         if ranks.rank == 0:
             warn(doubted)
         with ranks.together():
             tracker = stack.enter_context(tracker_of(config, folder)) if ranks.rank == 0 else Tracker()
         released = run(protection, folder, tracker)
-        if released is not None:
-            released.save(folder / "checkpoint")
-            say_released(folder / "checkpoint", config, context.task, released)
+        if released is None:
+            return None
+        released.save(folder / "checkpoint")
+        return say_released(folder / "checkpoint", config, context.task, released)
 
 
-def say_released(out: Path, config: Config, task: Task, released: Protected) -> None:
-    """Print where the checkpoint lies and what it cost; warn if ``test`` lost more than the guard lets pass."""
+def say_released(out: Path, config: Config, task: Task, released: Protected) -> str | None:
+    """Print where the checkpoint lies and what it cost; return a warning if ``test`` lost too much."""
     rounds, intactness = released.manifest["history"], released.manifest["intactness"]
     before, after = intactness["before"], intactness["after"]
     print(
         f"{out}: round {rounds['good_round']} of {rounds['rounds']}, {task.metric.name} on the original domain "
         f"{figures(task, before)} before, {figures(task, after)} after"
     )
-    warn(lost_on_test(config.guard, task, before["test"], after["test"]))
+    return lost_on_test(config.guard, task, before["test"], after["test"])
