@@ -67,7 +67,7 @@ class Tracker:
     def say(self, line: str) -> None:
         """Print one line on stderr, above any bar."""
         if self._show:
-            self._console.print(line, markup=False, highlight=False)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[Advance]:

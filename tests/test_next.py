@@ -66,7 +66,8 @@ def config(verb: str, **values: Any) -> Config:
         (config("audit"), EXPERIMENT, [], ["next: sophon report run_dir=runs/mine/seed1/audit"]),
         (config("audit", run_dir="here"), ["run_dir=here"], [], ["next: sophon report run_dir=here"]),
         (config("report"), EXPERIMENT, [], []),
-        (config("sample"), [], [], []),
+        (config("sample"), EXPERIMENT, [], ["next: sophon audit experiment=quickstart seed=1"]),
+        (config("sample", checkpoint="x"), ["checkpoint=x"], [], ["next: sophon audit checkpoint=x"]),
         (config("compare"), [], [], []),
     ],
 )  # fmt: skip
@@ -90,10 +91,11 @@ def test_audits_of_other_seeds_are_set_beside(tmp_path: Path, monkeypatch: pytes
     for seed in (0, 1, 2):
         folder = Path("runs/mine") / f"seed{seed}" / "audit"
         folder.mkdir(parents=True)
-        (folder / "audit.json").touch()
+        (folder / "audit.json").write_text('{"checkpoint": {"path": "a b"}}')
     compare = "next: sophon report compare runs/mine/seed1/audit runs/mine/seed0/audit runs/mine/seed2/audit"
     assert next_steps(config("audit"), [], [])[1:] == [compare]
-    assert next_steps(config("report"), [], []) == [compare]
+    export = "next: sophon export 'checkpoint=a b' out=runs/mine/seed1/export"
+    assert next_steps(config("report"), [], []) == [compare, export]
 
 
 def test_an_export_is_followed_by_the_code_that_loads_it(tmp_path: Path) -> None:

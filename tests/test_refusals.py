@@ -17,6 +17,7 @@ THREE = "domain.restricted.classes=[sandal,bag,sneaker]"
 REFUSED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [
     # keys, types and ranges: tests/test_config.py, tests/test_overrides.py
     (PRETRAIN, ("--cfg", "job", "--multirun"), ["--multirun and --cfg: not allowed together"]),
+    (PRETRAIN, ("verb=audit",), ["verb: not allowed"]),
     (PRETRAIN, ("model.architecture=resnet19",), ["model.architecture", "resnet19"]),
     (PRETRAIN, ("+model.model_args.foo=1",), ["model.model_args", "foo"]),
     (PRETRAIN, ("model.weights=nowhere.safetensors",), ["nowhere.safetensors"]),

@@ -157,3 +157,9 @@ def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tracker.log({"loss": 0.5}, 1)
     tracker.close()
     assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_a_long_line_stays_one_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "left out: " + "word " * 60 + "end"
+    Tracker(progress=True).say(line)
+    assert capsys.readouterr().err == f"{line}\n"

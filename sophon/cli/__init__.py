@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from argparse import Namespace
@@ -148,6 +149,8 @@ def _parted(arguments: list[str]) -> tuple[list[str], list[str], Namespace]:
     modes = [f"--{mode}" for mode in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(options, mode)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)}: not allowed together; give one of them")
+    if any(re.match(r"[+~]*verb(=|$)", override) for override in options.overrides[1:]):
+        raise UserError("verb: not allowed as a key; the verb is the first word, as in `sophon protect ...`")
     flags = list(arguments)
     for override in options.overrides:
         flags.remove(override)

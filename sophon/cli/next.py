@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -36,9 +37,7 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
         case "pretrain":
             commands = [command("protect", *(f"reference={each}" for each in made))]
         case "protect":
-            out = _default(config, "export")
-            export = shlex.join(["sophon", "export", f"checkpoint={folder}", f"out={out}"])
-            commands = [command("audit", *(f"checkpoint={each}" for each in made)), export]
+            commands = [command("audit", *(f"checkpoint={each}" for each in made)), _export(config, folder)]
         case "export":
             return _loading(config.out or _default(config, "export"))
         case "audit" if config.attack.shards > 1:
@@ -47,6 +46,10 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
             folder = config.run_dir or _default(config, "audit")
             commands = [shlex.join(["sophon", "report", f"run_dir={folder}"])] if config.verb == "audit" else []
             commands += _comparison(folder)
+            if config.verb == "report" and (audited := _audited(Path(folder))):
+                commands.append(_export(config, audited))
+        case "sample":
+            commands = [command("audit", *([] if config.checkpoint is None else [f"checkpoint={config.checkpoint}"]))]
         case _:
             commands = []
     lines = [f"next: {each}" for each in commands]
@@ -60,6 +63,16 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
 
 def _default(config: Config, verb: str) -> str:
     return f"runs/{config.name}/seed{config.seed}/{verb}"
+
+
+def _export(config: Config, checkpoint: str) -> str:
+    return shlex.join(["sophon", "export", f"checkpoint={checkpoint}", f"out={_default(config, 'export')}"])
+
+
+def _audited(folder: Path) -> str | None:
+    """Return the checkpoint that an audit attacked; None where several audits lie below ``folder``."""
+    record = folder / "audit.json"
+    return json.loads(record.read_bytes())["checkpoint"]["path"] if record.exists() else None
 
 
 def _root(override: str) -> str:

@@ -133,8 +133,8 @@ def known(model: nn.Module) -> list[Interface]:
     """
     if not (places := interfaces(model)):
         raise UserError(
-            "method.stages.reparameterise: knows timm's ResNets of plain blocks, such as resnet18, and not this model; "
-            "use method=sophon_klu, which takes any"
+            "method.stages.reparameterise (method=coordinates): knows timm's ResNets of plain blocks, such as "
+            "resnet18, and not this model; use method=sophon_klu, which takes any"
         )
     return places
 

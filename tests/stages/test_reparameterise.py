@@ -120,11 +120,11 @@ def test_equalising_and_centring_take_it_out_again_and_leave_ordinary_models_alo
 
 
 def test_other_models_and_other_numbers_of_gains_are_refused() -> None:
-    with pytest.raises(UserError, match=r"method.stages.reparameterise: knows timm's ResNets"):
+    with pytest.raises(UserError, match=r"method=coordinates.: knows timm's ResNets"):
         coordinates.known(tiny_model(0))
     spec = small_resnet()[1].spec
     squeezed = replace(spec, model_args={**spec.model_args, "block_args": {"attn_layer": "se"}})
-    with pytest.raises(UserError, match=r"method.stages.reparameterise: knows timm's ResNets"):
+    with pytest.raises(UserError, match=r"method=coordinates.: knows timm's ResNets"):
         coordinates.known(build(squeezed))
     with pytest.raises(UserError, match=r"method.stages.reparameterise.gains: \[1.0, 2.0\] has 2 numbers; give 1 or 6"):
         coordinates.gains_for(small_resnet()[0], [1.0, 2.0])
