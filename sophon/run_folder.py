@@ -44,7 +44,7 @@ def run_folder(path: str | Path, verb: str, identity: Mapping[str, Any], part: s
 
 @contextlib.contextmanager
 def owned(path: str | Path, part: str = "", key: str = "run_dir") -> Iterator[Path]:
-    """Own a folder while the block runs, making it if need be; an empty new one is gone afterwards.
+    """Own a folder while the block runs, making it if need be; what is new and still empty is gone afterwards.
 
     Args:
         path: the folder.
@@ -55,7 +55,7 @@ def owned(path: str | Path, part: str = "", key: str = "run_dir") -> Iterator[Pa
         UserError: another process owns it, or it cannot be written.
     """
     folder = Path(path)
-    new = not exists(folder, key)
+    new = [each for each in (folder, *folder.parents) if not exists(each, key)]
     with explained(folder, "write", key):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -65,9 +65,9 @@ def owned(path: str | Path, part: str = "", key: str = "run_dir") -> Iterator[Pa
                 _claim(locks, folder / f"{_LOCK}.{part}", folder, key)
             yield folder
     finally:
-        if new:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # one holds something
+            for each in new:
+                each.rmdir()
 
 
 @contextlib.contextmanager

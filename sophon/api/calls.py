@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def _threads(config: Config) -> None:
 
 def _require_portable(*handed_over: object) -> None:
     try:
-        pickle.dumps(handed_over)  # as it is sent to the processes
+        ForkingPickler.dumps(handed_over)  # as it is sent to the processes
     except Exception as error:
         raise UserError(
             f"workers: a model or data in memory cannot be handed to other processes ({error}); give folders, or 1"
