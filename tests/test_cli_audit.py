@@ -77,7 +77,9 @@ def test_every_kind_of_job_is_in_the_result(made: Path) -> None:
     assert summary["oracle"]["attack"] == "adam_fresh"
     assert summary["oracle"]["data_ratio"] > 1
     assert [attack["attack"] for attack in summary["benign"]] == ["adam_fresh"]
-    assert {search["role"]: len(search["trials"]) for search in summary["searches"]} == dict.fromkeys(
+    [search] = summary["searches"]
+    assert search["name"] == "searching"
+    assert {role: len(course["trials"]) for role, course in search["roles"].items()} == dict.fromkeys(
         ("protected", "unprotected", "scratch"), 4
     )
     assert set(summary["left_out"]) == {"linears"}

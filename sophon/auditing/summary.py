@@ -125,6 +125,7 @@ class AuditReport:
                 **{each.name: getattr(self.results, each.name) for each in fields(self.results)},
                 "masked_share": self.results.masked_share,
                 **{each.name: getattr(self.context, each.name) for each in fields(self.context)},
+                "searches": _by_role(self.context.searches),
             }
         )
         return found
@@ -160,10 +161,29 @@ class AuditReport:
             )
         try:
             tables = [pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES]
-            context = Context(**{each.name: stored[each.name] for each in fields(Context)} | _typed(stored))
+            facts = {each.name: stored[each.name] for each in fields(Context)}
+            context = Context(**facts | _typed(stored) | {"searches": _one_by_one(stored["searches"])})
             return cls.of(Attempts(*tables), context)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{key}: '{folder}' is not whole ({error}); run `sophon audit` again") from error
+
+
+def _by_role(searches: Iterable[Record]) -> list[dict[str, Any]]:
+    """Return searches by name, each with its course against every role: the form that ``audit.json`` has."""
+    found: dict[str, dict[str, Any]] = {}
+    for search in searches:
+        course = {key: value for key, value in search.items() if key not in ("name", "role")}
+        found.setdefault(search["name"], {})[search["role"]] = course
+    return [{"name": name, "roles": roles} for name, roles in found.items()]
+
+
+def _one_by_one(searches: Iterable[Record]) -> list[dict[str, Any]]:
+    """Undo `_by_role`."""
+    return [
+        {"name": search["name"], "role": role, **course}
+        for search in searches
+        for role, course in search["roles"].items()
+    ]
 
 
 def _typed(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,16 @@ from tests.auditing.records import ACCURACY, MSE, attempt, audit, duo, idle, ora
 MASKING = Masking([Norms("layers", 2, 1.0, 0.5, 2.0)], [Seen("kept", 0, "loss", math.nan, 1.0, math.nan)], {"x": "y"})
 
 
+SEARCHES = [
+    {"name": name, "role": role, "sampler": "tpe", "trials": [{"number": 0, "value": 0.5}], "best": 0}
+    for name in ("s", "t")
+    for role in ("protected", "scratch")
+]
+
+
 def several():
     attempts = [*trio("a", 20.0, 60.0, 50.0), *idle(12.0, 30.0, 10.0), oracle(88.0), *duo("b", 58.0, 60.0)]
-    return audit([*attempts, *searched("s", 55.0, 80.0, math.nan)], masking=MASKING)
+    return audit([*attempts, *searched("s", 55.0, 80.0, math.nan)], masking=MASKING, searches=SEARCHES)
 
 
 def test_an_audit_is_read_back_as_it_was_written(tmp_path):
@@ -38,6 +45,8 @@ def test_what_stands_in_audit_json():
     assert found["attacks"][0]["roles"]["protected"]["test_images"] == 1000
     assert found["thresholds"]["holds_from"] == 0.9
     assert found["domains"]["restricted"] == "dogs"
+    assert [search["name"] for search in found["searches"]] == ["s", "t"]
+    assert found["searches"][1]["roles"]["scratch"]["trials"] == [{"number": 0, "value": 0.5}]
 
 
 def test_only_seconds_depend_on_the_machine():
