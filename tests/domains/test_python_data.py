@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -174,4 +174,4 @@ def test_forms_of_an_image(image: Any, expected_pixel: list[int]) -> None:
 def test_a_domain_is_a_configuration_that_can_be_sent_to_another_process() -> None:
     domain = Domain(pixels("train"), pixels("test"), name="x", per_class=8)
     assert asdict(domain) == asdict(DomainConfig(name="x", source="python", root="memory", per_class=8))
-    assert dict(loaded(pickle.loads(pickle.dumps(domain))).hashes) == dict(loaded(domain).hashes)
+    assert dict(loaded(ForkingPickler.loads(ForkingPickler.dumps(domain))).hashes) == dict(loaded(domain).hashes)
