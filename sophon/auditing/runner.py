@@ -15,13 +15,13 @@ from sophon.attacker import FineTuneStrategy, fields_outside
 from sophon.auditing.attacks import Outcome, attack
 from sophon.auditing.gallery import image_grid
 from sophon.auditing.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
+from sophon.auditing.reuse import Reused
 from sophon.auditing.words import ORACLE, format_value
 from sophon.config import AttackConfig
 from sophon.domains import LoadedDomain, joined
-from sophon.errors import UserError
 from sophon.files import read_json, write_bytes, write_json
 from sophon.models import build
-from sophon.paths import exists, is_file, is_folder
+from sophon.paths import exists
 from sophon.seeds import derive_seed, seed_all
 
 SCHEMA_VERSION = 2
@@ -66,9 +66,7 @@ class Runner:
         self.config = config
         self.seed = seed
         self.folder = folder
-        for other in config.reuse:
-            if not is_folder(other, "attack.reuse"):
-                raise UserError(f"attack.reuse: '{other}' is not a folder; give the run directories of other audits")
+        self.reused = Reused(config.reuse, folder, lambda plain: self._exposure(FineTuneStrategy.of(plain)))
         self.plan = Plan(config, scene)
         self.measure_with(frechet)
 
@@ -97,29 +95,8 @@ class Runner:
         mine = list(self.jobs)[self.config.shard :: self.config.shards]
         for path in mine:
             if not exists(path):
-                self._take_over(path)
+                self.reused.take_over(path)
         return [path for path in mine if not exists(path)]
-
-    def _take_over(self, path: Path) -> None:
-        for other in map(Path, self.config.reuse):
-            found = other / path.relative_to(self.folder)
-            if exists(found, "attack.reuse"):
-                self._copy(other, read_json(found), path)
-                return
-
-    def _copy(self, other: Path, record: Record, path: Path) -> None:
-        """Copy a job's result with all that belongs to it; its own file last."""
-        for identifier in record.get("attempts", ()):
-            name = f"attempts/{identifier}.json"
-            self._copy(other, read_json(other / name), self.folder / name)
-        for picture in record.get("samples", ()):
-            drawn = other / picture["file"]
-            if not is_file(drawn):
-                raise UserError(f"attack.reuse: an attempt in '{other}' lacks its picture '{drawn.name}'; leave it out")
-            write_bytes(self.folder / picture["file"], drawn.read_bytes())
-        if "strategy" in record:
-            record |= self._exposure(FineTuneStrategy.of(record["strategy"]))
-        write_json(path, record)
 
     def run(self, path: Path, on_trial: Callable[[str], None] = lambda note: None) -> str:
         """Run the job whose file is ``path``; return a line on what came of it."""

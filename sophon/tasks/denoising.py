@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +20,8 @@ from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
 from sophon.models.partition import Block, owned
+from sophon.tasks.noise_schedule import Noised, NoiseSchedule
 from sophon.tasks.task import Measured, Metric, evaluating, fitting_adapter, within_scope
-
-
-class Noised(NamedTuple):
-    """Images on their way to noise.
-
-    Attributes:
-        images: x_t, float [B, C, H, W].
-        timesteps: t, int64 [B].
-        noise: epsilon, float [B, C, H, W].
-        clean: x_0, float [B, C, H, W].
-    """
-
-    images: Tensor
-    timesteps: Tensor
-    noise: Tensor
-    clean: Tensor
 
 
 class DenoisingTask:
@@ -82,11 +68,8 @@ class DenoisingTask:
         self.sample_steps = sample_steps
         self.amp = amp
         self.dtype = dtype
-        from diffusers import DDPMScheduler  # not above: classifiers need not wait for it
-
-        self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
-        self._signal = self.scheduler.alphas_cumprod.to(torch.float64)
-        self._suppressed = max(1, round(suppression_timesteps * len(self._signal)))
+        self.schedule = NoiseSchedule(spec.scheduler, dtype)
+        self._suppressed = max(1, round(suppression_timesteps * len(self.schedule)))
         self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
         if suppression_loss is not None:
             self._suppression = named("method.suppression_loss", suppression_loss, losses.DENOISING_SUPPRESSION_LOSSES)
@@ -108,19 +91,8 @@ class DenoisingTask:
         """Scale uint8 [B, C, H, W] to -1 .. 1."""
         return images.to(self.dtype) / 127.5 - 1
 
-    def noised(self, clean: Tensor, timesteps: Tensor, noise: Tensor) -> Noised:
-        """Noise x_0 to x_t: sqrt(a_t) x_0 + sqrt(1 - a_t) epsilon, a_t the scheduler's cumulative product."""
-        signal, spread = self._scales(timesteps)
-        return Noised(signal * clean + spread * noise, timesteps, noise, clean)
-
-    def _scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self._signal.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return kept.sqrt().to(self.dtype), (1 - kept).sqrt().to(self.dtype)
-
-    def _drawn(self, images: Tensor, until: int | None = None) -> Noised:
-        clean = self.prepare(images)
-        timesteps = torch.randint(until or len(self._signal), (len(clean),), device=clean.device)
-        return self.noised(clean, timesteps, torch.randn_like(clean))
+    def _draw(self, images: Tensor, until: int | None = None) -> Noised:
+        return self.schedule.draw(self.prepare(images), until)
 
     def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return what the network says: noise, velocity or clean images, as the scheduler has it; [B, C, H, W]."""
@@ -128,40 +100,25 @@ class DenoisingTask:
             output = self.adapter.forward(model, images, timesteps=timesteps, labels=labels)
         return output.float() if self.amp else output
 
-    def _target(self, noised: Noised) -> Tensor:
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noised.noise
-        signal, spread = self._scales(noised.timesteps)
-        return signal * noised.noise - spread * noised.clean if kind == "v_prediction" else noised.clean
-
-    def _as_noise(self, output: Tensor, noised: Noised) -> Tensor:
-        """Turn the network's output into the noise that it implies."""
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return output
-        signal, spread = self._scales(noised.timesteps)
-        if kind == "v_prediction":
-            return signal * output + spread * noised.images
-        return (noised.images - signal * output) / spread
-
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return DDPM's simple loss: the mean squared error of the scheduler's target at uniform timesteps."""
-        noised = self._drawn(batch.images)
-        return F.mse_loss(self._output(model, noised.images, noised.timesteps, batch.labels), self._target(noised))
+        noised = self._draw(batch.images)
+        return F.mse_loss(
+            self._output(model, noised.images, noised.timesteps, batch.labels), self.schedule.target(noised)
+        )
 
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the configured suppression loss of the predicted noise."""
         assert self._suppression is not None  # only a protection asks for it, and its task was given one
-        noised = self._drawn(batch.images, self._suppressed)
+        noised = self._draw(batch.images, self._suppressed)
         output = self._output(model, noised.images, noised.timesteps, batch.labels)
-        return self._suppression(self._as_noise(output, noised), noised.noise)
+        return self._suppression(self.schedule.as_noise(output, noised), noised.noise)
 
     def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None = None) -> Tensor:
         """Return DDPM's loss, plus the weighted squared distance to the reference's output where one is distilled."""
-        noised = self._drawn(batch.images)
+        noised = self._draw(batch.images)
         output = self._output(model, noised.images, noised.timesteps, batch.labels)
-        loss = F.mse_loss(output, self._target(noised))
+        loss = F.mse_loss(output, self.schedule.target(noised))
         if reference is None or self.distillation == 0:
             return loss
         return loss + self.distillation * self._distance(output, noised, batch.labels, reference)
@@ -171,7 +128,7 @@ class DenoisingTask:
 
         Where there are classes, both networks are asked for ones drawn uniformly among the reference's.
         """
-        noised = self._drawn(batch.images)
+        noised = self._draw(batch.images)
         labels = torch.randint(max(1, self._classes(reference)), (len(batch.images),), device=batch.images.device)
         output = self._output(model, noised.images, noised.timesteps, labels)
         return self._distance(output, noised, labels, reference)
@@ -213,8 +170,8 @@ class DenoisingTask:
     def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """Return the same error by band of timesteps, from little noise to much."""
         timesteps, errors = self._errors(model, images)
-        bands = min(self.most_bands, len(self._signal))
-        edges = [round(len(self._signal) * band / bands) for band in range(bands + 1)]
+        bands = min(self.most_bands, len(self.schedule))
+        edges = [round(len(self.schedule) * band / bands) for band in range(bands + 1)]
         return {
             f"eps-MSE t {low}-{high - 1}": float(errors[(timesteps >= low) & (timesteps < high)].mean())
             for low, high in pairwise(edges)
@@ -226,7 +183,7 @@ class DenoisingTask:
         with evaluating(model):
             for noised, labels in self._triples(images):
                 output = self._output(model, noised.images, noised.timesteps, labels)
-                squared = (self._as_noise(output, noised) - noised.noise).double().square()
+                squared = (self.schedule.as_noise(output, noised) - noised.noise).double().square()
                 timesteps.append(noised.timesteps.cpu())
                 errors.append(squared.mean((1, 2, 3)).cpu())
         return torch.cat(timesteps), torch.cat(errors)
@@ -240,13 +197,13 @@ class DenoisingTask:
         count = min(len(images), self.evaluation_images)
         generator = torch.Generator().manual_seed(0)
         chosen = torch.arange(count) * len(images) // count
-        timesteps = torch.randperm(count, generator=generator) * len(self._signal) // count
+        timesteps = torch.randperm(count, generator=generator) * len(self.schedule) // count
         shape = (count, self.spec.channels, self.spec.image_size, self.spec.image_size)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         parts = torch.split(torch.arange(count), self.evaluation_batch_size)
         for part, batch in zip(parts, images.stream(chosen[part] for part in parts), strict=True):
             clean = self.prepare(batch.images)
-            yield self.noised(clean, timesteps[part].to(clean.device), noise[part].to(clean)), batch.labels
+            yield self.schedule.add_noise(clean, timesteps[part].to(clean.device), noise[part].to(clean)), batch.labels
 
     def sample(self, model: nn.Module, count: int, seed: int) -> Tensor:
         """Generate images by deterministic DDIM (Song et al., 2021); the same seed starts from the same noise.
@@ -264,20 +221,11 @@ class DenoisingTask:
         size = self.evaluation_batch_size
         with evaluating(model):
             parts = [
-                self._denoised(model, noise[at : at + size], labels[at : at + size]) for at in range(0, count, size)
+                self.schedule.denoise(part, self.sample_steps, partial(self._output, model, labels=classes))
+                for part, classes in zip(torch.split(noise, size), torch.split(labels, size), strict=True)
             ]
         pixels = (torch.cat(parts).clamp(-1, 1) + 1) * 127.5
         return pixels.nan_to_num(0).round().to(torch.uint8).cpu()
-
-    def _denoised(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        from diffusers import DDIMScheduler
-
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(min(self.sample_steps, len(self._signal)), device=images.device)
-        for timestep in scheduler.timesteps:
-            output = self._output(model, images, timestep.expand(len(images)), labels)
-            images = scheduler.step(output, timestep, images).prev_sample
-        return images
 
     def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
         """Put the model in training mode; return the parameters that ``scope`` trains, by name.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.auditing import runner as module
+from sophon.auditing import reuse as module
 from sophon.auditing.runner import Frechet
 from sophon.config import AttackConfig
 from sophon.errors import UserError

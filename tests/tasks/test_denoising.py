@@ -42,7 +42,7 @@ def test_noising_is_that_of_diffusers(schedule: dict[str, Any]) -> None:
     scheduler = DDPMScheduler(**of.scheduler)
     clean, noise = torch.randn(2, STEPS, 1, SIZE, SIZE)
     timesteps = torch.randperm(STEPS)
-    noised = task_of(of, dtype=torch.float32).noised(clean, timesteps, noise)
+    noised = task_of(of, dtype=torch.float32).schedule.add_noise(clean, timesteps, noise)
     torch.testing.assert_close(noised.images, scheduler.add_noise(clean, noise, timesteps))
     assert noised.clean is clean
     assert noised.noise is noise
@@ -55,7 +55,7 @@ def test_noising_by_the_closed_form(timesteps: list[int], seed: int) -> None:
     clean, noise = torch.randn(
         2, len(timesteps), 1, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
-    noised = task_of(spec()).noised(clean, torch.tensor(timesteps), noise)
+    noised = task_of(spec()).schedule.add_noise(clean, torch.tensor(timesteps), noise)
     for index, t in enumerate(timesteps):
         kept = math.prod(1 - (1e-4 + (0.02 - 1e-4) * step / (STEPS - 1)) for step in range(t + 1))
         expected = math.sqrt(kept) * clean[index] + math.sqrt(1 - kept) * noise[index]
