@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# This module takes the group of its import for its functions' default. Imported later (torch._dynamo does so), it keeps
+# the group and its threads alive past the end of Python, which then aborts. So it comes before any group.
+import torch.distributed.nn.functional
 from safetensors.torch import load, save
 from torch import Tensor
 

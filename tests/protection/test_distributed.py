@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
@@ -37,6 +38,7 @@ from tests.tiny import (
 def work(folder: Path) -> None:
     """Be one of the ranks: run every scenario and write what it gives."""
     torch.set_num_threads(1)
+    atexit.register(leave, folder)  # before the group's own, so called after it
     ranks, device = join("auto")
     assert device.type == "cpu"
     for name, (scenario, arguments, _) in SCENARIOS.items():
@@ -44,6 +46,12 @@ def work(folder: Path) -> None:
     again, _ = join("cpu")  # as the next run of a sweep does
     write_tensors(folder / f"exchanges.{ranks.rank}", exchanges(again))
     (folder / f"refusals.{ranks.rank}").write_text(json.dumps(refusals(ranks)))
+
+
+def leave(folder: Path) -> None:
+    """Write which threads still live when all is over."""
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    (folder / f"threads.{os.environ['RANK']}").write_text(json.dumps(threads))
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -235,3 +243,12 @@ def test_environments_that_are_not_torchruns(
     with pytest.raises(UserError, match=message) as caught:
         join(device)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="Linux tells a thread's name")
+def test_no_thread_of_the_group_outlives_it(ranks: Path) -> None:
+    """Python may end while one holds a tensor, and then aborts the process."""
+    for rank in range(SIZE):
+        threads = json.loads((ranks / f"threads.{rank}").read_text())
+        assert threads
+        assert not [name for name in threads if "gloo" in name]
