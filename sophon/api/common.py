@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sophon.auditing.words import format_value
 from sophon.config import Config, DomainConfig, keyed, plain
-from sophon.domains import LoadedDomain, load_original, load_restricted, with_clusters
+from sophon.domains import LoadedDomain, classes_of_all, load_original, load_restricted, with_clusters
 from sophon.domains.names import few
 from sophon.errors import UserError
 from sophon.export import Checkpoint, is_ours, read_checkpoint
@@ -109,16 +109,21 @@ def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[L
     """
     size, channels, memory_gb = spec.image_size, spec.channels, config.domain.memory_gb
     original = load_original(config.domain.original, image_size=size, channels=channels, memory_gb=memory_gb)
-    if original.classes != spec.classes:
+    restricted = restricted_of(config, spec.image_size, spec.channels)
+    if spec.classes not in (original.classes, classes_of_all(original, restricted)):
         raise UserError(
             f"domain.original: its {len(original.classes)} classes ({few(original.classes)}) are not the "
             f"{len(spec.classes)} that the reference tells apart ({few(spec.classes)})"
         )
-    restricted = (
-        load_restricted(each, image_size=size, channels=channels, where=key, memory_gb=memory_gb)
+    return original.to(device), tuple(each.to(device) for each in restricted)
+
+
+def restricted_of(config: Config, image_size: int, channels: int) -> tuple[LoadedDomain, ...]:
+    """Load the restricted domains, on the CPU."""
+    return tuple(
+        load_restricted(each, image_size=image_size, channels=channels, where=key, memory_gb=config.domain.memory_gb)
         for key, each in keyed(config.domain.restricted).items()
     )
-    return original.to(device), tuple(each.to(device) for each in restricted)
 
 
 def with_pseudo_labels(

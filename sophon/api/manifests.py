@@ -38,6 +38,14 @@ def _facts(domain: LoadedDomain) -> dict[str, Any]:
     return {"name": domain.name, "classes": list(domain.classes), "hashes": dict(domain.hashes)}
 
 
+def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dict[str, Any]:
+    """Return what says of which images a run is; of several restricted domains also their order."""
+    if len(restricted) == 1:
+        return {"original": original.hashes, "restricted": restricted[0].hashes}
+    several = {each.name: each.hashes for each in restricted}
+    return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
+
+
 def both_splits(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> dict[str, float]:
     """Return the task's metric on ``val`` and ``test`` of the original domain; messages name ``key``."""
     return {split: measured(task, model, original, split, key).value for split in ("val", "test")}

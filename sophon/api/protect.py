@@ -19,7 +19,7 @@ from sophon.api.common import (
     task_of,
     with_pseudo_labels,
 )
-from sophon.api.manifests import both_splits, manifest_of
+from sophon.api.manifests import both_splits, hashes_of, manifest_of
 from sophon.api.results import Protected
 from sophon.config import Config, GuardConfig, keyed, plain
 from sophon.domains import LoadedDomain
@@ -105,14 +105,6 @@ def protected_domains(
         for domain, (key, each) in zip(loaded, configs.items(), strict=True)
     )
     return original, tuple(restricted)
-
-
-def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dict[str, Any]:
-    """Return what says of which images a run is; of several restricted domains also their order."""
-    if len(restricted) == 1:
-        return {"original": original.hashes, "restricted": restricted[0].hashes}
-    several = {each.name: each.hashes for each in restricted}
-    return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
 
 
 def run(protection: Protection, folder: Path, tracker: Tracker) -> Protected | None:

@@ -75,6 +75,10 @@ class DomainsConfig:
             ``+domain@domain.restricted.people=people``.
         benign: what it may be fine-tuned for, for the audit to see that this is not harmed; null for none. Split as a
             restricted domain.
+        pretrained_on: what ``pretrain`` trains on: ``original``, or ``both``, which adds the restricted domains' splits
+            ``adapt`` and ``query``: a reference that has seen what is to be removed, but not the attacker's images.
+        restricted_outputs: whether what was trained on ``both`` keeps its outputs (a denoiser: its class embeddings) of
+            the restricted classes, after those of the original ones; else it is released without them.
         memory_gb: a data set whose decoded images take more than so many 10^9 bytes is read from disk whenever it is
             needed; a smaller one lives on the device. The results do not depend on it.
     """
@@ -82,6 +86,8 @@ class DomainsConfig:
     original: DomainConfig = field(default_factory=DomainConfig)
     restricted: dict[str, DomainConfig] = field(default_factory=dict, metadata={"alone": True})
     benign: DomainConfig | None = None
+    pretrained_on: str = limited("original", choices=("original", "both"))
+    restricted_outputs: bool = False
     memory_gb: float = limited(8.0, ge=0)
 
     def validate(self, key: str) -> None:

@@ -7,7 +7,7 @@ from sophon.domains.batches import AUGMENTATIONS, batch_indices, batches, evalua
 from sophon.domains.clusters import with_clusters
 from sophon.domains.python_data import Domain
 from sophon.domains.sources import SOURCES, load_source
-from sophon.domains.splits import few_shot, load_original, load_restricted
+from sophon.domains.splits import classes_of_all, defenders_images, few_shot, load_original, load_restricted
 from sophon.domains.streamed import StreamedImages, joined
 from sophon.domains.types import Batch, ImageSet, LoadedDomain, MemoryImages
 
@@ -22,6 +22,8 @@ __all__ = [
     "StreamedImages",
     "batch_indices",
     "batches",
+    "classes_of_all",
+    "defenders_images",
     "evaluation_batches",
     "few_shot",
     "joined",

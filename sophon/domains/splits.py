@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from sophon.config import DomainConfig
 from sophon.config.domains import RESTRICTED_SPLITS
 from sophon.domains.part import class_generator
 from sophon.domains.sources import Loaded, load_source
+from sophon.domains.streamed import joined
 from sophon.domains.types import ImageSet, LoadedDomain
 from sophon.errors import UserError
 
@@ -74,6 +75,29 @@ def load_restricted(
     """
     loaded = load_source(config, image_size=image_size, channels=channels, where=where, memory_gb=memory_gb)
     return _split(loaded, config, {name: config.fractions[name] for name in RESTRICTED_SPLITS}, where)
+
+
+def classes_of_all(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> tuple[str, ...]:
+    """Return the classes of the original domain, then those of the restricted ones; with domain names if any repeat."""
+    domains = [original, *restricted]
+    names = [name for domain in domains for name in domain.classes]
+    if len(set(names)) < len(names):
+        names = [f"{domain.name}: {name}" for domain in domains for name in domain.classes]
+    return tuple(names)
+
+
+def defenders_images(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> ImageSet:
+    """Return ``train`` of the original domain with ``adapt`` and ``query`` of the restricted ones, as one set.
+
+    Its classes are `classes_of_all`. Images that equal one of ``val``, ``attack``, ``select`` or ``test`` are left out.
+    """
+    classes, start, sets = classes_of_all(original, restricted), 0, []
+    for domain, splits in ((original, ("train",)), *((each, ("adapt", "query")) for each in restricted)):
+        sets += [domain[name].relabelled(domain[name].labels + start, classes) for name in splits]
+        start += len(domain.classes)
+    held = [original["val"], original["test"]]
+    held += [each[name] for each in restricted for name in ("attack", "select", "test")]
+    return _without_duplicates(joined(*sets), joined(*held))
 
 
 def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -> ImageSet:

@@ -29,6 +29,7 @@ __all__ = [
     "build",
     "create",
     "describe",
+    "resize_head",
 ]
 
 # Where each library's adapter is; it is imported, and with it the library, when a model asks for it.
@@ -81,6 +82,19 @@ def build(spec: ModelSpec) -> nn.Module:
     if module is None:
         raise UserError(f"factory: '{spec.architecture}' cannot be built again; give the function that builds it")
     return module
+
+
+def resize_head(model: nn.Module, adapter: ModelAdapter, classes: Sequence[str]) -> None:
+    """Give a model's head, in place, an output (a denoiser's: an embedding) for each class; the first ones stay."""
+    if adapter.head is None:
+        return
+    before = dict(model.get_submodule(adapter.head).named_parameters())
+    if len(before["weight"]) == len(classes):
+        return
+    adapter.start_head(model, classes)
+    for name, after in model.get_submodule(adapter.head).named_parameters():
+        count = min(len(before[name]), len(after))
+        after.data[:count] = before[name].data[:count]
 
 
 def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:

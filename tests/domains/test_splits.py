@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophon.config import DomainConfig
-from sophon.domains import ImageSet, LoadedDomain, MemoryImages, few_shot, load_original, load_restricted, splits
+from sophon.domains import (
+    ImageSet,
+    LoadedDomain,
+    MemoryImages,
+    defenders_images,
+    few_shot,
+    load_original,
+    load_restricted,
+    splits,
+)
 from sophon.domains.notes import Notes
 from sophon.domains.sources import Loaded
 from sophon.errors import UserError
@@ -126,6 +135,24 @@ def test_a_split_without_a_class_is_refused() -> None:
         match=r"^domain\.original: every training image of class 'class 0' equals another one or a test image",
     ):
         loaded(load_original, images_of([0] * 3), images_of([0] * 3))
+
+
+def test_the_defenders_images_are_those_of_all_domains_without_the_attackers() -> None:
+    original = loaded(load_original, images_of([0, 1] * 20), images_of([0, 1], first=500))
+    # the first 10 images are the original domain's, some of them its validation images
+    restricted = [
+        loaded(load_restricted, images_of([0] * 40, first=first), images_of([0], first=600 + first))
+        for first in (30, 100)
+    ]
+    found = defenders_images(original, restricted)
+    assert found.classes == tuple(f"invented: class {label}" for label in (0, 1, 0, 0))
+    held = [original["val"], original["test"]]
+    held += [domain[name] for domain in restricted for name in ("attack", "select", "test")]
+    own = [original["train"], *(domain[name] for domain in restricted for name in ("adapt", "query"))]
+    attacked = {key for images in held for key in keys(images)}
+    assert sorted(keys(found)) == sorted({key for images in own for key in keys(images)} - attacked)
+    labels = dict(zip(keys(found), found.labels.tolist(), strict=True))
+    assert {labels[key] for key in keys(restricted[1]["query"])} == {3}
 
 
 @settings(deadline=None)

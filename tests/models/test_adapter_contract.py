@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sophon.config import ModelConfig
 from sophon.export import read_checkpoint, write_checkpoint
-from sophon.models import LIBRARIES, ModelAdapter, ModelSpec, adapt, adapter_of, create, describe
+from sophon.models import LIBRARIES, ModelAdapter, ModelSpec, adapt, adapter_of, create, describe, resize_head
 from sophon.models.diffusers_models import DiffusersAdapter
 from sophon.models.partition import owned
 from sophon.models.transformers_models import TransformersAdapter
@@ -201,6 +201,19 @@ def test_a_new_head_is_drawn_from_the_generator_and_the_rest_stays(name: str) ->
     assert all(torch.equal(before[key], after[key]) for key in before.keys() - heads)
     if adapter.kind == "classification":
         assert run(adapter, model.float()).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_a_head_that_grows_and_shrinks_again_keeps_its_first_outputs(name: str, tmp_path: Path) -> None:
+    adapter, model = made(name)
+    before = state_of(model)
+    resize_head(model, adapter, ("cat", "dog", "owl", "ant", "bee"))
+    assert {len(part) for part in model.get_submodule(str(adapter.head)).parameters()} == {5}
+    resize_head(model, adapter, CLASSES)
+    assert_same_state(model, before)
+    write_checkpoint(tmp_path, model, adapter.spec, {"verb": "pretrain"})
+    assert_same_state(read_checkpoint(tmp_path).model, before)
+    assert_same_state(CASES[name].load(tmp_path), before)
 
 
 def test_what_is_saved_loads_in_the_library_alone_and_here_again(name: str, tmp_path: Path) -> None:
