@@ -155,7 +155,7 @@ def rehearse(
     def failure(count: int, zoom: int = 1) -> str | None:
         pixels = few.images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
         step = replace(strategy, steps=1, batch_size=count, augmentation="none")
-        larger = MemoryImages(pixels, few.labels, images.classes)
+        larger = MemoryImages(pixels, few.labels, images.classes, few.prompts)
         try:
             loop(model, step, task, larger, torch.Generator().manual_seed(0), lambda step, loss: None)
         except UserError:

@@ -38,7 +38,7 @@ def test_equals_a_loop_written_out(optimizer: str, scope: str) -> None:
     expected.train(scope == "all")
     weights = [*expected.parameters()] if scope == "all" else [expected.fc.weight, expected.fc.bias]
     stepper = TORCH[optimizer](weights)
-    for step, (images, labels) in enumerate(islice(batches(IMAGES, 8, generator(), "crop"), 12)):
+    for step, (images, labels, _) in enumerate(islice(batches(IMAGES, 8, generator(), "crop"), 12)):
         stepper.param_groups[0]["lr"] = learning_rate(plan, step)
         loss = nn.functional.cross_entropy(expected((images.double() / 255 - 0.5) / 0.25), labels)
         stepper.zero_grad()
@@ -176,7 +176,7 @@ def test_clipping_equals_a_loop_written_out(scope: str) -> None:
     weights = [
         p for name, p in expected.named_parameters() if scope == "all" or name[:5] not in ("conv1", "bn1.w", "bn1.b")
     ]
-    for images, labels in islice(batches(IMAGES, 8, generator(), "none"), 12):
+    for images, labels, _ in islice(batches(IMAGES, 8, generator(), "none"), 12):
         loss = nn.functional.cross_entropy(expected((images.double() / 255 - 0.5) / 0.25), labels)
         found = torch.autograd.grad(loss, weights)
         norm = torch.cat([part.flatten() for part in found]).norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,8 @@ class DomainConfig:
             serve to choose and to split images as with ``given``, simulated attackers learn clusters, and an image
             folder may hold its images in ``train/`` and ``test/`` themselves.
         clusters: without labels, how many clusters of the reference's features become classes, >= 2.
+        prompt: what a text-to-image model is told with each image, such as ``"a photo of a {class}"``: ``{class}``
+            stands for the class's name, ``{text}`` for the image's own caption; null for that caption alone.
     """
 
     name: str = MISSING
@@ -51,6 +54,7 @@ class DomainConfig:
     fractions: dict[str, float] = limited({"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}, gt=0)
     labels: str = limited("given", choices=("given", "none"))
     clusters: int = limited(10, ge=2)
+    prompt: str | None = None
 
     def validate(self, key: str) -> None:
         """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""
@@ -62,6 +66,13 @@ class DomainConfig:
             )
         if not sum(self.fractions.values()) <= 1 + 1e-9:
             raise UserError(f"{key}.fractions: their sum is {sum(self.fractions.values()):g}; it must be <= 1")
+        fields = set(re.findall(r"\{(.*?)\}", self.prompt or ""))
+        if unknown := fields - {"class", "text"}:
+            raise UserError(
+                f"{key}.prompt: {{{min(unknown)}}} is not allowed; a prompt may have {{class}} and {{text}}"
+            )
+        if "class" in fields and self.labels == "none":
+            raise UserError(f"{key}.prompt: {{class}} is not allowed with labels=none; the defender has no classes")
 
 
 @dataclass

@@ -76,7 +76,7 @@ def batches(
     _check(len(images), batch_size)
     # An epoch at a time: what is read ahead must not draw from the generator before the augmentation of what is due.
     drawn = chain.from_iterable(map(images.stream, _epochs(len(images), batch_size, generator)))
-    return (Batch(augment(batch.images, generator), batch.labels) for batch in drawn)
+    return (batch._replace(images=augment(batch.images, generator)) for batch in drawn)
 
 
 def evaluation_batches(images: ImageSet, batch_size: int) -> Iterator[Batch]:

@@ -122,7 +122,7 @@ class _Side:
         unlisted = set(self._images(str(self.folder))) - set(side.paths)
         self._skip(f"without a row in {self.metadata.name}", len(unlisted))
         del self.left_out[self.metadata.suffix]
-        return Side(side.labels, None, lambda index: open_image(side.paths[index]), self.left_out)
+        return Side(side.labels, None, lambda index: open_image(side.paths[index]), self.left_out, side.texts)
 
     def unlabelled(self) -> Part:
         """Return all images as one class."""

@@ -24,12 +24,14 @@ class Side:
         names: names of the labels 0, 1, ...; None if the data has none.
         read: as of a `Part`.
         left_out: as of a `Part`.
+        texts: as of a `Part`.
     """
 
     labels: Sequence[Any]
     names: Sequence[str] | None
     read: Callable[[int], Image.Image]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    texts: Sequence[str] | None = None
 
 
 def labelled(sides: Sequence[Side], class_names: Sequence[str] | None, who: str) -> list[Part]:
@@ -52,7 +54,9 @@ def labelled(sides: Sequence[Side], class_names: Sequence[str] | None, who: str)
     if unwritable := [name for name in classes if not is_writable(name)]:
         raise UserError(f"{who}: the class name {escaped(unwritable[0])} is not UTF-8 or has control characters")
     places = {value: place for place, value in enumerate(values)}
-    return [Part([places[label] for label in side.labels], classes, side.read, side.left_out) for side in sides]
+    return [
+        Part([places[label] for label in side.labels], classes, side.read, side.left_out, side.texts) for side in sides
+    ]
 
 
 def plain(labels: Any) -> list[Any]:

@@ -17,18 +17,21 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
 class Listed(NamedTuple):
-    """Image files, and their labels as they stand in the list."""
+    """Image files, their labels as they stand in the list, and their captions if it has them."""
 
     paths: list[str]
     labels: list[Any]
+    texts: list[str] | None
 
 
 def read_metadata(file: Path, key: str) -> Listed:
-    """Read which images a folder has, and their labels.
+    """Read which images a folder has, their labels and their captions.
 
     Args:
         file: ``metadata.csv`` or ``metadata.jsonl`` beside the images: the columns ``file_name``, a path below the
-            folder, and ``label``, a name or a whole number.
+            folder, and ``label``, a name or a whole number; and optionally ``text``, a caption. Where no row has a
+            label but all have captions, as in data sets for text-to-image models, the label is the folder that the
+            path begins with, ``image`` without one.
         key: the configuration key that named the folder, for messages.
 
     Raises:
@@ -39,16 +42,22 @@ def read_metadata(file: Path, key: str) -> Listed:
             rows = list(_rows(file.read_text(encoding="utf-8-sig"), file.suffix))
         except (csv.Error, ValueError) as error:
             raise UserError(f"{key}: {file} cannot be read: {' '.join(str(error).split())}") from error
-    paths, labels = [], []
+    paths, labels, texts = [], [], []
+    captions = bool(rows) and all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows)
+    unlabelled = captions and not any("label" in row for row in rows)
     for number, row in enumerate(rows, 1):
         name, label = (row.get(column) if isinstance(row, dict) else None for column in ("file_name", "label"))
+        if unlabelled and isinstance(name, str):
+            label = next(iter(PurePosixPath(name).parts[:-1]), "image")
         if not isinstance(name, str) or label is None or label == "":
             raise UserError(f"{key}: row {number} of {file} has no file_name or no label; give both columns")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"{key}: row {number} of {file} names an image outside of the folder; give paths below it")
         paths.append(str(file.parent / name))
         labels.append(label)
-    return Listed(paths, _numbers(labels) if file.suffix == ".csv" else labels)
+        if captions:
+            texts.append(row["text"])
+    return Listed(paths, _numbers(labels) if file.suffix == ".csv" else labels, texts if captions else None)
 
 
 def _rows(text: str, suffix: str) -> Iterator[Any]:

@@ -28,17 +28,21 @@ class Part:
         classes: the class names.
         read: decodes the image of a number in 0 .. len(labels) - 1, of any mode and size; raises `UnreadableError`.
         left_out: how many files are no images of this part, by the reason, such as ``.txt`` or ``hidden``.
+        texts: the caption of every image; None where the data has none.
     """
 
     labels: Sequence[int]
     classes: tuple[str, ...]
     read: Callable[[int], Image.Image]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    texts: Sequence[str] | None = None
 
     def take(self, mask: Tensor) -> Part:
         """Return the part of it where ``mask`` (bool [N]) is true; nothing is then left out twice."""
         numbers = mask.nonzero().flatten().tolist()
-        return Part([self.labels[number] for number in numbers], self.classes, lambda index: self.read(numbers[index]))
+        texts = None if self.texts is None else [self.texts[number] for number in numbers]
+        labels = [self.labels[number] for number in numbers]
+        return Part(labels, self.classes, lambda index: self.read(numbers[index]), texts=texts)
 
 
 def data_root(config: DomainConfig, where: str) -> Path:

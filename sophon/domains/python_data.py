@@ -32,12 +32,13 @@ class Domain(DomainConfig):
     Args:
         data: the training images: a folder (see `folder.image_folder`); a torch ``Dataset`` or any sequence of
             (image, label); a tuple (images, labels) of arrays or tensors; a Hugging Face ``Dataset`` with
-            the columns ``image`` and ``label``; or a mapping of these with ``train`` and ``test`` or ``validation``.
+            the columns ``image`` and ``label``, and captions in ``text`` (which may also stand without labels: all
+            images are then of one class); or a mapping of these with ``train`` and ``test`` or ``validation``.
         test: the test images, in the same forms; None to set a part of each class of ``data`` aside.
         name: what reports call it.
         class_names: names of the labels 0, 1, ..., where the data has none; None for the labels themselves.
         test_fraction: of ``data`` that is set aside where there is no ``test``.
-        settings: other attributes of `DomainConfig`, such as ``classes``, ``per_class`` or ``fractions``.
+        settings: other attributes of `DomainConfig`, such as ``classes``, ``per_class``, ``prompt`` or ``fractions``.
 
     Raises:
         UserError: the data is in none of these forms.
@@ -111,11 +112,14 @@ def _side(data: Any, name: str) -> Side:
 
 def _hugging_face(data: Any, name: str) -> Side:
     columns = [next((column for column in (key, f"{key}s") if column in data.column_names), None) for key in _COLUMNS]
-    if None in columns:
-        raise UserError(f"{name}: the columns {few(data.column_names)} are not allowed; name them image and label")
     image, label = columns
-    names = getattr(data.features[label], "names", None)
-    return Side(plain(data[label]), names, _reader(lambda index: data[index][image], name))
+    texts = list(data["text"]) if "text" in data.column_names else None
+    if image is None or (label is None and texts is None):
+        raise UserError(f"{name}: the columns {few(data.column_names)} are not allowed; name them image and label")
+    read = _reader(lambda index: data[index][image], name)
+    if label is None:
+        return Side(["image"] * len(data), None, read, texts=texts)
+    return Side(plain(data[label]), getattr(data.features[label], "names", None), read, texts=texts)
 
 
 def _dataset(data: Any, name: str) -> Side:

@@ -7,7 +7,7 @@ the limits of a `DomainConfig` are applied first, and a large folder costs no mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from sophon.domains.part import Part, UnreadableError, class_generator
 from sophon.domains.python_data import Domain
 from sophon.domains.streamed import GROUP, StreamedImages, read_ahead
 from sophon.domains.torchvision_sets import torchvision_sets
-from sophon.domains.types import ImageSet, MemoryImages, fingerprints
+from sophon.domains.types import ImageSet, MemoryImages, Prompts, fingerprints
 from sophon.errors import UserError, choose
 from sophon.tracking import Tracker
 
@@ -160,9 +160,28 @@ def _read(
     if not readable.all():
         kept, numbers, labels = kept[readable], numbers[readable], labels[readable]
     classes = _kept_classes(part, config)
+    prompts = _prompts(part, numbers.tolist(), [classes[label] for label in labels.tolist()], config, where)
     if memory_gb is None:
-        return MemoryImages(kept, labels, classes)
-    return StreamedImages(pixels, numbers, labels, classes, kept, int(memory_gb * 1e9), shape=shape)
+        return MemoryImages(kept, labels, classes, prompts)
+    return StreamedImages(pixels, numbers, labels, classes, kept, int(memory_gb * 1e9), prompts, shape=shape)
+
+
+def _prompts(
+    part: Part, numbers: Sequence[int], names: Sequence[str], config: DomainConfig, where: str
+) -> Prompts | None:
+    """Return the text that goes with each image: the domain's prompt, filled in, else the data's own captions."""
+    template, texts = config.prompt, part.texts
+    if template is None:
+        return None if texts is None else tuple(texts[number] for number in numbers)
+    if "{text}" in template and texts is None:
+        raise UserError(
+            f"{where}.prompt: '{template}' asks for {{text}}, but the images have no captions; leave it out"
+        )
+    captions = [texts[number] for number in numbers] if texts is not None else names
+    return tuple(
+        template.replace("{class}", name).replace("{text}", caption)
+        for name, caption in zip(names, captions, strict=True)
+    )
 
 
 def _require_classes(labels: Tensor, classes: tuple[str, ...], side: str, where: str) -> None:

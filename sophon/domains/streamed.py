@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sophon.domains.types import Batch, ImageSet, MemoryImages
+from sophon.domains.types import Batch, ImageSet, MemoryImages, Prompts, prompts_at
 
 _AHEAD = 2  # groups that are read before they are asked for
 GROUP = 128  # images that are read together where nobody says how many
@@ -55,6 +56,7 @@ class StreamedImages(ImageSet):
         prints: `ImageSet.fingerprints` of the images.
         memory: how many bytes of pixels `in_memory` may hold.
         shape: (C, H, W) of an image.
+        prompts: the text that goes with each image; None where the domain has none.
     """
 
     read: Callable[[int], Tensor]
@@ -63,6 +65,7 @@ class StreamedImages(ImageSet):
     classes: tuple[str, ...]
     prints: Tensor
     memory: int
+    prompts: Prompts | None = None
     shape: tuple[int, int, int] = field(kw_only=True)
 
     def batch(self, indices: Tensor) -> Batch:
@@ -79,15 +82,17 @@ class StreamedImages(ImageSet):
                 yield self.numbers[part.cpu()].tolist()
 
         for images in read_ahead(self.read, numbers()):
-            labels = self.labels[known.popleft().to(self.labels.device)]
+            part = known.popleft()
+            labels = self.labels[part.to(self.labels.device)]
             stacked = torch.stack(images) if images else torch.empty((0, *self.shape), dtype=torch.uint8)
-            yield Batch(stacked.to(labels.device), labels)
+            yield Batch(stacked.to(labels.device), labels, prompts_at(self.prompts, part))
 
     def take(self, indices: Tensor) -> StreamedImages:
         """Return the set of the images at ``indices`` (int64 [M]), none of them decoded."""
         on_cpu = indices.cpu()
         labels = self.labels[indices.to(self.labels.device)]
-        return replace(self, numbers=self.numbers[on_cpu], labels=labels, prints=self.prints[on_cpu])
+        prompts = prompts_at(self.prompts, on_cpu)
+        return replace(self, numbers=self.numbers[on_cpu], labels=labels, prints=self.prints[on_cpu], prompts=prompts)
 
     def relabelled(self, labels: Tensor, classes: tuple[str, ...]) -> StreamedImages:
         """Return the same images with other labels (int64 [N]) of other classes."""
@@ -109,7 +114,7 @@ class StreamedImages(ImageSet):
         parts = torch.split(torch.arange(len(self)), GROUP)
         for part, batch in zip(parts, self.stream(parts), strict=True):
             images[part] = batch.images
-        return MemoryImages(images, self.labels, self.classes)
+        return MemoryImages(images, self.labels, self.classes, self.prompts)
 
 
 def joined(first: ImageSet, *others: ImageSet, classes: tuple[str, ...] | None = None) -> ImageSet:
@@ -118,14 +123,16 @@ def joined(first: ImageSet, *others: ImageSet, classes: tuple[str, ...] | None =
     Args:
         first: a set.
         others: more of them; their labels stay as they are.
-        classes: of the whole; None for those of the first.
+        classes: of the whole; None for those of the first. It has prompts where all of them have.
     """
     classes = first.classes if classes is None else classes
     sets = [first, *others]
+    texts = [images.prompts for images in sets if images.prompts is not None]
+    prompts = tuple(chain.from_iterable(texts)) if len(texts) == len(sets) else None
     labels = torch.cat([images.labels.to(first.labels.device) for images in sets])
     held = [images.images.to(labels.device) for images in sets if isinstance(images, MemoryImages)]
     if len(held) == len(sets):
-        return MemoryImages(torch.cat(held), labels, classes)
+        return MemoryImages(torch.cat(held), labels, classes, prompts)
     whole, *rest = map(_streamed, sets)
     for images in rest:
         start = int(whole.numbers.max()) + 1 if len(whole) else 0
@@ -135,7 +142,7 @@ def joined(first: ImageSet, *others: ImageSet, classes: tuple[str, ...] | None =
             numbers=torch.cat([whole.numbers, images.numbers + start]),
             prints=torch.cat([whole.prints, images.prints]),
         )
-    return replace(whole, labels=labels, classes=classes)
+    return replace(whole, labels=labels, classes=classes, prompts=prompts)
 
 
 def _either(first: Callable[[int], Tensor], second: Callable[[int], Tensor], start: int) -> Callable[[int], Tensor]:

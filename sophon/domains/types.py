@@ -14,12 +14,26 @@ from torch import Tensor
 
 from sophon.domains.names import few
 
+Prompts = tuple[str, ...]
+
 
 class Batch(NamedTuple):
-    """Some labelled images: ``images`` uint8 [B, C, H, W] and ``labels`` int64 [B], on the same device."""
+    """Some labelled images.
+
+    Attributes:
+        images: uint8 [B, C, H, W].
+        labels: int64 [B] on the same device.
+        prompts: the text that goes with each image; None where the domain has none.
+    """
 
     images: Tensor
     labels: Tensor
+    prompts: Prompts | None = None
+
+
+def prompts_at(prompts: Prompts | None, indices: Tensor) -> Prompts | None:
+    """Return the prompts of the images at ``indices`` (int64 [M])."""
+    return None if prompts is None else tuple(prompts[index] for index in indices.tolist())
 
 
 class ImageSet(ABC):
@@ -29,11 +43,13 @@ class ImageSet(ABC):
         labels: int64 [N], each in 0 .. len(classes) - 1.
         classes: the class names, in the order of the labels.
         shape: (C, H, W) of an image.
+        prompts: the text that goes with each image; None where the domain has none.
     """
 
     labels: Tensor
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
+    prompts: Prompts | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,10 +87,12 @@ class ImageSet(ABC):
         return self
 
     def sha256(self) -> str:
-        """Hash pixels, labels and class names: equal hashes mean the same images in the same order."""
+        """Hash pixels, labels, class names and prompts: equal hashes mean the same images in the same order."""
         digest = hashlib.sha256(repr((len(self), self.shape, self.classes)).encode())
         digest.update(self.fingerprints().numpy().tobytes())
         digest.update(self.labels.cpu().numpy().tobytes())
+        if self.prompts is not None:
+            digest.update(repr(self.prompts).encode())
         return digest.hexdigest()
 
 
@@ -86,11 +104,13 @@ class MemoryImages(ImageSet):
         images: uint8 [N, C, H, W].
         labels: int64 [N], each in 0 .. len(classes) - 1.
         classes: the class names, in the order of the labels.
+        prompts: the text that goes with each image; None where the domain has none.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    prompts: Prompts | None = None
     shape: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,20 +118,22 @@ class MemoryImages(ImageSet):
 
     def batch(self, indices: Tensor) -> Batch:
         """Return the images at ``indices`` (int64 [M])."""
+        prompts = prompts_at(self.prompts, indices)
         indices = indices.to(self.labels.device)
-        return Batch(self.images[indices], self.labels[indices])
+        return Batch(self.images[indices], self.labels[indices], prompts)
 
     def take(self, indices: Tensor) -> MemoryImages:
         """Return copies of the images at ``indices`` (int64 [M])."""
-        return MemoryImages(*self.batch(indices), self.classes)
+        batch = self.batch(indices)
+        return MemoryImages(batch.images, batch.labels, self.classes, batch.prompts)
 
     def relabelled(self, labels: Tensor, classes: tuple[str, ...]) -> MemoryImages:
         """Return the same images with other labels (int64 [N]) of other classes."""
-        return MemoryImages(self.images, labels.to(self.labels.device), classes)
+        return MemoryImages(self.images, labels.to(self.labels.device), classes, self.prompts)
 
     def to(self, device: torch.device) -> MemoryImages:
         """Return the same images on ``device``."""
-        return MemoryImages(self.images.to(device), self.labels.to(device), self.classes)
+        return MemoryImages(self.images.to(device), self.labels.to(device), self.classes, self.prompts)
 
     def fingerprints(self) -> Tensor:
         """Return the sha256 of every image's pixels: uint8 [N, 32] on the CPU."""

@@ -56,7 +56,8 @@ class Ranks:
     def share(self, batch: Batch) -> Batch:
         """Return this rank's slice of a batch of at least ``size`` images; the slices differ by at most one image."""
         start, end = (len(batch.labels) * at // self.size for at in (self.rank, self.rank + 1))
-        return Batch(batch.images[start:end], batch.labels[start:end])
+        prompts = batch.prompts and batch.prompts[start:end]
+        return Batch(batch.images[start:end], batch.labels[start:end], prompts)
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sum over the ranks of each tensor, the same bits on all of them."""

@@ -98,7 +98,7 @@ def test_the_expected_splits_are_the_images_that_were_made(expected: LoadedDomai
     seen = {}
     for images in expected.splits.values():
         batch = images.first(99)
-        seen |= {image.numpy().tobytes(): label for image, label in zip(*batch, strict=True)}
+        seen |= {image.numpy().tobytes(): label for image, label in zip(batch.images, batch.labels, strict=True)}
     assert {key: int(label) for key, label in seen.items()} == made
     assert sum(map(len, expected.splits.values())) == len(made)
 

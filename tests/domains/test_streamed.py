@@ -54,7 +54,7 @@ def domains(pets: DomainConfig) -> dict[str, LoadedDomain]:
 
 
 def pixels(parts: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*parts, strict=True)
+    images, labels, _ = zip(*parts, strict=True)
     return torch.cat(images), torch.cat(labels)
 
 

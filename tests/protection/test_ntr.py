@@ -57,7 +57,7 @@ def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -
     model = copy.deepcopy(expected)
     adam = torch.optim.Adam(expected.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 2, "repair"))
-    for step, (images, labels) in enumerate(islice(batches(IMAGES, 10, generator, "crop"), 6)):
+    for step, (images, labels, _) in enumerate(islice(batches(IMAGES, 10, generator, "crop"), 6)):
         adam.param_groups[0]["lr"] = 0.01 * factor * (0.5 * (1 + math.cos(math.pi * step / 6)) if anneal else 1)
         inputs = (images.double() / 255 - 0.5) / 0.25
         logits = expected(inputs)
@@ -103,7 +103,7 @@ def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
     reference, model = tiny_model(1), tiny_model(2)
     reference_before, expected = state_of(reference), copy.deepcopy(model).train()
     generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 2, 1, "anchor"))
-    images, labels = next(batches(IMAGES, 10, generator, "crop"))
+    images, labels, _ = next(batches(IMAGES, 10, generator, "crop"))
     inputs = (images.double() / 255 - 0.5) / 0.25
     logits = expected(inputs)
     loss = nn.functional.cross_entropy(logits, labels)
@@ -206,7 +206,7 @@ def test_condition_keeps_the_originals_features_well_conditioned() -> None:
         assert torch.equal(value, recorded.get_buffer(name))
 
     generator = torch.Generator().manual_seed(derive_seed(5, "ntr", 3))
-    images, labels = next(batches(IMAGES, 10, generator, "crop"))
+    images, labels, _ = next(batches(IMAGES, 10, generator, "crop"))
     seen: list[torch.Tensor] = []
     expected.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     loss = nn.functional.cross_entropy(expected((images.double() / 255 - 0.5) / 0.25), labels)

@@ -1,0 +1,129 @@
+"""Prompts: the text that goes with each image goes with it through splits, samples and batches."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sophon.config import DomainConfig
+from sophon.domains import Batch, Domain, LoadedDomain, batches, few_shot
+from sophon.domains.streamed import joined
+from sophon.errors import UserError
+from sophon.protection.distributed import Ranks
+from tests.domains.made import COUNTS, Table, loaded, of, pictures, pixels, write_files, write_folder
+
+CAPTIONS = {image.tobytes(): f"{side} {number}" for side in COUNTS for number, image in enumerate(pixels(side)[0])}
+
+
+def written(kind: str, label: bool) -> Callable[[Path], DomainConfig]:
+    def write(root: Path) -> DomainConfig:
+        config = write_files(root, lambda side, number, label: f"{side}/{label}/{number:02}.png")
+        for side in COUNTS:
+            rows = [
+                {"file_name": f"{name}/{number:02}.png", "text": f"{side} {number}", "label": int(name)}
+                for number, name in enumerate(pixels(side)[1])
+            ]
+            if not label:
+                for row in rows:
+                    del row["label"]
+            with (root / side / f"metadata.{kind}").open("w", newline="") as file:
+                if kind == "csv":
+                    table = csv.DictWriter(file, list(rows[0]))
+                    table.writeheader()
+                    table.writerows(rows)
+                else:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+        return config
+
+    return write
+
+
+def table(side: str, **columns: list[int]) -> Table:
+    return Table(image=pictures(side), text=[f"{side} {number}" for number in range(COUNTS[side])], **columns)
+
+
+WITH_CAPTIONS = {
+    "metadata.csv": written("csv", label=True),
+    "metadata.jsonl without labels": written("jsonl", label=False),
+    "Hugging Face": of(lambda side: table(side, label=pixels(side)[1].tolist())),
+    "Hugging Face without labels": of(table),
+}
+
+
+def caption(batch: Batch) -> list[str]:
+    return [CAPTIONS[image.numpy().tobytes()] for image in batch.images]
+
+
+@pytest.mark.parametrize("memory_gb", [1.0, 0.0], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("name", WITH_CAPTIONS)
+def test_captions_follow_their_images(name: str, memory_gb: float, tmp_path: Path) -> None:
+    domain = loaded(WITH_CAPTIONS[name](tmp_path), memory_gb)
+    assert len(domain.classes) == (1 if name == "Hugging Face without labels" else 2)
+    generator = torch.Generator().manual_seed(0)
+    for images in domain.splits.values():
+        few = few_shot(images, len(images.classes), generator)
+        moved = few.relabelled(few.labels, few.classes).to(torch.device("cpu"))
+        for part in (images, images.in_memory(), moved, joined(images, few)):
+            batch = next(batches(part, len(part), generator))
+            assert batch.prompts is not None
+            assert list(batch.prompts) == caption(batch)
+            slice_ = Ranks().share(batch)
+            assert slice_.prompts == batch.prompts
+
+
+PROMPTS = {
+    "a photo of a {class}": lambda label, text: f"a photo of a {label}",
+    "{text}, painted": lambda label, text: f"{text}, painted",
+    "a sks dog": lambda label, text: "a sks dog",
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_names_the_class_or_the_caption(prompt: str, tmp_path: Path) -> None:
+    config = WITH_CAPTIONS["metadata.csv"](tmp_path)
+    config.prompt = prompt
+    batch = loaded(config)["adapt"].first(9)
+    assert batch.prompts is not None
+    expected = [PROMPTS[prompt](int(label), text) for label, text in zip(batch.labels, caption(batch), strict=True)]
+    assert list(batch.prompts) == expected
+
+
+def test_prompts_are_part_of_a_splits_hash_where_there_are_any(tmp_path: Path) -> None:
+    plain = write_folder(tmp_path)
+    hashes = []
+    for plain.prompt in (None, "a {class}", "the {class}"):
+        domain: LoadedDomain = loaded(plain)
+        assert (domain["adapt"].prompts is None) == (plain.prompt is None)
+        hashes.append(domain.hashes["adapt"])
+    assert len(set(hashes)) == 3
+
+
+REFUSED = {
+    "another field": ({"prompt": "a {colour} {class}"}, "{colour} is not allowed"),
+    "a class withheld": ({"prompt": "a {class}", "labels": "none"}, "the defender has no classes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_prompt_that_cannot_be_filled_in_is_refused(name: str, tmp_path: Path) -> None:
+    settings, said = REFUSED[name]
+    with pytest.raises(UserError) as caught:
+        DomainConfig(name="x", source="imagefolder", **settings).validate("domain.restricted")
+    assert said in str(caught.value)
+
+
+def test_a_caption_that_is_missing_is_refused(tmp_path: Path) -> None:
+    config = write_folder(tmp_path)
+    config.prompt = "{text}"
+    with pytest.raises(UserError, match=r"^it\.prompt: .* have no captions"):
+        loaded(config)
+
+
+def test_python_hands_prompts_over() -> None:
+    domain = loaded(Domain(pixels("train"), pixels("test"), name="x", prompt="a {class}"))
+    assert set(domain["attack"].prompts or ()) == {"a 0", "a 1"}
