@@ -53,6 +53,57 @@ def test_a_reference_with_all_outputs_is_protected_and_audited(tmp_path: Path) -
     assert "momentum_kept" in load(tmp_path / RUNS / "audit" / "audit.json")["left_out"]
 
 
+@pytest.fixture(scope="module")
+def removed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a reference that has seen both domains, what was made of it, and two filtered models."""
+    folder = tmp_path_factory.mktemp("removed")
+    own_groups(folder)
+    pretrained(folder, *PRETRAIN)
+    others = ((*PRETRAIN, f"run_dir={name}", f"seed={seed}", "pretrain.steps=2") for seed, name in enumerate("ab"))
+    for command in ((*PROTECT, "method.rounds=1"), *others):
+        result = sophon(folder, *command)
+        assert result.code == 0, result
+    return folder
+
+
+def test_an_audit_is_against_scratch_and_against_the_better_filtered_model(removed: Path) -> None:
+    result = sophon(removed, *AUDIT, "filtered=[a,b]")
+    assert result.code == 0, result
+    folder = removed / RUNS / "audit"
+    found = load(folder / "audit.json")
+    assert found["roles"] == ["protected", "unprotected", "filtered", "filtered_2", "scratch"]
+    assert found["best_filtered"] in ("filtered", "filtered_2")
+    origins = found["filtered"]
+    assert {role: Path(origin["path"]).parts[0] for role, origin in origins.items()} == {
+        "filtered": "a",
+        "filtered_2": "b",
+    }
+    assert all(0 < origin["original"] <= 100 for origin in origins.values())
+    assert found["verdict"]["removal"] in ("BROKEN", "WEAKENED", "HOLDS", "CANNOT BE JUDGED")
+    assert found["worst_case"]["overall"]["removal"]["reason"] is not None
+    for attack in found["attacks"]:
+        assert list(attack["roles"]) == found["roles"]
+        assert set(attack["removal"]) == set(attack["gap_closed"])
+    page = (folder / "report.html").read_text()
+    assert "filtered_2" in page
+    assert "filtered=[a/checkpoint,b/checkpoint]" in page
+    again = sophon(removed, "report", f"run_dir={RUNS}/audit")
+    assert found["verdict"]["sentence"] in again.out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (f"filtered=[{RUNS}/pretrain]", ["filtered", "was trained on fashion_shoes_bags"]),
+        ("filtered=[nowhere]", ["filtered: 'nowhere' does not exist"]),
+        ("domain.restricted.split_seed=1", ["reference: it was trained on another split of fashion_shoes_bags"]),
+    ],
+)
+def test_what_an_audit_cannot_be_measured_against_is_refused(removed: Path, override: str, words: list[str]) -> None:
+    message = refused(removed, *AUDIT, "run_dir=new", override)
+    assert all(word in message for word in words)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -143,7 +143,7 @@ def test_audit_json_compares_the_roles(audited: Path) -> None:
     for attack in summary["attacks"]:
         assert list(attack["roles"]) == ROLES
         assert all(role["seeds"] == 1 and math.isfinite(role["mean"]) for role in attack["roles"].values())
-        assert {"gap_closed", "sgrc", "signed_area", "exposure", "strategy"} <= set(attack)
+        assert {"gap_closed", "sgrc", "signed_rfd", "exposure", "strategy"} <= set(attack)
     assert set(summary["worst_case"]) == {"overall", "seen", "longer", "held_out"}
     protected, reference = manifest(audited, "protect"), manifest(audited, "pretrain")
     assert summary["checkpoint"]["sha256"] == protected["weights_sha256"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -17,9 +18,11 @@ from sophon.api.common import (
     checkpoint_of,
     domains_of,
     measured,
+    opened,
     require_float32,
     task_of,
 )
+from sophon.api.manifests import check_pretraining
 from sophon.api.results import Audited
 from sophon.auditing.fidelity import Fidelity, feature_network
 from sophon.auditing.gallery import write_gallery
@@ -27,6 +30,7 @@ from sophon.auditing.masking import Masking
 from sophon.auditing.masking import measure as measure_masking
 from sophon.auditing.plan import Scene
 from sophon.auditing.runner import Frechet, Runner
+from sophon.auditing.words import filtered_roles
 from sophon.auditing.workers import run_jobs
 from sophon.config import Config, keyed, plain
 from sophon.devices import resolve_device
@@ -49,6 +53,7 @@ class Audit:
         config: the run's, with one restricted domain.
         protected: the checkpoint that is judged.
         reference: the unprotected one.
+        filtered: those of the same pre-training without the restricted classes.
         original: the domain that both were made for.
         scene: what the attackers meet.
     """
@@ -56,31 +61,37 @@ class Audit:
     config: Config
     protected: Checkpoint
     reference: Checkpoint
+    filtered: Sequence[Checkpoint]
     original: LoadedDomain
     scene: Scene
 
 
-Checkpoints = tuple[Checkpoint, Checkpoint]
+Checkpoints = Sequence[Checkpoint]
 
 
 def named_checkpoints(config: Config) -> Checkpoints:
-    """Read the checkpoints that the configuration names: the protected one and its reference."""
-    return checkpoint_of(config, "checkpoint", "protect"), checkpoint_of(config, "reference", "pretrain")
+    """Read the checkpoints that the configuration names: the protected one, its reference and the filtered ones."""
+    return (
+        checkpoint_of(config, "checkpoint", "protect"),
+        checkpoint_of(config, "reference", "pretrain"),
+        *(opened(config, path, "filtered") for path in config.filtered),
+    )
 
 
-def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> list[Audit]:
+def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filtered: Checkpoint) -> list[Audit]:
     """Load the domains once, and prepare the audit of each of the restricted ones.
 
     Raises:
         UserError: the checkpoints, the domains and the attacks do not go together.
     """
     device = resolve_device(config.device)
-    if reference.spec != protected.spec:
-        raise UserError(
-            f"reference: its model ({reference.spec.architecture}, {len(reference.spec.classes)} classes) is not built "
-            f"as the checkpoint's ({protected.spec.architecture}, {len(protected.spec.classes)} classes)"
-        )
     spec = protected.spec
+    for key, other in (("reference", reference), *(("filtered", each) for each in filtered)):
+        if other.spec != spec:
+            raise UserError(
+                f"{key}: its model ({other.spec.architecture}, {len(other.spec.classes)} classes) is not built as the "
+                f"checkpoint's ({spec.architecture}, {len(spec.classes)} classes)"
+            )
     task = task_of(config, spec, device)
     require_float32(bool(protected.manifest.get("float32")), task)
     for key, each in keyed(config.domain.restricted).items():
@@ -89,6 +100,7 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> lis
                 f"{key}.labels: 'none' is not allowed in an audit, whose attackers learn labels; give given"
             )
     original, restricted = domains_of(config, spec, device)
+    check_pretraining(reference, filtered, restricted)
     benign = None
     if config.domain.benign is not None:
         benign = load_restricted(
@@ -98,15 +110,18 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> lis
             where="domain.benign",
             memory_gb=config.domain.memory_gb,
         ).to(device)
+    by_role = dict(zip(filtered_roles(len(filtered)), filtered, strict=True))
     models: dict[str, nn.Module] = {
         "protected": protected.model.to(device),
         "unprotected": reference.model.to(device),
+        **{role: each.model.to(device) for role, each in by_role.items()},
     }
     measured = plain(config, "task") | asked_precision(config)
     provenance = {
         "protected": repr([protected.sha256, spec, measured]),
         "unprotected": repr([reference.sha256, spec, measured]),
         "scratch": repr([spec, measured]),
+        **{role: repr([each.sha256, spec, measured]) for role, each in by_role.items()},
     }
     support = protected.manifest.get("sampler_support")
     scenes = [Scene(models, spec, task, each, original, benign, provenance, support) for each in restricted]
@@ -114,7 +129,9 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint) -> lis
         replace(config, domain=replace(config.domain, restricted={name: each}))
         for name, each in config.domain.restricted.items()
     ]
-    return [Audit(part, protected, reference, original, scene) for part, scene in zip(parts, scenes, strict=True)]
+    return [
+        Audit(part, protected, reference, filtered, original, scene) for part, scene in zip(parts, scenes, strict=True)
+    ]
 
 
 def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints | None = None) -> Audited | None:
@@ -169,6 +186,7 @@ def _context(audit: Audit) -> Context:
         date=datetime.now(UTC).date().isoformat(),
         checkpoint=_origin(audit.protected),
         reference=_origin(audit.reference),
+        filtered=dict(_filtered(audit)),
         domains={
             "original": audit.original.name,
             "restricted": scene.restricted.name,
@@ -183,6 +201,13 @@ def _context(audit: Audit) -> Context:
         ),
         packages=package_versions(),
     )
+
+
+def _filtered(audit: Audit) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield of each filtered model its role, where it is from, and how well it does on the original domain."""
+    for role, checkpoint in zip(filtered_roles(len(audit.filtered)), audit.filtered, strict=True):
+        value = measured(audit.scene.task, checkpoint.model, audit.original, "test", "filtered").value
+        yield role, {**_origin(checkpoint), "original": value}
 
 
 def share_threads(config: Config) -> None:
@@ -245,6 +270,7 @@ def identity_of(audit: Audit) -> dict[str, Any]:
         **asked_precision(config),
         "checkpoint": audit.protected.sha256,
         "reference": audit.reference.sha256,
+        **({"filtered": [each.sha256 for each in audit.filtered]} if audit.filtered else {}),
         "restricted": audit.scene.restricted.hashes,
         **({} if benign is None else {"benign": benign.hashes}),
     }

@@ -102,6 +102,7 @@ def audit(
     original: Data = None,
     restricted: Data = None,
     *,
+    filtered: Model | list[Model] | None = None,
     benign: Data = None,
     attacks: Choice = None,
     settings: Mapping[str, Any] | None = None,
@@ -120,6 +121,8 @@ def audit(
         reference: the model before its protection.
         original: what both were made for; see `protect`.
         restricted: what the protected one is to be hard to fine-tune for.
+        filtered: a model, or a list of them, of the same pre-training without the restricted classes, to measure
+            removal against; of several the one counts that attackers get most out of.
         benign: what it may be fine-tuned for, to see that this is not harmed.
         attacks: the name of a file of ``conf/attack``, the path of one's own, or a mapping; None for the standard ones.
         settings: further values by dotted key, ``{"attack.seeds": 3}``.
@@ -146,7 +149,13 @@ def audit(
     if len(attacked) > 1:
         raise UserError(f"restricted: {', '.join(attacked)} are several; audit one at a time")
     with contained(), _folder(run_dir) as folder:
-        protected, unprotected = checkpoint_of(model, data, "model"), checkpoint_of(reference, data, "reference")
+        others = [] if filtered is None else filtered if isinstance(filtered, list) else [filtered]
+        checkpoints = [
+            checkpoint_of(model, data, "model"),
+            checkpoint_of(reference, data, "reference"),
+            *(checkpoint_of(each, data, "filtered") for each in others),
+        ]
+        protected = checkpoints[0]
         config = config_of(
             "audit",
             protected.spec,
@@ -160,14 +169,15 @@ def audit(
         )
         _threads(config)
         if config.workers > 1:
-            _require_portable(config, protected, unprotected)
+            _require_portable(config, *checkpoints)
         auditing.share_threads(config)
-        [prepared] = auditing.prepare(config, protected, unprotected)
+        [prepared] = auditing.prepare(config, *checkpoints)
         runner = auditing.runner_of(prepared, folder)
-        for checkpoint, key in ((protected, "model"), (unprotected, "reference")):
+        keys = ("model", "reference", *("filtered" for _ in others))
+        for checkpoint, key in zip(checkpoints, keys, strict=True):
             _warn(doubt(prepared.scene.task, checkpoint.model, prepared.original, key))
         with run_folder(folder, "audit", auditing.identity_of(prepared)):
-            found = auditing.run(prepared, runner, Tracker(progress=progress), (protected, unprotected))
+            found = auditing.run(prepared, runner, Tracker(progress=progress), checkpoints)
         assert found is not None  # there is but one shard
         return found
 

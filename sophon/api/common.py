@@ -60,7 +60,12 @@ def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
         key: ``checkpoint`` or ``reference``.
         verb: whose default folder is read where the key is not set.
     """
-    path = required(getattr(config, key) or str(default(config, verb)), key)
+    return opened(config, getattr(config, key) or str(default(config, verb)), key)
+
+
+def opened(config: Config, path: str, key: str) -> Checkpoint:
+    """Read the checkpoint at ``path``, also one that sophon did not make; messages name ``key``."""
+    path = required(path, key)
     if is_ours(path):
         return read_checkpoint(path, key)
     model = described(path, config.model, key)

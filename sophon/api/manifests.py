@@ -12,6 +12,8 @@ from sophon.api.common import measured
 from sophon.auditing.words import format_value
 from sophon.config import Config, plain
 from sophon.domains import LoadedDomain
+from sophon.errors import UserError
+from sophon.export import Checkpoint
 from sophon.tasks import Task
 
 
@@ -44,6 +46,24 @@ def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dic
         return {"original": original.hashes, "restricted": restricted[0].hashes}
     several = {each.name: each.hashes for each in restricted}
     return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
+
+
+def check_pretraining(
+    reference: Checkpoint, filtered: Sequence[Checkpoint], restricted: Sequence[LoadedDomain]
+) -> None:
+    """Refuse a reference that was trained on what its attackers have, and filtered models that saw the domain."""
+    for domain in restricted:
+        for each in filtered:
+            if domain.name in each.manifest.get("pretrained_on", ()):
+                raise UserError(f"filtered: '{each.path}' was trained on {domain.name}; give one that never saw it")
+        if domain.name in reference.manifest.get("pretrained_on", ()):
+            seen = reference.manifest["domains"]["restricted"]
+            hashes = {each["name"]: each["hashes"] for each in (seen if isinstance(seen, list) else [seen])}
+            if hashes[domain.name] != domain.hashes:
+                raise UserError(
+                    f"reference: it was trained on another split of {domain.name}, and so perhaps on the attacker's "
+                    "images; give domain.restricted as pretrain had it"
+                )
 
 
 def both_splits(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> dict[str, float]:

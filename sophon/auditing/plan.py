@@ -18,7 +18,7 @@ from torch import nn
 from sophon import surgery
 from sophon.attacker import OF_SCOPE, FineTuneStrategy, Operation
 from sophon.auditing.adapters import add_adapters
-from sophon.auditing.words import ORACLE, ROLES
+from sophon.auditing.words import FILTERED, ORACLE, ROLES, in_order
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain, few_shot
 from sophon.errors import UserError, choose
@@ -37,7 +37,7 @@ class Scene:
     """What an audit attacks, and what its attackers have.
 
     Attributes:
-        models: ``protected`` and ``unprotected``; never changed.
+        models: ``protected``, ``unprotected`` and those filtered ones that are given; never changed.
         spec: of both; ``scratch`` is built from it.
         task: the model kind.
         restricted: the domain that is attacked.
@@ -225,7 +225,8 @@ class Plan:
         self.jobs = sorted(self._jobs(fitting, searches), key=lambda job: -_length(job))
 
     def _jobs(self, fitting: Mapping[str, FineTuneStrategy], searches: Mapping[str, SearchConfig]) -> Iterator[Job]:
-        roles = [role for role in ROLES if role in self.config.roles]
+        filtered = [role for role in self.scene.models if role.startswith(FILTERED)]
+        roles = in_order([*self.config.roles, *filtered])
         if "scratch" in roles and not self.scene.buildable:
             self.left_out["the scratch role"] = "the model cannot be built with random weights; give a factory"
             roles.remove("scratch")

@@ -2,108 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from sophon.auditing.attack_scores import (
+    FAMILIES,
+    Attack,
+    Roles,
+    roles_of,
+    score_attack,
+    sgrc_of,
+    signed_rfd_of,
+    spreads,
+)
+from sophon.auditing.comparisons import Decay, Undone, decay_of, undone_of
 from sophon.auditing.scores import (
-    NO_PROTECTION_BELOW,
     Difference,
-    Gap,
     Score,
-    Spread,
-    align,
-    gap_closed,
     harm,
     score,
-    sgrc,
-    signed_area,
     spread,
     wide,
 )
 from sophon.auditing.table import Attempts
-from sophon.auditing.words import EXPOSURES, ORACLE, ROLES, Record
+from sophon.auditing.words import EXPOSURES, FILTERED, ORACLE, ROLES, in_order
 from sophon.auditing.worst_case import WorstCase, worst_case
 from sophon.tasks import Metric
-
-Roles = dict[str, Score]
-
-# What sets attacks apart. A search, in which each role has a strategy of its own, is in no other family; any other
-# attack is in each that fits it; one that fits none is ``plain``.
-FAMILIES: dict[str, Callable[[Record], bool]] = {
-    "surgery": lambda strategy: bool(strategy["surgery"]),
-    "lora": lambda strategy: bool(strategy["scope"] == "lora"),
-    "partial": lambda strategy: strategy["scope"] in ("head", "first_blocks", "last_blocks", "attention"),
-    "few_shot": lambda strategy: strategy["data_budget"] is not None,
-}
-# Surgery that takes scale away and leaves the function as it is. Resetting affine parameters does not: what an attack
-# loses by that says nothing about masking.
-UNDOING = ("renormalise",)
-
-
-@dataclass(frozen=True)
-class Attack:
-    """An attack's scores.
-
-    Attributes:
-        attack: its name.
-        strategy: the protected model's, as plain data; of a search, roles have their own.
-        trials: of the search that found it; 0 without.
-        exposure: one of `sophon.auditing.words.EXPOSURES`.
-        outside: in what it lies outside of what protection simulated.
-        roles: by role, of those that were tried.
-        gap_closed: of this attack against all three roles.
-        sgrc: in percent.
-        signed_area: between the mean curves of protected and unprotected.
-    """
-
-    attack: str
-    strategy: dict[str, Any]
-    trials: int
-    exposure: str
-    outside: str
-    roles: Roles
-    gap_closed: Gap
-    sgrc: float
-    signed_area: float
-
-    @property
-    def families(self) -> list[str]:
-        """Return the families that it is in."""
-        fits = [name for name, fitting in FAMILIES.items() if fitting(self.strategy)]
-        return ["search"] if self.trials else fits or ["plain"]
-
-
-@dataclass(frozen=True)
-class Decay:
-    """Attacks that differ only in how long they last, from the shortest to the longest."""
-
-    attacks: list[str]
-    steps: list[int]
-    sgrc: list[float]
-    gap_closed: list[Gap]
-
-
-@dataclass(frozen=True)
-class Undone:
-    """An attack beside the same ``without`` the surgery ``operations``, which take scale away.
-
-    ``share`` is the part of the protection against the other that they undo: below 0 where they help the defender, NaN
-    where there is none to undo (less than `NO_PROTECTION_BELOW`) or a gap is not known.
-    """
-
-    attack: str
-    without: str
-    operations: list[dict[str, Any]]
-    gap_closed: float
-    gap_closed_without: float
-    share: float
 
 
 @dataclass(frozen=True)
@@ -123,6 +51,7 @@ class Benign:
     roles: Roles
     harm: Difference
     sgrc: float
+    signed_rfd: float
 
 
 @dataclass(frozen=True)
@@ -132,9 +61,15 @@ class Results:
     What counts as an attack that was tried: what was run on the restricted domain for at least one step, whether or not
     it diverged, and of a search its winner. Not the oracle, whose data an attacker lacks, nor models that were not
     fine-tuned (``no_attack``, by name and role), nor benign fine-tuning.
+
+    ``roles`` are those that were compared, in order. Of several filtered models that one counts which its own best
+    attack gets most out of, ``best_filtered``: protection is to be compared with the best features that a model can
+    have which never saw the domain.
     """
 
     metric: Metric
+    roles: list[str]
+    best_filtered: str | None
     attacks: list[Attack]
     worst_case: dict[str, WorstCase]
     families: dict[str, WorstCase]
@@ -169,76 +104,35 @@ def results(attempts: Attempts) -> Results:
     restricted = table[table["domain"] == "restricted"]
     compared = restricted[restricted["role"] != ORACLE]
     fine_tuned = compared["steps"] > 0
-    usual, curves = _spreads(compared[fine_tuned]), wide(attempts.curves)
-    attacks = [_attack(str(name), rows, curves, metric, usual) for name, rows in compared[fine_tuned].groupby("attack")]
+    usual, curves = spreads(compared[fine_tuned]), wide(attempts.curves)
+    filtered = _best_filtered(compared[fine_tuned], metric)
+    attacks = [
+        score_attack(str(name), rows, curves, metric, usual, filtered)
+        for name, rows in compared[fine_tuned].groupby("attack")
+    ]
     attacks.sort(key=lambda each: EXPOSURES.index(each.exposure))
     groups = {"overall": attacks} | {name: [a for a in attacks if a.exposure == name] for name in EXPOSURES}
     families = {name: [a for a in attacks if name in a.families] for name in ("search", *FAMILIES, "plain")}
     return Results(
         metric,
+        in_order({*ROLES, *compared["role"]}),
+        filtered,
         attacks,
-        {name: worst_case(group, metric) for name, group in groups.items() if group},
-        {name: worst_case(group, metric) for name, group in families.items() if group},
-        _decay(attacks),
-        {str(name): _roles(rows, metric, _spreads(rows)) for name, rows in compared[~fine_tuned].groupby("attack")},
+        {name: worst_case(group, metric, filtered) for name, group in groups.items() if group},
+        {name: worst_case(group, metric, filtered) for name, group in families.items() if group},
+        decay_of(attacks),
+        {str(name): roles_of(rows, metric, spreads(rows)) for name, rows in compared[~fine_tuned].groupby("attack")},
         _oracle(restricted[restricted["role"] == ORACLE], metric),
-        _benign(table[(table["domain"] == "benign") & (table["steps"] > 0)], metric),
-        _undone(attacks),
+        _benign(table[(table["domain"] == "benign") & (table["steps"] > 0)], curves, metric),
+        undone_of(attacks),
     )
 
 
-def _roles(rows: pd.DataFrame, metric: Metric, usual: Mapping[str, Spread]) -> Roles:
-    found = {str(role): score(part, metric, usual[str(role)]) for role, part in rows.groupby("role")}
-    return {role: found[role] for role in ROLES if role in found}
-
-
-def _spreads(rows: pd.DataFrame) -> dict[str, Spread]:
-    return {str(role): spread(part) for role, part in rows.groupby("role")}
-
-
-def _attack(name: str, rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric, usual: Mapping[str, Spread]) -> Attack:
-    # Exposure and strategy are the protected checkpoint's; a scratch model may have had to start its head otherwise.
-    first = rows.sort_values("role", key=lambda role: role.map(ROLES.index)).iloc[0]
-    roles = _roles(rows, metric, usual)
-    kept = rows[~rows["diverged"]]
-    mean = {role: align(curves[kept.loc[kept["role"] == role, "id"]]).mean(axis=1) for role in ROLES[:2]}
-    return Attack(
-        name,
-        json.loads(first["strategy"]),
-        int(first["trials"]),
-        str(first["exposure"]),
-        str(first["outside"]),
-        roles,
-        gap_closed(roles, metric),
-        _sgrc(roles, metric),
-        signed_area(mean["protected"], mean["unprotected"], metric),
-    )
-
-
-def _sgrc(roles: Mapping[str, Score], metric: Metric) -> float:
-    p, u = (roles.get(role, Score()).mean for role in ROLES[:2])
-    return sgrc(p, u, metric)
-
-
-def _without(attack: Attack, *fields: str) -> str:
-    return json.dumps({key: value for key, value in attack.strategy.items() if key not in fields}, sort_keys=True)
-
-
-def _decay(attacks: Iterable[Attack]) -> list[Decay]:
-    alike: dict[str, list[Attack]] = {}
-    for attack in sorted(attacks, key=lambda a: (a.strategy["steps"], a.attack)):
-        if not attack.trials:
-            alike.setdefault(_without(attack, "steps"), []).append(attack)
-    found = [
-        Decay(
-            [a.attack for a in group],
-            [a.strategy["steps"] for a in group],
-            [a.sgrc for a in group],
-            [a.gap_closed for a in group],
-        )
-        for group in alike.values()
-    ]
-    return sorted((each for each in found if len(set(each.steps)) > 1), key=lambda each: each.attacks)
+def _best_filtered(rows: pd.DataFrame, metric: Metric) -> str | None:
+    """Name the filtered model whose own best attack does best on ``select``; None if none was attacked."""
+    kept = rows[rows["role"].str.startswith(FILTERED) & ~rows["diverged"]]
+    ends = metric.sign * kept.groupby(["role", "attack"])["select"].mean().groupby("role").max()
+    return None if ends.empty else str(ends.idxmax())
 
 
 def _oracle(rows: pd.DataFrame, metric: Metric) -> Oracle | None:
@@ -250,28 +144,12 @@ def _oracle(rows: pd.DataFrame, metric: Metric) -> Oracle | None:
     return max(found, key=lambda each: (each.score.seeds > 0, metric.sign * each.score.select), default=None)
 
 
-def _benign(rows: pd.DataFrame, metric: Metric) -> list[Benign]:
-    found, usual = [], _spreads(rows)
+def _benign(rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric) -> list[Benign]:
+    found, usual = [], spreads(rows)
     for name, mine in rows.groupby("attack"):
-        roles = _roles(mine, metric, usual)
+        roles = roles_of(mine, metric, usual)
         p, u = (roles.get(role, Score()) for role in ROLES[:2])
-        found.append(Benign(str(name), roles, harm(p, u, metric), _sgrc(roles, metric)))
+        found.append(
+            Benign(str(name), roles, harm(p, u, metric), sgrc_of(roles, metric), signed_rfd_of(mine, curves, metric))
+        )
     return found
-
-
-def _undone(attacks: Iterable[Attack]) -> list[Undone]:
-    """Set attacks beside those that they differ from only by `UNDOING` surgery, in the order of names."""
-    parted = []
-    for attack in sorted((a for a in attacks if not a.trials), key=lambda a: a.attack):
-        surgery = attack.strategy["surgery"]
-        rest = [each for each in surgery if each["operation"] not in UNDOING]
-        operations = [each for each in surgery if each["operation"] in UNDOING]
-        parted.append((attack, operations, _without(attack, "surgery") + json.dumps(rest)))
-    plain = {key: attack for attack, operations, key in reversed(parted) if not operations}
-    pairs = []
-    for attack, operations, key in parted:
-        if operations and key in plain:
-            gap, without = attack.gap_closed.value, plain[key].gap_closed.value
-            share = 1 - gap / without if without >= NO_PROTECTION_BELOW else math.nan
-            pairs.append(Undone(attack.attack, plain[key].attack, operations, gap, without, share))
-    return pairs

@@ -1,4 +1,4 @@
-"""The formulas behind an audit's scores: a role's score, gap closed, harm, SGRC and signed area.
+"""The formulas behind an audit's scores: a role's score, gap closed and removal, harm, SGRC and signed RFD.
 
 Everything here is pure and deterministic. What is not known is NaN. Intervals hold 95 %: they add the sampling error of
 the test images to Student's interval over the seeds, in quadrature, as the two are independent.
@@ -113,10 +113,10 @@ def score(attempts: pd.DataFrame, metric: Metric, usual: Spread = NO_SPREAD) -> 
 
 @dataclass(frozen=True)
 class Gap:
-    """Gap closed, (unprotected - protected) / (unprotected - scratch).
+    """Gap closed, (unprotected - protected) / (unprotected - scratch), or removal, R, with filtered for scratch.
 
     Attributes:
-        value: 0 for no protection, 1 for no better a start than scratch.
+        value: 0 for no protection, 1 for no better a start than the yardstick, scratch or filtered.
         low: where its interval begins; NaN where it has none.
         high: where it ends.
         reason: why there is no value or no interval, or "".
@@ -139,18 +139,23 @@ class Gap:
         return State.UNKNOWN
 
 
-def gap_closed(roles: Mapping[str, Score], metric: Metric) -> Gap:
-    """Return the gap closed of scores by role, with Fieller's interval of a ratio of two differences."""
-    found = {
-        role: roles[role] for role in ("protected", "unprotected", "scratch") if role in roles and roles[role].seeds
-    }
-    if missing := [role for role in ("protected", "unprotected", "scratch") if role not in found]:
+def gap_closed(roles: Mapping[str, Score], metric: Metric, yardstick: str = "scratch") -> Gap:
+    """Return (unprotected - protected) / (unprotected - yardstick), with Fieller's interval of a ratio of differences.
+
+    Args:
+        roles: scores by role.
+        metric: theirs.
+        yardstick: ``scratch`` for gap closed, the role of a filtered model for removal, R.
+    """
+    needed = ("protected", "unprotected", yardstick)
+    found = {role: roles[role] for role in needed if role in roles and roles[role].seeds}
+    if missing := [role for role in needed if role not in found]:
         return Gap(reason=f"no result of {' and '.join(missing)}")
     p, u, s = found.values()
     taken, gap = u.mean - p.mean, u.mean - s.mean
     least = MIN_GAP_POINTS if metric.unit == "%" else MIN_GAP_RELATIVE * abs(s.mean)
     if not max(least, 0.0) <= metric.sign * gap or gap == 0:
-        return Gap(reason="unprotected is not clearly better than scratch")
+        return Gap(reason=f"unprotected is not clearly better than {yardstick}")
     value = taken / gap
     if not math.isfinite(value):
         return Gap(reason="the results are too large to compare")
@@ -160,7 +165,7 @@ def gap_closed(roles: Mapping[str, Score], metric: Metric) -> Gap:
     if not square > 0:
         images = min(p.test_images, u.test_images, s.test_images)
         basis = f"{counted(images, 'test image')} and {counted(u.seeds, 'seed')}"
-        reason = f"unprotected and scratch differ by less than the error of {basis}"
+        reason = f"unprotected and {yardstick} differ by less than the error of {basis}"
         return Gap(value, reason=reason)
     linear, constant = value - u2, value * value - u2 - p2
     root = math.sqrt(max(linear * linear - square * constant, 0.0))
@@ -205,13 +210,14 @@ def wide(points: pd.DataFrame) -> pd.DataFrame:
     return points.pivot(index="step", columns="id", values="select")
 
 
-def signed_area(protected: pd.Series, unprotected: pd.Series, metric: Metric) -> float:
-    """Return the mean, over the steps that both curves cover, of what protection takes from the attacker.
+def signed_rfd(protected: pd.Series, unprotected: pd.Series, metric: Metric) -> float:
+    """Return the signed RFD in percent: what protection takes off the unprotected curve, on average over its steps.
 
-    Trapezoid rule, in the metric's unit; positive where protection hurts the attacker. NaN without two points.
+    The mean of (unprotected - protected) / unprotected over the steps that both curves cover, by the trapezoid rule;
+    positive where protection hurts the attacker. NaN without two points, or where the unprotected curve is 0.
     """
     both = align(pd.DataFrame({"p": protected, "u": unprotected}))
-    if both.shape[1] < 2 or len(both) < 2:
+    if both.shape[1] < 2 or len(both) < 2 or not both["u"].all():
         return math.nan
     steps = both.index.to_numpy(float)
-    return float(metric.sign * np.trapezoid(both["u"] - both["p"], steps) / (steps[-1] - steps[0]))
+    return float(metric.sign * 100 * np.trapezoid((both["u"] - both["p"]) / both["u"].abs(), steps) / np.ptp(steps))

@@ -61,6 +61,8 @@ class Context:
         date: of the audit, ISO.
         checkpoint: ``path``, ``sha256``, ``name`` and ``method`` of what was attacked.
         reference: the same of the unprotected model.
+        filtered: by role the same of filtered models, with ``original``, their metric on the original domain's test
+            split.
         domains: names of ``original``, ``restricted`` and ``benign``.
         hashes: of the restricted domain's splits.
         support: of protection's sampler; None if it was not protected by sophon.
@@ -77,6 +79,7 @@ class Context:
     date: str = ""
     checkpoint: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, Any] = field(default_factory=dict)
+    filtered: dict[str, dict[str, Any]] = field(default_factory=dict)
     domains: dict[str, str | None] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     support: dict[str, Any] | None = None

@@ -35,7 +35,7 @@ EQUAL_WITHIN = 1.1
 
 READINGS = {
     "own_best": "each model under its own best attack",
-    "same_attack": "the attack that gets most out of the protected model, on all three models",
+    "same_attack": "the attack that gets most out of the protected model, on all models",
 }
 _WHO = {
     "seen": "simulated attackers",
@@ -50,13 +50,15 @@ class Verdict:
     """What an audit comes to.
 
     Attributes:
-        word: of the worst case of all attacks that were tried.
-        sentence: says it to somebody who decides.
+        word: of the worst case of all attacks that were tried, against scratch.
+        removal: the same against the filtered model; None without one.
+        sentence: says both to somebody who decides.
         basis: on how many images, seeds, attacks and trials it rests.
         findings: sentences on readings, groups of attacks, masking, wearing off and cost.
     """
 
     word: State
+    removal: State | None
     sentence: str
     basis: str
     findings: list[str]
@@ -70,7 +72,7 @@ def verdict(results: Results, context: Context) -> Verdict:
     """Judge an audit."""
     worst = results.worst_case.get("overall")
     if worst is None:
-        return Verdict(State.UNKNOWN, "No attack was tried.", "", [_cost(results, context)])
+        return Verdict(State.UNKNOWN, None, "No attack was tried.", "", [_cost(results, context)])
     findings = [
         *(_reading(name, getattr(worst, name), results) for name in READINGS),
         _groups(results, context),
@@ -79,7 +81,9 @@ def verdict(results: Results, context: Context) -> Verdict:
         _wearing_off(results) if worst.state in (State.HOLDS, State.WEAKENED) else "",
         _cost(results, context),
     ]
-    return Verdict(worst.state, _sentence(worst, results), basis(results), [each for each in findings if each])
+    sentence = " ".join(filter(None, (_sentence(worst, results), _removal(worst, results))))
+    removal = worst.removal.state if worst.removal else None
+    return Verdict(worst.state, removal, sentence, basis(results), [each for each in findings if each])
 
 
 def _sentence(worst: WorstCase, results: Results) -> str:
@@ -101,11 +105,29 @@ def _sentence(worst: WorstCase, results: Results) -> str:
     }[worst.state]
 
 
-def format_gap(gap: Gap) -> str:
-    """Write gap closed with its interval, or the reason why there is none; what is beyond scratch is said."""
+def _removal(worst: WorstCase, results: Results) -> str:
+    """Say what the protected model keeps of what it had learnt, measured against a model that never learnt it."""
+    gap, role = worst.removal, results.best_filtered
+    if gap is None or role is None:
+        return ""
+    reading = worst.own_best if worst.own_best.removal == gap else worst.same_attack
+    if gap.state == State.UNKNOWN:
+        why = gap.reason or f"the interval of R, {format_interval(gap)}, is too wide"
+        return f"Whether it removes what the model had learnt of the restricted classes cannot be judged: {why}."
+    got = "fine-tuning a model that never saw the restricted classes gets to "
+    got += format_value(reading.roles[role].mean, results.metric)
+    return {
+        State.BROKEN: f"It removes nothing of what the model had learnt of the restricted classes: {got}",
+        State.WEAKENED: f"It removes part of what the model had learnt of the restricted classes: {got}",
+        State.HOLDS: f"It removes what the model had learnt of the restricted classes: {got}",
+    }[gap.state] + f" (R {format_gap(gap, role)})."
+
+
+def format_gap(gap: Gap, yardstick: str = "scratch") -> str:
+    """Write gap closed or R with its interval, or the reason why there is none; what is beyond 1 is said."""
     if math.isnan(gap.value):
         return f"not known: {gap.reason}"
-    beyond = " (worse than scratch)" if gap.value > 1 else ""
+    beyond = f" (worse than {yardstick})" if gap.value > 1 else ""
     return f"{gap.value:.2f}{beyond}" + (f" {format_interval(gap)}" if not math.isnan(gap.low) else f" ({gap.reason})")
 
 
@@ -126,7 +148,9 @@ def _reading(name: str, reading: Reading, results: Results) -> str:
         who = f"best of {attack.trials} searched trials, " if attack.trials else ""
         told = f"{READINGS[name]}, '{attack.attack}' ({who}{describe(attack.strategy)})"
         values = [f"{role} {format_value(found.mean, metric)}" for role, found in reading.roles.items()]
-    return f"{told[0].upper()}{told[1:]}: {', '.join(values)}; gap closed {format_gap(reading.gap_closed)}."
+    removal = f"; R {format_gap(reading.removal, str(results.best_filtered))}" if reading.removal else ""
+    gap = f"gap closed {format_gap(reading.gap_closed)}{removal}"
+    return f"{told[0].upper()}{told[1:]}: {', '.join(values)}; {gap}."
 
 
 def basis(results: Results) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sophon.attacker import FineTuneStrategy
@@ -14,12 +14,26 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 
 ROLES = ("protected", "unprotected", "scratch")
+# Models of the same pre-training without the restricted classes, where they are given: this one, `filtered_2`, ...
+FILTERED = "filtered"
 # A control beside them: the unprotected model, fine-tuned with ten times the data.
 ORACLE = "oracle"
 # Within the support that protection sampled attackers from; outside it only in the number of steps; anything else.
 EXPOSURES = ("seen", "longer", "held_out")
 
 EXPOSURE_WORDS = {"seen": "seen", "longer": "longer", "held_out": "held out"}
+
+
+def filtered_roles(count: int) -> list[str]:
+    """Return the roles of so many filtered models."""
+    return [FILTERED, *(f"{FILTERED}_{number}" for number in range(2, count + 1))][:count]
+
+
+def in_order(roles: Iterable[str]) -> list[str]:
+    """Return roles from the protected model to what is left to an attacker without it; the oracle is none of them."""
+    there = set(roles)
+    filtered = sorted((role for role in there if role.startswith(FILTERED)), key=lambda role: (len(role), role))
+    return [role for role in (*ROLES[:2], *filtered, *ROLES[2:]) if role in there]
 
 
 def printable(text: str) -> str:

@@ -140,6 +140,8 @@ class Config:
             cores; with the same ``threads`` the results do not depend on the number of workers.
         run_dir: where the run writes.
         reference: the unprotected checkpoint: what protect starts from and the audit compares with.
+        filtered: checkpoints of the same pre-training without the restricted classes: what an audit measures removal
+            against. Of several the one counts that attackers get most out of.
         checkpoint: the checkpoint to export or audit.
         out: where export writes.
         n: images that ``sample`` draws.
@@ -167,6 +169,7 @@ class Config:
     workers: int = limited(1, ge=1)
     run_dir: str | None = limited(None, path=True)
     reference: str | None = limited(None, path=True)
+    filtered: list[str] = limited([], path=True)
     checkpoint: str | None = limited(None, path=True)
     out: str | None = limited(None, path=True)
     n: int = limited(64, ge=1)

@@ -70,7 +70,8 @@ class AttackConfig:
 
     Attributes:
         seeds: attempts of each strategy against each role, >= 1.
-        roles: which models are attacked: ``protected``, ``unprotected``, ``scratch``. Comparisons need all three.
+        roles: which models are attacked: ``protected``, ``unprotected``, ``scratch``. Comparisons need all three;
+            filtered models are attacked wherever they are given.
         eval_points: points of each curve on the ``select`` split, the start and the end included, >= 2.
         samples: images that a generating model draws at each of these points, for the report's grids; 0 for none.
         frechet_samples: images drawn at the end for the Frechet distance to the test split; 0 for none.

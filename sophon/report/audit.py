@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -14,6 +14,7 @@ from sophon.auditing.table import trials_table
 from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, Record, format_difference, format_value, printable
 from sophon.files import write_text
 from sophon.report import tables
+from sophon.report.drawing import own
 from sophon.report.figures import curve_panels, dot_plot, search_panels
 from sophon.report.masking import masking
 from sophon.report.page import Card, Code, Drawings, Fold, Page, Part, Section, Table
@@ -21,8 +22,12 @@ from sophon.report.pictures import picture, pictures
 from sophon.report.tables import metric_name
 from sophon.report.terms import TERMS
 
-_LEGEND = (("protected", "● protected"), ("unprotected", "■ unprotected"), ("scratch", "◆ scratch"))
+_MARKS = {"protected": "●", "unprotected": "■", "filtered": "▲", "scratch": "◆"}
 _MANY = 12  # so many tables' rows or panels are shown without being asked for
+
+
+def _legend(audit: AuditReport) -> list[tuple[str, str]]:
+    return [(own(role), f"{_MARKS[own(role)]} {role}") for role in audit.results.roles]
 
 
 def table(audit: AuditReport) -> str:
@@ -97,6 +102,9 @@ def _cards(audit: AuditReport) -> Iterator[Card]:
                 value, *rest = tables.gap(found.gap_closed).splitlines()
                 decides = ["the lower, which decides"] * (reading == worst.decided_by and len(titles) > 1)
                 yield Card(f"Gap closed, {title}", value, "; ".join([*rest, *decides]))
+        if worst.removal:
+            value, *rest = tables.gap(worst.removal, str(results.best_filtered)).splitlines()
+            yield Card("R, the worse reading", value, "; ".join([*rest, f"against {results.best_filtered}"]))
     if kept:
         loss = f"{format_difference(kept.loss.value, kept.metric)} less than {format_value(kept.before, kept.metric)}"
         yield Card("Original domain", format_value(kept.after, kept.metric), f"{loss}; {kept.images} test images")
@@ -138,7 +146,7 @@ def _attacks(audit: AuditReport) -> Iterator[Part]:
     )
     yield _folded(f"All {len(attacks)} attacks", tables.attacks_table(audit.results), len(attacks))
     # ElementTree wrote this and every other drawing, escaping each text and attribute.
-    drawing = Drawings({" ": Markup(dot_plot(attacks, audit.results.metric))}, "large", _LEGEND)
+    drawing = Drawings({" ": Markup(dot_plot(attacks, audit.results.metric))}, "large", _legend(audit))
     yield _folded("All attacks with their intervals", drawing, len(attacks))
 
 
@@ -163,7 +171,7 @@ def _curves(audit: AuditReport) -> Iterator[Part]:
             yield Fold(f"{exposure} ({len(group)})", [drawings]) if exposure else drawings
 
 
-def _drawings(panels: Mapping[str, str], size: str = "small", legend: tuple[tuple[str, str], ...] = ()) -> Drawings:
+def _drawings(panels: Mapping[str, str], size: str = "small", legend: Sequence[tuple[str, str]] = ()) -> Drawings:
     return Drawings({printable(caption): Markup(svg) for caption, svg in panels.items()}, size, legend)
 
 
@@ -177,7 +185,7 @@ def _searches(audit: AuditReport) -> Iterator[Part]:
         "select split. Lines: the best complete trial so far. Marks: single trials, a cross where one was stopped "
         "early; the worst tenth lies at the edge."
     )
-    yield _drawings(search_panels(trials, metric), "medium", _LEGEND)
+    yield _drawings(search_panels(trials, metric), "medium", _legend(audit))
     yield tables.searches_table(trials, metric)
 
 
@@ -226,7 +234,7 @@ def _samples(folder: Path, audit: AuditReport) -> Iterator[Part]:
 
 
 def _further(audit: AuditReport) -> Iterator[Part]:
-    found = tables.further_table(audit.attempts)
+    found = tables.further_table(audit.attempts, tables.shown(audit.results))
     if not found.rows:
         return
     note = "Means over the attempts that did not diverge, on the restricted domain's test split."
@@ -265,6 +273,8 @@ def command(context: Context) -> str:
     """Return the command line that repeats an audit with its `experiment` in ``conf/experiment/repeat.yaml``."""
     given = {"checkpoint": context.checkpoint.get("path"), "reference": context.reference.get("path")}
     words = ["sophon", "audit", "--config-dir=conf", "experiment=repeat"]
+    if context.filtered:
+        given["filtered"] = f"[{','.join(str(origin.get('path')) for origin in context.filtered.values())}]"
     words += [shlex.quote(f"{key}={printable(path)}") for key, path in given.items() if path]
     return " ".join([*words, "run_dir=repeat"])
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sophon.auditing.results import Attack
+from sophon.auditing.attack_scores import Attack
+from sophon.auditing.results import Results
 from sophon.auditing.scores import Score
 from sophon.auditing.summary import AuditReport
 from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, format_difference, known, printable
@@ -112,7 +113,7 @@ def _page(audits: Sequence[_Compared]) -> Page:
         lead=f"{len(audits)} audits; {len(shared)} of {len(everything)} attacks were run in all of them.",
         notes=[Warn(text) for text in differences(audits, shared)],
         sections=sections,
-        terms={term: TERMS[term] for term in ("gap closed", "reading", "judged", "masked share", "intervals")},
+        terms={term: TERMS[term] for term in ("gap closed", "R", "reading", "judged", "masked share", "intervals")},
     )
 
 
@@ -141,6 +142,10 @@ def differences(audits: Sequence[_Compared], shared: Sequence[str]) -> list[str]
     if not any(each.audit.context.hashes for each in audits):
         found.append("It is not known whether the images of the restricted domain are the same: no audit has hashes.")
     differ("The unprotected models are not the same", lambda a: a.context.reference.get("sha256"))
+    differ(
+        "The filtered models are not the same",
+        lambda a: {role: origin["sha256"][:8] for role, origin in a.context.filtered.items()},
+    )
     differ("The seeds of the audits are not the same", lambda a: a.context.config.get("seed"))
     differ("The attempts of each attack are not as many", lambda a: _attack_config(a).get("seeds"))
     differ("The points of each curve are not as many", lambda a: _attack_config(a).get("eval_points"))
@@ -180,6 +185,11 @@ def _worst(found: WorstCase | None) -> str:
     return tables.gap(found.deciding.gap_closed) if found else "-"
 
 
+def _removal(results: Results) -> str:
+    worst = results.worst_case.get("overall")
+    return tables.gap(worst.removal, str(results.best_filtered)) if worst else "-"
+
+
 def _audits_table(audits: Sequence[_Compared], shared: Sequence[str]) -> Table:
     rows = []
     for each in audits:
@@ -196,6 +206,7 @@ def _audits_table(audits: Sequence[_Compared], shared: Sequence[str]) -> Table:
                 else "-",
                 _worst(worst_case(common, results.metric) if common else None),
                 *(_worst(results.worst_case.get(group)) for group in ("overall", *EXPOSURES)),
+                _removal(results),
                 format_difference(harm.harm.value, results.metric) if harm else "-",
                 (f"{results.masked_share:.2f}" if known(results.masked_share) else "-")
                 + (f"\nweights {grown.mean:.3g} times as large" if grown else ""),
@@ -203,7 +214,7 @@ def _audits_table(audits: Sequence[_Compared], shared: Sequence[str]) -> Table:
         )
     groups = ["shared attacks", "all attacks", *EXPOSURE_WORDS.values()]
     head = ["audit", "judged", "method", "intactness loss", *(f"gap closed, {group}" for group in groups)]
-    head += ["harm to benign use", "masked share"]
+    head += ["R", "harm to benign use", "masked share"]
     kept = [at for at in range(len(head)) if at < 3 or any(row[at] != "-" for row in rows)]
     return Table([head[at] for at in kept], [[row[at] for at in kept] for row in rows], 3)
 

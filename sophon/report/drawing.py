@@ -12,6 +12,7 @@ import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import matplotlib.axes
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from sophon.auditing.words import printable
 COLOURS = {
     "protected": "#0072b2",
     "unprotected": "#d55e00",
+    "filtered": "#009e73",
     "scratch": "#767676",
     "ink": "#010203",
     "line": "#040506",
@@ -29,8 +31,7 @@ COLOURS = {
     **{hue: f"#0{index}0809" for index, hue in enumerate(("ha", "hb", "hc", "hd", "he", "hf", "hg", "hh"))},
 }
 HUES = tuple(COLOURS)[-8:]
-DASHES = {"protected": "-", "unprotected": "-", "scratch": (0, (4, 2))}
-MARKERS = {"protected": "o", "unprotected": "s", "scratch": "D"}
+MARKERS = {"protected": "o", "unprotected": "s", "filtered": "^", "scratch": "D"}
 _LONGEST_NAME = 40
 STYLE = {
     "svg.hashsalt": "sophon",
@@ -53,6 +54,16 @@ STYLE = {
 }
 
 
+def own(role: str) -> str:
+    """Return the role whose colour and marker a role has: further filtered models have that of the first."""
+    return role.partition("_")[0]
+
+
+def dashes(role: str) -> Any:
+    """Return a role's line style, in matplotlib's words."""
+    return (0, (4, 2)) if role == "scratch" else (0, (1, 1.5)) if "_" in role else "-"
+
+
 def label_ends(axes: matplotlib.axes.Axes, ends: Mapping[str, float], limits: tuple[float, float]) -> None:
     """Write each role in its colour beside the end of its line, moved apart where they would overlap."""
     gap = 0.1 * (limits[1] - limits[0])
@@ -65,7 +76,7 @@ def label_ends(axes: matplotlib.axes.Axes, ends: Mapping[str, float], limits: tu
     for above, below in pairwise(order[::-1]):
         placed[below] = min(placed[below], placed[above] - gap)
     for role, height in placed.items():
-        axes.text(1.03, height, role, color=COLOURS[role], transform=axes.get_yaxis_transform(), va="center")
+        axes.text(1.03, height, role, color=COLOURS[own(role)], transform=axes.get_yaxis_transform(), va="center")
 
 
 def shorten(name: str) -> str:

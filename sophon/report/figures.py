@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from sophon.auditing.results import Attack
+from sophon.auditing.attack_scores import Attack
 from sophon.auditing.scores import Score, align, wide
 from sophon.auditing.table import Attempts
-from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, ROLES
-from sophon.report.drawing import COLOURS, DASHES, MARKERS, STYLE, label_ends, shorten, svg
+from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, in_order
+from sophon.report.drawing import COLOURS, MARKERS, STYLE, dashes, label_ends, own, shorten, svg
 from sophon.tasks import Metric
 
 
@@ -45,7 +45,7 @@ def curve_panels(attempts: Attempts, names: Iterable[str], metric: Metric) -> di
     bands = {}
     for name in names:
         mine = curves[curves["attack"] == name]
-        found = {role: band(mine[mine["role"] == role]) for role in ROLES}
+        found = {role: band(mine[mine["role"] == role]) for role in in_order(mine["role"])}
         if found := {role: curve for role, curve in found.items() if len(curve)}:
             bands[name] = found
     limits = _limits([curve for found in bands.values() for curve in found.values()], metric)
@@ -70,9 +70,9 @@ def _panel(name: str, bands: Mapping[str, pd.DataFrame], limits: tuple[float, fl
         axes.set_ylim(limits)
         axes.grid(visible=True, axis="y")
         for role, curve in bands.items():
-            colour, steps = COLOURS[role], curve.index.to_numpy(float)
+            colour, steps = COLOURS[own(role)], curve.index.to_numpy(float)
             mean, half = curve["mean"].to_numpy(), curve["half"].to_numpy()
-            axes.plot(steps, mean, color=colour, linestyle=DASHES[role], marker="o", markersize=2.2, linewidth=1.5)
+            axes.plot(steps, mean, color=colour, linestyle=dashes(role), marker="o", markersize=2.2, linewidth=1.5)
             axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         label_ends(axes, {role: float(curve["mean"].iloc[-1]) for role, curve in bands.items()}, limits)
         axes.set_xlabel("fine-tuning steps")
@@ -103,20 +103,20 @@ def _search_panel(name: str, trials: pd.DataFrame, metric: Metric) -> str:
         figure = Figure(figsize=(4.6, 2.5))
         axes = figure.add_axes((0.1, 0.16, 0.7, 0.79))
         axes.set_ylim(low, high)
-        for role in ROLES:
+        for role in in_order(trials["role"]):
             mine = trials[trials["role"] == role]
             for pruned, shown in mine.groupby(mine["state"] == "pruned"):
                 axes.plot(
                     shown["trial"] + 1,
                     shown["value"].clip(low, high),
-                    color=COLOURS[role],
+                    color=COLOURS[own(role)],
                     linestyle="",
                     alpha=0.55,
                     clip_on=False,
-                    marker="x" if pruned else MARKERS[role],
+                    marker="x" if pruned else MARKERS[own(role)],
                     markersize=3.2 if pruned else 2.4,
                 )
-            axes.step(mine["trial"] + 1, mine["best"], where="post", color=COLOURS[role], linewidth=1.6)
+            axes.step(mine["trial"] + 1, mine["best"], where="post", color=COLOURS[own(role)], linewidth=1.6)
         ends = trials.groupby("role")["best"].last().dropna()
         label_ends(axes, {str(role): float(best) for role, best in ends.items()}, (low, high))
         axes.set_xlim(0.5, trials["trial"].max() + 1.5)
@@ -136,7 +136,8 @@ def dot_plot(attacks: Sequence[Attack], metric: Metric) -> str:
     for exposure in EXPOSURES:
         group = [(attack.attack, attack.roles) for attack in attacks if attack.exposure == exposure]
         lines += [EXPOSURE_WORDS[exposure], *group] if group else []
-    series = {role: (COLOURS[role], MARKERS[role]) for role in ROLES[::-1]}
+    roles = in_order({role for attack in attacks for role in attack.roles})[::-1]
+    series = {role: (COLOURS[own(role)], MARKERS[own(role)]) for role in roles}
     return dots(lines, series, metric, "after every attack, by role")
 
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sophon.auditing.results import Attack, Results, Roles
+from sophon.auditing.attack_scores import Attack, Roles
+from sophon.auditing.results import Results
 from sophon.auditing.scores import Difference, Gap, Score
 from sophon.auditing.summary import AuditReport
 from sophon.auditing.table import MEASURED, Attempts
 from sophon.auditing.words import (
     EXPOSURE_WORDS,
     EXPOSURES,
-    ROLES,
     Record,
     describe,
     format_number,
@@ -26,10 +26,13 @@ from sophon.auditing.worst_case import WorstCase
 from sophon.report.page import Name, Table
 from sophon.tasks import Metric
 
-# Left to right from what the attacker has without us to what is left to it.
-SHOWN_ROLES = ROLES[::-1]
 FRECHET = "Frechet distance"
 _READING = {"own_best": "own best attack", "same_attack": "same attack"}
+
+
+def shown(results: Results) -> list[str]:
+    """Return the roles from left to right: from what an attacker has without the model to what is left to it."""
+    return results.roles[::-1]
 
 
 def name(text: str) -> Name:
@@ -52,10 +55,12 @@ def score(found: Score | None, metric: Metric) -> str:
     return format_number(found.mean, metric) + ends + (f"\n{found.diverged} diverged" if found.diverged else "")
 
 
-def gap(found: Gap) -> str:
-    """Write gap closed with its interval, or the reason why there is none, below it."""
+def gap(found: Gap | None, yardstick: str = "scratch") -> str:
+    """Write gap closed or R with its interval, or the reason why there is none, below it."""
+    if found is None:
+        return "-"
     ends = "" if math.isnan(found.low) else f"[{found.low:.2f}, {found.high:.2f}]"
-    parts = [_ratio(found.value), ends, "worse than scratch" if found.value > 1 else "", found.reason]
+    parts = [_ratio(found.value), ends, f"worse than {yardstick}" if found.value > 1 else "", found.reason]
     return "\n".join(part for part in parts if part)
 
 
@@ -81,23 +86,30 @@ def _exposure(attack: Attack) -> str:
     return printable(EXPOSURE_WORDS[attack.exposure] + (f": {attack.outside}" if attack.outside else ""))
 
 
-def _cells(roles: Roles, metric: Metric) -> list[str]:
-    return [score(roles.get(role), metric) for role in SHOWN_ROLES]
+def _cells(results: Results, roles: Roles) -> list[str]:
+    return [score(roles.get(role), results.metric) for role in shown(results)]
+
+
+def _removal(results: Results, *cells: str) -> list[str]:
+    """Return cells that only an audit with a filtered model has."""
+    return list(cells) if results.best_filtered else []
 
 
 def short_table(results: Results) -> Table:
-    """Return what fits a terminal: attack, exposure, each role's mean test metric, and gap closed."""
+    """Return what fits a terminal: attack, exposure, each role's mean test metric, gap closed and R."""
     unit = f" ({results.metric.unit})" if results.metric.unit else ""
     rows = [
         [
             name(attack.attack),
             _exposure(attack),
-            *(format_number(attack.roles.get(role, Score()).mean, results.metric) for role in SHOWN_ROLES),
+            *(format_number(attack.roles.get(role, Score()).mean, results.metric) for role in shown(results)),
             _ratio(attack.gap_closed.value),
+            *([_ratio(attack.removal.value)] if attack.removal else []),
         ]
         for attack in results.attacks
     ]
-    return Table(["attack", "exposure", *(f"{role}{unit}" for role in SHOWN_ROLES), "gap closed"], rows, 2)
+    head = ["attack", "exposure", *(f"{role}{unit}" for role in shown(results)), "gap closed", *_removal(results, "R")]
+    return Table(head, rows, 2)
 
 
 def attacks_table(results: Results) -> Table:
@@ -113,9 +125,9 @@ def attacks_table(results: Results) -> Table:
         return metric.sign * mean if known(mean) else -math.inf
 
     attacks = sorted(results.attacks, key=success, reverse=True)
-    means = [attack.roles.get(role, Score()).mean for attack in attacks for role in SHOWN_ROLES]
+    means = [attack.roles.get(role, Score()).mean for attack in attacks for role in shown(results)]
     scale = strengths(means, metric)
-    width = len(SHOWN_ROLES)
+    width = len(shown(results))
     rows = [
         [
             Name(
@@ -123,17 +135,21 @@ def attacks_table(results: Results) -> Table:
             ),
             _exposure(attack),
             percent(attack.sgrc),
-            format_number(attack.signed_area, metric),
-            *_cells(attack.roles, metric),
+            percent(attack.signed_rfd),
+            *_cells(results, attack.roles),
             gap(attack.gap_closed),
+            *_removal(results, gap(attack.removal, str(results.best_filtered))),
         ]
         for attack in attacks
     ]
     levels = [
-        [*scale[index * width : (index + 1) * width], gap_strength(attack.gap_closed.value)]
+        [
+            *scale[index * width : (index + 1) * width],
+            *(gap_strength(each.value) for each in (attack.gap_closed, attack.removal) if each),
+        ]
         for index, attack in enumerate(attacks)
     ]
-    head = ["attack", "exposure", "SGRC", "signed area", *SHOWN_ROLES, "gap closed"]
+    head = ["attack", "exposure", "SGRC", "signed RFD", *shown(results), "gap closed", *_removal(results, "R")]
     return Table(head, rows, 2, levels)
 
 
@@ -171,12 +187,13 @@ def worst_table(results: Results) -> Table:
             f"{score(found.roles[role], results.metric)}\n{printable(found.attacks[role])}"
             if role in found.roles
             else "-"
-            for role in SHOWN_ROLES
+            for role in shown(results)
         ]
         rows.append(
             [
                 *(title, str(len(worst.tried)), told + decides, *cells),
                 *(gap(found.gap_closed), str(found.gap_closed.state).lower()),
+                *_removal(results, gap(found.removal, str(results.best_filtered))),
             ]
         )
 
@@ -186,7 +203,8 @@ def worst_table(results: Results) -> Table:
             add("all attacks", overall, "same_attack")
     for title, worst in groups.items():
         add(title, worst, worst.decided_by)
-    return Table(["worst of", "attacks", "reading", *SHOWN_ROLES, "gap closed", "judged"], rows)
+    head = ["worst of", "attacks", "reading", *shown(results), "gap closed", "judged", *_removal(results, "R")]
+    return Table(head, rows)
 
 
 def searches_table(trials: pd.DataFrame, metric: Metric) -> Table:
@@ -224,26 +242,29 @@ def benign_table(results: Results) -> Table:
     """Return what protection takes from those who fine-tune on the benign domain."""
     metric = results.metric
     rows = [
-        [name(each.attack), *_cells(each.roles, metric), difference(each.harm, metric), percent(each.sgrc)]
+        [
+            *(name(each.attack), *_cells(results, each.roles), difference(each.harm, metric)),
+            *(percent(each.sgrc), percent(each.signed_rfd)),
+        ]
         for each in results.benign
     ]
-    return Table(["attack", *SHOWN_ROLES, "harm", "SGRC"], rows)
+    return Table(["attack", *shown(results), "harm", "SGRC", "signed RFD"], rows)
 
 
 def controls_table(results: Results) -> Table:
     """Return what the results are to be read against: no attack, scratch at its best, the oracle."""
     rows: list[Sequence[str]] = [
-        ["no attack, only what the head needs", name(attack), *_cells(roles, results.metric)]
+        ["no attack, only what the head needs", name(attack), *_cells(results, roles)]
         for attack, roles in results.no_attack.items()
     ]
     if oracle := results.oracle:
         more = f", {oracle.data_ratio:.3g} times the data" if known(oracle.data_ratio) else ""
-        cells = _cells({"unprotected": oracle.score}, results.metric)
+        cells = _cells(results, {"unprotected": oracle.score})
         rows.append([f"oracle: unprotected{more}", name(oracle.attack), *cells])
-    return Table(["control", "attack", *SHOWN_ROLES], rows, 2)
+    return Table(["control", "attack", *shown(results)], rows, 2)
 
 
-def further_table(attempts: Attempts) -> Table:
+def further_table(attempts: Attempts, roles: Sequence[str]) -> Table:
     """Return the further measurements, means over the attempts that did not diverge."""
     table = attempts.table
     kept = table[~table["diverged"] & (table["domain"] == "restricted") & (table["steps"] > 0)]
@@ -253,16 +274,17 @@ def further_table(attempts: Attempts) -> Table:
     for attack, mine in means.groupby(level="attack"):
         by_role = mine.droplevel("attack")
         for column in columns:
-            found = [float(by_role[column].get(role, math.nan)) for role in SHOWN_ROLES]
+            found = [float(by_role[column].get(role, math.nan)) for role in roles]
             if any(map(known, found)):
                 cells = [f"{value:.4g}" if known(value) else "-" for value in found]
                 rows.append([name(str(attack)), printable(column.removeprefix(MEASURED)), *cells])
-    return Table(["attack", "measurement", *SHOWN_ROLES], rows, 2)
+    return Table(["attack", "measurement", *roles], rows, 2)
 
 
 def origins_table(audit: AuditReport) -> Table:
-    """Return the two checkpoints."""
-    found = {"protected": audit.context.checkpoint, "unprotected": audit.context.reference}
+    """Return the checkpoints that were compared."""
+    context = audit.context
+    found = {"protected": context.checkpoint, "unprotected": context.reference, **context.filtered}
     rows = [[role, *_origin(origin)] for role, origin in found.items() if origin]
     return Table(["model", "name", "method", "checkpoint"], rows, 4)
 

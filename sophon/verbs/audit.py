@@ -31,7 +31,8 @@ def audit(config: Config) -> None:
     first = next(iter(audits.values()))
     say_domains(first.original, *(audit.scene.restricted for audit in audits.values()), first.scene.benign)
     runners = {path: runner_of(audit, path) for path, audit in audits.items()}  # refuses before a folder is begun
-    for checkpoint, key in ((first.protected, "checkpoint"), (first.reference, "reference")):
+    given = [(first.protected, "checkpoint"), (first.reference, "reference")]
+    for checkpoint, key in (*given, *((each, "filtered") for each in first.filtered)):
         warn(doubt(first.scene.task, checkpoint.model, first.original, key))
     if len(parts) > 1 and exists(run_dir(config) / "run.json"):
         raise UserError(f"run_dir: '{run_dir(config)}' holds an audit of one domain; give another run_dir")

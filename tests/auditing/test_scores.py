@@ -15,7 +15,7 @@ from sophon.auditing.scores import (
     harm,
     score,
     sgrc,
-    signed_area,
+    signed_rfd,
     spread,
 )
 from tests.auditing.records import ACCURACY, MSE
@@ -110,6 +110,15 @@ def test_gap_closed_by_hand(roles, metric, value, ends, reason):
     assert found.reason == reason
 
 
+def test_removal_is_gap_closed_by_another_yardstick():
+    roles = three(of(70), of(80), of(10)) | {"filtered": of(60)}
+    assert gap_closed(roles, ACCURACY, "filtered").value == 0.5
+    assert gap_closed(three(of(70), of(80), of(10)), ACCURACY, "filtered").reason == "no result of filtered"
+    unclear = gap_closed(roles | {"filtered": of(79.5)}, ACCURACY, "filtered")
+    assert math.isnan(unclear.value)
+    assert unclear.reason == "unprotected is not clearly better than filtered"
+
+
 @given(
     st.tuples(*[st.floats(0, 100)] * 3),
     st.tuples(*[st.floats(0.01, 20)] * 3),
@@ -184,12 +193,16 @@ UNPROTECTED = curve((0, 10), (50, 60), (100, 60))
 @pytest.mark.parametrize(
     ("protected", "metric", "expected"),
     [
-        # Differences 0, 50, 30: (25 * 50 + 40 * 50) / 100.
-        (curve((0, 10), (50, 10), (100, 30)), ACCURACY, 32.5),
-        (curve((0, 10), (50, 10), (100, 30)), MSE, -32.5),
+        # Relative differences 0, 5 / 6 and 1 / 2: ((0 + 5 / 6) / 2 + (5 / 6 + 1 / 2) / 2) / 2.
+        (curve((0, 10), (50, 10), (100, 30)), ACCURACY, 100 * 13 / 24),
+        (curve((0, 10), (50, 10), (100, 30)), MSE, -100 * 13 / 24),
         (curve((0, 1)), ACCURACY, math.nan),
         (curve(), ACCURACY, math.nan),
     ],
 )
-def test_signed_area_by_hand(protected, metric, expected):
-    assert signed_area(protected, UNPROTECTED, metric) == pytest.approx(expected, nan_ok=True)
+def test_signed_rfd_by_hand(protected, metric, expected):
+    assert signed_rfd(protected, UNPROTECTED, metric) == pytest.approx(expected, nan_ok=True)
+
+
+def test_signed_rfd_of_nothing_is_not_known():
+    assert math.isnan(signed_rfd(UNPROTECTED, curve((0, 0), (100, 60)), ACCURACY))

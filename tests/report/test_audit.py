@@ -95,9 +95,22 @@ def test_sections_are_there_and_named_in_the_contents(written):
     assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == titles
 
 
+def test_a_filtered_model_is_shown_wherever_roles_are(tmp_path):
+    values = {"protected": 61.0, "unprotected": 80.0, "filtered": 60.0, "filtered_2": 50.0, "scratch": 40.0}
+    origins = {role: {"path": f"out/{role}", "sha256": "ef" * 32, "name": role} for role in ("filtered", "filtered_2")}
+    page, markdown = write(tmp_path, audit([attempt("a", *each) for each in values.items()], filtered=origins))
+    assert "filtered_2" in check(page)
+    cells = {title: dict(zip(*rows(markdown, title)[:2], strict=True)) for title in ("## Worst cases", "## Attacks")}
+    for found in cells.values():
+        assert found["R"] == "0.95 [0.95, 0.95]"
+        assert [found[role].split()[0] for role in values] == [f"{value:.1f}" for value in values.values()]
+    assert ["filtered_2", "filtered_2", "-", f"out/filtered_2; sha256 {'ef' * 32}"] in rows(markdown, "## To repeat")
+    assert "'filtered=[out/filtered,out/filtered_2]'" in markdown
+
+
 def test_column_heads_lead_to_their_definitions(written):
     page, _ = written
-    for term in ("gap closed", "exposure", "SGRC", "signed area", "harm", "judged"):
+    for term in ("gap closed", "exposure", "SGRC", "signed RFD", "harm", "judged"):
         anchor = "term-" + re.sub(r"\W+", "-", term.lower())
         assert f'<a href="#{anchor}">{term}</a>' in page
         assert f'<dt id="{anchor}">{term}</dt>' in page
@@ -110,9 +123,9 @@ def test_column_heads_lead_to_their_definitions(written):
          "58.0 [58.0, 58.0]; found", "0.30 [0.30, 0.30]", "weakened"]),
         ("## Worst cases", ["family surgery", "1", "both", "-", "50.0 [50.0, 50.0]; renormalised",
          "20.0 [20.0, 20.0]; renormalised", "-; no result of scratch", "cannot be judged"]),
-        ("## Attacks", ["`found`; winner: adam at 0.1, 100 steps", "seen", "9.4 %", "3.0", "44.0 [44.0, 44.0]",
+        ("## Attacks", ["`found`; winner: adam at 0.1, 100 steps", "seen", "9.4 %", "4.7 %", "44.0 [44.0, 44.0]",
          "64.0 [64.0, 64.0]", "58.0 [58.0, 58.0]", "0.30 [0.30, 0.30]"]),
-        ("## Attacks", ["`short`; adam at 0.1, 30 steps", "seen", "50.0 %", "15.0", "40.0 [40.0, 40.0]",
+        ("## Attacks", ["`short`; adam at 0.1, 30 steps", "seen", "50.0 %", "25.0 %", "40.0 [40.0, 40.0]",
          "60.0 [60.0, 60.0]", "30.0 [30.0, 30.0]; 1 diverged", "1.50 [1.50, 1.50]; worse than scratch"]),
         ("## Searches", ["`found`", "protected", "adam at 0.5", "tpe, 30 steps", "4", "1", "1", "3", "58.5"]),
         ("## Does", ["`long`", "120", "10.0 %", "0.30"]),
@@ -120,7 +133,7 @@ def test_column_heads_lead_to_their_definitions(written):
         ("What a mild attacker sees", ["fresh head, 0 steps", "curvature", "-", "1", "-"]),
         ("### Later, and from", ["kept head, 10 steps", "gradient", "3.3e+09", "1", "3.3e+09"]),
         ("Attacks that differ only by", ["`renormalised`", "`short`", "1.50", "-", "-"]),
-        ("## Benign", ["`short`", "-", "75.0 [75.0, 75.0]", "70.0 [70.0, 70.0]", "5.0 [5.0, 5.0]", "6.7 %"]),
+        ("## Benign", ["`short`", "-", "75.0 [75.0, 75.0]", "70.0 [70.0, 70.0]", "5.0 [5.0, 5.0]", "6.7 %", "3.3 %"]),
         ("## Controls", ["oracle: unprotected, 8.5 times the data", "`short`", "-", "75.0 [75.0, 75.0]", "-"]),
         ("left out, since", ["`lora`", r"it has \<no\> layers"]),
     ],

@@ -1,0 +1,82 @@
+"""Attacks beside others that differ from them in one thing: in length, or in surgery."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sophon.auditing.attack_scores import Attack
+from sophon.auditing.scores import NO_PROTECTION_BELOW, Gap
+
+# Surgery that takes scale away and leaves the function as it is. Resetting affine parameters does not: what an attack
+# loses by that says nothing about masking.
+UNDOING = ("renormalise",)
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Attacks that differ only in how long they last, from the shortest to the longest."""
+
+    attacks: list[str]
+    steps: list[int]
+    sgrc: list[float]
+    gap_closed: list[Gap]
+
+
+@dataclass(frozen=True)
+class Undone:
+    """An attack beside the same ``without`` the surgery ``operations``, which take scale away.
+
+    ``share`` is the part of the protection against the other that they undo: below 0 where they help the defender, NaN
+    where there is none to undo (less than `NO_PROTECTION_BELOW`) or a gap is not known.
+    """
+
+    attack: str
+    without: str
+    operations: list[dict[str, Any]]
+    gap_closed: float
+    gap_closed_without: float
+    share: float
+
+
+def _without(attack: Attack, *fields: str) -> str:
+    return json.dumps({key: value for key, value in attack.strategy.items() if key not in fields}, sort_keys=True)
+
+
+def decay_of(attacks: Iterable[Attack]) -> list[Decay]:
+    """Set attacks beside those that differ from them only in their number of steps."""
+    alike: dict[str, list[Attack]] = {}
+    for attack in sorted(attacks, key=lambda a: (a.strategy["steps"], a.attack)):
+        if not attack.trials:
+            alike.setdefault(_without(attack, "steps"), []).append(attack)
+    found = [
+        Decay(
+            [a.attack for a in group],
+            [a.strategy["steps"] for a in group],
+            [a.sgrc for a in group],
+            [a.gap_closed for a in group],
+        )
+        for group in alike.values()
+    ]
+    return sorted((each for each in found if len(set(each.steps)) > 1), key=lambda each: each.attacks)
+
+
+def undone_of(attacks: Iterable[Attack]) -> list[Undone]:
+    """Set attacks beside those that they differ from only by `UNDOING` surgery, in the order of names."""
+    parted = []
+    for attack in sorted((a for a in attacks if not a.trials), key=lambda a: a.attack):
+        surgery = attack.strategy["surgery"]
+        rest = [each for each in surgery if each["operation"] not in UNDOING]
+        operations = [each for each in surgery if each["operation"] in UNDOING]
+        parted.append((attack, operations, _without(attack, "surgery") + json.dumps(rest)))
+    plain = {key: attack for attack, operations, key in reversed(parted) if not operations}
+    pairs = []
+    for attack, operations, key in parted:
+        if operations and key in plain:
+            gap, without = attack.gap_closed.value, plain[key].gap_closed.value
+            share = 1 - gap / without if without >= NO_PROTECTION_BELOW else math.nan
+            pairs.append(Undone(attack.attack, plain[key].attack, operations, gap, without, share))
+    return pairs
