@@ -42,12 +42,12 @@ def test_dependencies_are_ranges_and_the_developers_versions_lie_in_them() -> No
     assert not [name for name in wanted.keys() & pinned.keys() if pinned[name] not in wanted[name]]
 
 
-def test_ci_runs_what_the_readme_says() -> None:
-    """The README's test command, and nothing else."""
+def test_ci_runs_what_contributors_run() -> None:
+    """The test command that contributors are told, and nothing else."""
     commands = [
         line
         for line in (ROOT / ".ci" / "run").read_text().splitlines()
         if line and not line.startswith(("#", "set", "cd"))
     ]
     assert commands == ["make test"]
-    assert "    make test  " in (ROOT / "README.md").read_text()
+    assert "    make test  " in (ROOT / "CONTRIBUTING.md").read_text()

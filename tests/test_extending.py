@@ -1,4 +1,4 @@
-"""Run the worked examples of ARCHITECTURE.md, "How to add".
+"""Run the worked examples of docs/extending.md.
 
 An example is a paragraph that begins in bold, with the code blocks up to the next such paragraph. A block with a
 comment ``# path/of/file.yaml`` among its lines becomes that file; the lines of a ``console`` block run in the same
@@ -22,7 +22,7 @@ import pytest
 
 from tests.cli_helpers import SMALL, image_folder, load, make, sophon
 
-GUIDE = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text().split("## How to add")[1]
+GUIDE = (Path(__file__).parents[1] / "docs/extending.md").read_text()
 EXAMPLES = {
     part.split("**")[1]: blocks
     for part in re.split(r"^(?=\*\*)", GUIDE, flags=re.MULTILINE)

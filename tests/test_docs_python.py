@@ -1,4 +1,4 @@
-"""README's examples for Python are run as they stand, at a size that takes seconds."""
+"""The examples for Python in README and docs/ are run as they stand, at a size that takes seconds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SmallNet(nn.Module):
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The blocks of README's section, in a folder with what they name."""
+    """The blocks of README and of docs/models.md, in a folder with what they name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sophon, "protect", partial(protect, settings=SMALL), raising=False)
@@ -53,8 +53,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "my_networks.py").write_text(NETWORK)
     for name in ("animals", "people"):
         image_folder(tmp_path / "data" / name)
-    section = (REPOSITORY / "README.md").read_text().split("### From Python")[1].split("\n### ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    pages = [(REPOSITORY / page).read_text() for page in ("README.md", "docs/models.md")]
+    return [re.search(r"```python\n(import sophon.*?)```", page, re.DOTALL)[1] for page in pages]
 
 
 def test_a_network_of_ones_own(small: list[str]) -> None:

@@ -1,0 +1,86 @@
+"""Commands in README, docs/ and experiments/ compose, links in them lead somewhere; scripts import what there is."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli_helpers import REPOSITORY, sophon
+
+SCRIPTS = sorted((REPOSITORY / "experiments").rglob("*.py"))
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("experiments/**/*.md")])
+
+
+def commands(page: Path) -> list[str]:
+    """Return the lines of code that run sophon, continued lines joined and shell variables put in."""
+    text = page.read_text().replace("\\\n", " ")
+    fenced = re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    indented = [line for line in text.splitlines() if line.startswith("    ")]
+    lines = [line.strip() for line in [*indented, *"".join(fenced).splitlines()]]
+    variables = {"seed": "0"}
+    for line in lines:
+        if match := re.fullmatch(r'(\w+)="?([^"]*)"?', line):
+            variables[match[1]] = match[2]
+    expanded = [re.sub(r"\$(\w+)", lambda found: variables.get(found[1], found[0]), line) for line in lines]
+    return [line for line in expanded if line.startswith("sophon ")]
+
+
+# those of docs/extending.md are run as they stand: tests/test_extending.py
+COMMANDS = [(page, command) for page in PAGES if page.name != "extending.md" for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[str(page.relative_to(REPOSITORY)) for page, _ in COMMANDS])
+def test_a_command_composes(page: Path, command: str) -> None:
+    if "report compare" in command or "--multirun" in command:
+        pytest.skip("has no single configuration to compose")
+    result = sophon(REPOSITORY, *shlex.split(command, comments=True)[1:], "--cfg", "job")
+    assert result.code == 0, result.err
+
+
+def test_there_are_commands_to_compose() -> None:
+    assert len(COMMANDS) > 20
+    assert {"README.md", "quickstart.md", "audit.md"} <= {page.name for page, _ in COMMANDS}
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that a page's headings have in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    assert text.count("\n") <= 150
+    assert not [page for page in REPOSITORY.glob("docs/*.md") if f"(docs/{page.name})" not in text]
+
+
+def test_every_method_and_stage_has_its_paragraph() -> None:
+    text = (REPOSITORY / "docs/methods.md").read_text()
+    assert not [path.stem for path in (REPOSITORY / "conf/method").glob("*.yaml") if f"**`{path.stem}`**" not in text]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    import sophon as package
+
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == package.__version__
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
+def test_a_script_imports_what_there_is(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    assert runpy.run_path(str(script), run_name="imported")["__doc__"]
