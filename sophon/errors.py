@@ -1,4 +1,4 @@
-"""The two ways in which a run ends badly on purpose; the command line turns them into one line and an exit code."""
+"""The ways in which a run ends badly on purpose; the command line turns them into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class UserError(Exception):
 
 class GuardError(Exception):
     """No checkpoint keeps the original domain within the guard's tolerance. Exit code 3."""
+
+
+class GateError(Exception):
+    """An audit is done, and does not come to what was asked for. Exit code 4."""
 
 
 def choose(key: str, value: str, allowed: Iterable[object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,13 @@ def test_a_sweep_runs_every_value_in_a_folder_of_its_own(made: Path, tmp_path: P
     digests = [weights_sha256(tmp_path / RUNS.with_name(f"seed{seed}") / "pretrain/checkpoint") for seed in (0, 1)]
     assert digests[0] == weights_sha256(made / RUNS / "pretrain" / "checkpoint")
     assert digests[0] != digests[1]
+
+
+def test_an_audit_that_does_not_come_to_what_is_asked_ends_with_4(audited: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(audited, tmp_path / "copied"))
+    for verb in (AUDIT, ("report", f"run_dir={RUNS}/audit")):
+        message = refusal(sophon(copied, *verb, "gate.worst_case=1000", "gate.intactness=100"), 4)
+        assert message.startswith("gate.worst_case: gap closed ")
+        assert "gate.intactness" not in message
+        result = sophon(copied, *verb, "gate.intactness=100")
+        assert result.code == 0, result

@@ -28,7 +28,7 @@ from sophon.cli.messages import one_line
 from sophon.cli.next import next_steps
 from sophon.config import ComposedConfig, Config
 from sophon.config.keys import keys
-from sophon.errors import GuardError, UserError, likely
+from sophon.errors import GateError, GuardError, UserError, likely
 from sophon.paths import unexpected
 from sophon.streams import make_unfailing
 from sophon.validation import from_omegaconf
@@ -53,7 +53,7 @@ def _run(config: DictConfig) -> None:
         _finished.append((typed, closing))
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             _warn(closing)
-    except (UserError, GuardError, OSError, KeyboardInterrupt) as error:
+    except (UserError, GuardError, GateError, OSError, KeyboardInterrupt) as error:
         # Hydra prints lines of its own about an exception that passes through it; in a sweep they say which job failed
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
@@ -122,6 +122,8 @@ def _command(verb: str, arguments: list[str]) -> int:
         return _fail(one_line(error, searched), 2)
     except GuardError as error:
         return _fail(str(error), 3)
+    except GateError as error:
+        return _fail(str(error), 4)
     except OSError as error:
         return _fail(unexpected(error), 2)
     except KeyboardInterrupt:

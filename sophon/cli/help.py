@@ -36,8 +36,8 @@ Folders default to runs/<name>/seed<seed>/<verb>. Every key of the configuration
   sophon VERB ... --multirun  one run for each of several values, as in seed=0,1,2
   sophon --completion bash    completion of verbs, groups, keys and their values: eval "$(sophon --completion bash)"
 
-Exit codes: 0 done; 2 the input is wrong; 3 no checkpoint satisfies the guard; 130 interrupted (a protect or an audit
-goes on with the same command).
+Exit codes: 0 done; 2 the input is wrong; 3 no checkpoint satisfies the guard; 4 an audit does not come to what
+`gate.*` asks for; 130 interrupted (a protect or an audit goes on with the same command).
 """
 # Words for `--help` that are no key themselves, and the keys that they stand for.
 _WORDS = {"strategy": f"attack.strategies.{ANY}", "run": ""}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import MISSING
 
 from sophon.attacker import FineTuneStrategy
-from sophon.config.attack import AttackConfig, MaskingConfig, SearchConfig
+from sophon.config.attack import AttackConfig, GateConfig, MaskingConfig, SearchConfig
 from sophon.config.domains import ComposedDomains, DomainConfig, DomainsConfig
 from sophon.config.protection import GuardConfig, MethodConfig
 from sophon.errors import UserError
@@ -23,6 +23,7 @@ __all__ = [
     "Config",
     "DomainConfig",
     "DomainsConfig",
+    "GateConfig",
     "GuardConfig",
     "MaskingConfig",
     "MethodConfig",
@@ -157,6 +158,7 @@ class Config:
         sampler: the attackers that ``protect`` simulates.
         guard: how much of the original work may be lost.
         attack: what ``audit`` runs.
+        gate: what an audit has to come to.
         tracking: where a run reports to.
     """
 
@@ -183,6 +185,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def validate(self, key: str) -> None:

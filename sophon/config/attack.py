@@ -65,6 +65,20 @@ class MaskingConfig:
 
 
 @dataclass
+class GateConfig:
+    """What an audit has to come to, for scripts: else ``audit`` and ``report`` end with exit code 4. Null asks nothing.
+
+    Attributes:
+        worst_case: least gap closed of the worst case, as in 0.9; one that cannot be judged is not enough.
+        intactness: greatest loss on the original domain's test split: points of a percentage, else percent of the
+            value before.
+    """
+
+    worst_case: float | None = None
+    intactness: float | None = limited(None, ge=0)
+
+
+@dataclass
 class AttackConfig:
     """What the audit runs.
 

@@ -9,14 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
 from sophon.models.adapter import Card
-from sophon.models.common import check_input
+from sophon.models.common import check_input, outline
 from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import find_weights, load_state, read_state
@@ -107,8 +106,7 @@ class ClassifierAdapter:
     @cached_property
     def head(self) -> str:
         """The dotted name of the last linear layer, such as ``fc`` or ``head.fc.fc2``."""
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return self.head_of(self.built())
+        return self.head_of(outline(self.built))
 
     def head_of(self, model: nn.Module) -> str:
         """Return the name of a model's head, and make sure that it is one linear layer."""

@@ -59,6 +59,20 @@ def constructed(spec: ModelSpec, create: Callable[..., nn.Module], arguments: Ma
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+def outline(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model for its structure alone: without memory for weights, where its constructor allows that.
+
+    Some constructors compute with tensors, as RegNet's does with its widths: those are built whole. Torch's global
+    generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build()
+        except (UserError, NotImplementedError, RuntimeError):
+            return build()
+
+
 def misfit(spec: ModelSpec, error: Exception) -> UserError:
     """Say in one line that ``model_args`` do not make the architecture."""
     return UserError(f"model.model_args: {dict(spec.model_args)} does not fit '{spec.architecture}': {one_line(error)}")

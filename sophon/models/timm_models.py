@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import hf_hub_download
 from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
@@ -19,7 +18,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError, one_line
 from sophon.files import read_json, write_json
 from sophon.models.classifier import ClassifierAdapter
-from sophon.models.common import constructed, unknown_architecture
+from sophon.models.common import constructed, outline, unknown_architecture
 from sophon.models.spec import ModelSpec
 from sophon.tensor_files import write_tensors
 
@@ -151,8 +150,7 @@ def _without_restatements(config: ModelConfig) -> ModelConfig:
     """
     restated = ("global_pool", "img_size")
     fewer = {name: value for name, value in config.model_args.items() if name not in restated}
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        module = TimmAdapter.from_config(replace(config, model_args=fewer), ("any",)).built()
+    module = outline(TimmAdapter.from_config(replace(config, model_args=fewer), ("any",)).built)
     written = _plain(get_model_args(module))
     same = all(written.get(name) == _plain(config.model_args).get(name, written.get(name)) for name in restated)
     return replace(config, model_args=fewer) if same else config

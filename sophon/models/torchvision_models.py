@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
-import torch
 import torchvision
 from torch import nn
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models.classifier import ClassifierAdapter
-from sophon.models.common import constructed, require, unknown_architecture
+from sophon.models.common import constructed, outline, require, unknown_architecture
 from sophon.models.spec import ModelSpec
 
 _LOADING = """\
@@ -51,9 +51,8 @@ class TorchvisionAdapter(ClassifierAdapter):
         for name in _names():
             build = torchvision.models.get_model_builder(name)
             if build.__annotations__.get("return") in (type(module), type(module).__name__):
-                with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                    same = repr(build(weights=None, num_classes=count)) == repr(module)
-                if same:
+                outlined = outline(partial(build, weights=None, num_classes=count))
+                if repr(outlined) == repr(module):
                     facts.setdefault("classes", tuple(map(str, range(count))))
                     return ModelSpec(**{"library": cls.library, "architecture": name, "channels": 3, **facts})
         return None

@@ -14,7 +14,7 @@ from sophon.config import Config
 from sophon.errors import UserError
 from sophon.paths import exists, is_folder
 from sophon.run_folder import owned, run_folder
-from sophon.verbs.report import compare_domains, say_found
+from sophon.verbs.report import compare_domains, require, say_found
 
 
 def audit(config: Config) -> None:
@@ -41,9 +41,11 @@ def audit(config: Config) -> None:
             ownership.enter_context(owned(run_dir(config), _shard(config)))
         for path in parts:
             ownership.enter_context(run_folder(path, "audit", identity_of(audits[path]), _shard(config)))
-        found = {path: _audit(audits[path], runners[path]) for path in parts}
-        if len(parts) > 1 and config.attack.shards == 1:
-            compare_domains(run_dir(config), {path: each.found for path, each in found.items() if each})
+        ended = {path: _audit(audits[path], runners[path]) for path in parts}
+        found = {path: each.found for path, each in ended.items() if each}  # none of a shard
+        if len(parts) > 1 and found:
+            compare_domains(run_dir(config), found)
+    require(config, found)
 
 
 def _shard(config: Config) -> str:

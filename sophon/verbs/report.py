@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sophon.api.common import default, required
 from sophon.config import Config
-from sophon.errors import UserError
+from sophon.errors import GateError, UserError
 from sophon.paths import entries, exists
 from sophon.run_folder import owned
 
@@ -28,6 +28,18 @@ def report(config: Config) -> None:
         audits = {each: _render(each) for each in parts}
         if several:
             compare_domains(folder, audits)
+    require(config, audits)
+
+
+def require(config: Config, audits: Mapping[Path, AuditReport]) -> None:
+    """Raise a `GateError` that says in one line which audit does not come to what ``config.gate`` asks for."""
+    from sophon.auditing.gate import failures
+
+    missed = {path: failures(config.gate, found) for path, found in audits.items()}
+    several = len(audits) > 1
+    lines = [f"{path.name}: {each}" if several else each for path, them in missed.items() for each in them]
+    if lines:
+        raise GateError("; ".join(lines))
 
 
 def _render(folder: Path) -> AuditReport:

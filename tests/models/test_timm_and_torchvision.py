@@ -160,3 +160,10 @@ def test_a_fresh_head_initialises_itself_as_a_linear_layer_does() -> None:
     assert torch.equal(model.fc.weight, expected.weight)
     assert torch.equal(model.fc.bias, expected.bias)
     assert model.num_classes == 3
+
+
+def test_a_constructor_that_computes_with_tensors_is_built_whole() -> None:
+    spec = ModelSpec("torchvision", "regnet_y_400mf", ("a", "b"), 3, 32, (0.5,) * 3, (0.5,) * 3)
+    before = torch.get_rng_state()
+    assert adapter_of(spec).head == "fc"
+    assert torch.equal(torch.get_rng_state(), before)
