@@ -11,10 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sophon.auditing.runner import Runner
 from sophon.errors import UserError
 from sophon.tracking import Tracker
+
+if TYPE_CHECKING:
+    from sophon.auditing.runner import Runner
 
 
 def run_jobs(runner: Runner, make: Callable[[], Runner], workers: int, tracker: Tracker) -> None:

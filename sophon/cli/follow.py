@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,23 +23,34 @@ _STARTS_FROM = {
 }
 
 
-def following(overrides: Sequence[str], searched: Sequence[str]) -> list[str]:
-    """Return the group choices that follow from the run's model where neither the command nor its files chose.
+def following(overrides: Sequence[str], searched: Sequence[str]) -> tuple[list[str], DictConfig]:
+    """Add the group choices that follow from the run's model where neither the command nor its files chose.
 
     Args:
         overrides: of one run, as Hydra takes them.
         searched: folders of configuration groups besides the shipped ones.
+
+    Returns:
+        The overrides with those choices, and what they compose to, Hydra's own part included.
     """
-    chosen = named(overrides)
-    if {"task", "task.name"} & chosen:
-        return []
     folders = json.dumps([f"file://{Path(each).resolve()}" for each in searched])
-    # what does not resolve is refused where it is run
-    with suppress(OmegaConfBaseException), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("config", [*overrides, f"hydra.searchpath={folders}"], return_hydra_config=True)
-        choices = config.hydra.runtime.choices
-        usual = USUAL["classification"]
-        if choices["task"] == usual["task"] and _is_denoiser(config):
+
+    def composed(overrides: Sequence[str]) -> DictConfig:
+        config: DictConfig = compose("config", [*overrides, f"hydra.searchpath={folders}"], return_hydra_config=True)
+        return config
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = composed(overrides)
+        choices = _choices(config, named(overrides))
+        if choices:
+            config = composed([*choices, *overrides])
+    return [*choices, *overrides], config
+
+
+def _choices(config: DictConfig, chosen: Set[str]) -> list[str]:
+    choices, usual = config.hydra.runtime.choices, USUAL["classification"]
+    with suppress(OmegaConfBaseException):  # what does not resolve is refused where it is run
+        if not {"task", "task.name"} & chosen and choices["task"] == usual["task"] and _is_denoiser(config):
             kept = {group for group, choice in usual.items() if choices[group] == choice} - chosen
             return [f"{group}={choice}" for group, choice in USUAL["denoising"].items() if group in kept]
     return []

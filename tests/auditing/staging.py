@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from sophon.attacker import FineTuneStrategy, Operation
@@ -22,7 +17,6 @@ from sophon.auditing.runner import Runner
 from sophon.auditing.workers import run_jobs
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain
-from sophon.errors import UserError
 from sophon.sampler import SamplerConfig, StrategySampler
 from sophon.tracking import Tracker
 from tests.tiny import tiny_bands, tiny_model, tiny_spec, tiny_task
@@ -102,39 +96,3 @@ def without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
         return connection
 
     monkeypatch.setattr(sqlite3, "connect", connect_without_sync)
-
-
-class Troubled(Runner):
-    """Has trouble with an attack of that name."""
-
-    trouble: Callable[[], None]
-
-    def run(self, path: Path, on_trial: Callable[[str], None] = lambda note: None) -> str:
-        if path.name.startswith("trouble-"):
-            self.trouble()
-        return super().run(path, on_trial)
-
-
-def die() -> None:
-    os._exit(3)
-
-
-def refuse() -> None:
-    raise UserError("attack.strategies.trouble: refused")
-
-
-def wait() -> None:
-    print("waiting", flush=True)
-    time.sleep(600)
-
-
-def in_worker(folder: Path, config: AttackConfig, trouble: Callable[[], None]) -> Runner:
-    torch.set_num_threads(1)
-    made = Troubled(scene(benign=BENIGN), config, 0, folder)
-    made.trouble = trouble
-    return made
-
-
-def maker(folder: Path, config: AttackConfig, trouble: Callable[[], None] = refuse) -> partial[Runner]:
-    """Return what makes the runner again in a worker."""
-    return partial(in_worker, folder, config, trouble)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sophon import attacker
 from sophon.domains import AUGMENTATIONS, Batch, ImageSet, MemoryImages, batch_indices, batches, evaluation_batches
 from sophon.errors import UserError
 
@@ -67,6 +68,10 @@ def test_evaluation_gives_each_image_once_in_order() -> None:
     assert torch.equal(torch.cat([batch.labels for batch in seen]), images.labels)
     with pytest.raises(ValueError, match="must be >= 1"):
         evaluation_batches(images, 0)
+
+
+def test_augmentations_are_those_that_attackers_choose_from() -> None:
+    assert tuple(AUGMENTATIONS) == attacker.AUGMENTATIONS
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
