@@ -15,6 +15,17 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def seed_torch(seed: int) -> None:
+    """Seed torch's global generators: the CPU's, and those of CUDA devices that are in use.
+
+    As `torch.manual_seed`, which without a CUDA device notes a traceback for every kind of device and so takes longer
+    than some of the steps that are seeded by it.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 def seed_all(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (every device)."""
     random.seed(seed)

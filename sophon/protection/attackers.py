@@ -13,7 +13,7 @@ from sophon.domains import Batch, batches
 from sophon.protection.context import Context
 from sophon.protection.first_order import first_order
 from sophon.protection.starts import Factors, start
-from sophon.seeds import derive_seed
+from sophon.seeds import derive_seed, seed_torch
 from sophon.surgery import Means
 
 
@@ -47,7 +47,7 @@ class Attackers:
         self._own = []
         if heads - {"kept"}:
             for index, domain in enumerate(self.restricted):
-                torch.manual_seed(derive_seed(self.seed, "probed head", *([index] if index else [])))
+                seed_torch(derive_seed(self.seed, "probed head", *([index] if index else [])))
                 self._own.append(copy.deepcopy(model))
                 task.start_head(self._own[-1], "fresh", domain.classes)
         self.probed: list[dict[str, Tensor]] = [self._head(other) for other in self._own]
@@ -97,7 +97,7 @@ class Attackers:
     def refresh_probe(self, domain: int, *key: object) -> None:
         """Fit the defender's head of a domain to the features as they are; ``key`` and the seed decide the draws."""
         seed = derive_seed(self.seed, "probe", domain, *key)
-        torch.manual_seed(seed)
+        seed_torch(seed)
         generator = torch.Generator().manual_seed(seed)
         probe = FineTuneStrategy(
             optimizer="adam",

@@ -51,7 +51,6 @@ def first_order(
     if past is not None:
         done = past.steps
         restore_optimizer(optimizer, past.optimizer_state)
-        _lay_out(optimizer)
     total = _Total(attacker, trainable, objectives)
     way = _Way(trainable, gammas, begun=past is None, remembers=any(each.remembers for each in objectives))
     query_losses, attacker_losses = [], []
@@ -143,14 +142,6 @@ class _Total:
     def _attend(self, queried: bool) -> None:
         for parameter in self.rest:
             parameter.requires_grad = queried
-
-
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer's state lie in memory as its parameters do; from a file it comes contiguous."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.stride() != parameter.stride() and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrategy, step: int) -> float:

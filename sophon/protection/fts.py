@@ -19,10 +19,11 @@ from sophon.protection.context import Context
 from sophon.protection.curriculum import Curriculum
 from sophon.protection.first_order import PLAIN, first_order
 from sophon.protection.inner_loop import Objective, Past, Simulation, query_weights
+from sophon.protection.optimizer_state import defenders_adam, set_gradient
 from sophon.protection.pool import Member, Pool
 from sophon.protection.second_order import second_order
 from sophon.protection.starts import Factors
-from sophon.seeds import derive_seed
+from sophon.seeds import derive_seed, seed_torch
 
 ENGINES: dict[str, Callable[..., Simulation]] = {"first_order": first_order, "second_order": second_order}
 
@@ -100,7 +101,7 @@ class FTS:
         self.config = context.method
         self.seed = context.seed
         self.ranks = context.ranks
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.fts_lr)
+        self.optimizer = defenders_adam(self.model.parameters(), self.config.fts_lr)
         self.attackers = Attackers(context)
         self.curriculum = Curriculum(context.sampler, self.config)
         self._engine = engine_of(self.config, objectives)
@@ -143,9 +144,10 @@ class FTS:
         """Take the Adam step on the mean of what ``count`` attackers teach; return its norm, before clipping."""
         parameters = dict(self.model.named_parameters())
         for (name, parameter), summed in zip(parameters.items(), sums, strict=True):
-            parameter.grad = summed / count
+            gradient = summed / count
             if anchor is not None:
-                parameter.grad.add_(anchor[name], alpha=self.config.fts_original_weight)
+                gradient.add_(anchor[name], alpha=self.config.fts_original_weight)
+            set_gradient(parameter, gradient)
         limit = self.config.fts_max_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), math.inf if limit is None else limit)
         self.optimizer.param_groups[0]["lr"] = self.config.fts_lr * factor
@@ -180,7 +182,7 @@ class FTS:
 
     def _simulate(self, turn: _Turn) -> tuple[dict[str, Tensor], Simulation]:
         """Simulate an attacker's turn: in a pool a chunk of its steps, else all; return what it teaches."""
-        torch.manual_seed(turn.seed)
+        seed_torch(turn.seed)
         strategy, past = turn.strategy, None
         if turn.member is None:
             attacker, factors = self.attackers.begin(strategy, turn.domain, turn.generator)

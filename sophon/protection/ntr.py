@@ -12,7 +12,8 @@ from sophon.domains import Batch, batches
 from sophon.errors import UserError
 from sophon.protection.context import Context
 from sophon.protection.inner_loop import Objective
-from sophon.seeds import derive_seed
+from sophon.protection.optimizer_state import defenders_adam, set_gradient
+from sophon.seeds import derive_seed, seed_torch
 
 
 class NTR:
@@ -31,7 +32,7 @@ class NTR:
         self.context = context
         self.model = context.model
         self.objectives = objectives
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=context.method.ntr_lr)
+        self.optimizer = defenders_adam(self.model.parameters(), context.method.ntr_lr)
 
     def run(self, steps: int, *key: object, factor: float = 1.0, anneal: bool = False) -> float:
         """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
@@ -52,7 +53,7 @@ class NTR:
             self.optimizer.param_groups[0]["lr"] = self.context.method.ntr_lr * factor * annealed
             loss, gradients = self._gradients(stream, parameters)
             for name, parameter in parameters.items():
-                parameter.grad = gradients[name]
+                set_gradient(parameter, gradients[name])
             self.optimizer.step()
             total += loss
         return total / max(1, steps)
@@ -70,7 +71,7 @@ class NTR:
 
     def _begin(self, key: tuple[object, ...]) -> tuple[Iterator[Batch], dict[str, nn.Parameter]]:
         seed, rank, method = self.context.seed, self.context.ranks.rank, self.context.method
-        torch.manual_seed(derive_seed(seed, "ntr", "noise and dropout", *key, *(("rank", rank) if rank else ())))
+        seed_torch(derive_seed(seed, "ntr", "noise and dropout", *key, *(("rank", rank) if rank else ())))
         generator = torch.Generator().manual_seed(derive_seed(seed, "ntr", *key))
         stream = batches(self.context.original["train"], method.ntr_batch_size, generator, method.ntr_augmentation)
         return stream, self.context.task.train_mode(self.model, "all")

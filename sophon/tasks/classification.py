@@ -177,7 +177,8 @@ class ClassificationTask:
         Raises:
             UserError: ``scope`` is one that the model does not have, or it has fewer ``blocks``.
         """
-        choose("scope", scope, [name for name in SCOPES if name != "attention" or attention(model)])
+        known = scope != "attention" or attention(model)
+        choose("scope", scope, SCOPES if known else [name for name in SCOPES if name != scope])
         names = within_scope(self, model, scope, blocks) | self.head_names(model)
         model.train(scope != "head")
         if scope == "head":
