@@ -22,7 +22,7 @@ def seed_torch(seed: int) -> None:
     than some of the steps that are seeded by it.
     """
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
 
 
