@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -64,6 +64,35 @@ def check_pretraining(
                     f"reference: it was trained on another split of {domain.name}, and so perhaps on the attacker's "
                     "images; give domain.restricted as pretrain had it"
                 )
+
+
+def information_path(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return in a sentence or two how what the reference held of the restricted domains can have reached the weights.
+
+    Args:
+        stages: by name, in their order, the fields of `sophon.protection.stage.Information`.
+    """
+    names = list(stages)
+    fresh = [place for place, name in enumerate(names) if stages[name]["start"] == "fresh"]
+    if not fresh:
+        return (
+            "The released weights descend from the unprotected model's, and nothing bounds what they still hold of the "
+            "restricted domain."
+        )
+    later = names[fresh[-1] :]
+    reads = " and ".join(dict.fromkeys(word for name in later for word in stages[name]["original"]))
+    sentence = f"The released weights began as random ones in the stage {later[0]} and were trained on original {reads}"
+    readers = [name for name in later if stages[name]["restricted"]]
+    if readers:
+        return (
+            f"{sentence}, and on restricted images in the stage {' and '.join(readers)}: what they hold of the "
+            "restricted domain went through a teacher's outputs on original images, or through those."
+        )
+    return (
+        f"{sentence} alone: what they hold of the restricted domain went through a teacher's outputs on original "
+        "images. That bounds the way, not the amount: an attacker gains no more than from that teacher as a black box "
+        "on original images."
+    )
 
 
 def both_splits(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> dict[str, float]:

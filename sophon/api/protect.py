@@ -19,7 +19,7 @@ from sophon.api.common import (
     task_of,
     with_pseudo_labels,
 )
-from sophon.api.manifests import both_splits, hashes_of, manifest_of
+from sophon.api.manifests import both_splits, hashes_of, information_path, manifest_of
 from sophon.api.results import Protected
 from sophon.config import Config, GuardConfig, keyed, plain
 from sophon.domains import LoadedDomain
@@ -78,7 +78,7 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
         **hashes_of(original, restricted),
     }
     first, sampler, model = plan[0], StrategySampler(config.sampler), reference.model
-    context = Context(model, model, first.task, original, restricted, sampler, first.method, config.seed, ranks)
+    context = Context(model, model, model, first.task, original, restricted, sampler, first.method, config.seed, ranks)
     for planned in plan:
         require_float32(planned.stage.float32, planned.task)
         planned.stage.check(replace(context, task=planned.task, method=planned.method))
@@ -141,7 +141,12 @@ def _measured(protection: Protection, model: nn.Module, at: Position) -> Protect
     before = both_splits(context.task, reference.model, context.original, "reference")
     after = both_splits(context.task, model, context.original, "method.fts_lr")
     guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
-    stages = {planned.name: planned.stage for planned in protection.plan}
+    done = _entered(protection.plan, at)
+    stages = {planned.name: planned.stage for planned in done}
+    information = {
+        planned.name: asdict(planned.stage.information(replace(context, method=planned.method, task=planned.task)))
+        for planned in done
+    }
     general = manifest_of(
         as_loaded(config, reference.spec), "protect", reference.sha256, context.original, context.restricted
     )
@@ -149,8 +154,10 @@ def _measured(protection: Protection, model: nn.Module, at: Position) -> Protect
         **general,
         "method": asdict(config.method),
         "stages": [
-            {"name": name, "summary": stage.summary, "limits": list(stage.limits)} for name, stage in stages.items()
+            {"name": name, "summary": stage.summary, "limits": list(stage.limits), "information": information[name]}
+            for name, stage in stages.items()
         ],
+        "information": information_path(information),
         "float32": any(stage.float32 for stage in stages.values()),
         # where nobody was simulated, nobody was seen
         "sampler_support": context.sampler.support() if any(s.simulates for s in stages.values()) else None,
@@ -158,6 +165,12 @@ def _measured(protection: Protection, model: nn.Module, at: Position) -> Protect
         "history": {"rounds": at.round, "good_round": at.good_round, "rollbacks": at.rollbacks},
     }
     return Protected(model.eval(), at.history, manifest, protection)
+
+
+def _entered(plan: Sequence[Planned], at: Position) -> list[Planned]:
+    """Return the stages that the released state went through: those that began before the round that it is of."""
+    starts = [0, *at.ends]
+    return [planned for planned, start in zip(plan, starts, strict=False) if at.good_round > start]
 
 
 def lost_on_test(guard: GuardConfig, task: Task, before: float, after: float) -> str | None:

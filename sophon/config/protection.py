@@ -20,7 +20,8 @@ class MethodConfig:
         name: what manifests and reports call the method.
         stages: the stages of the protection in their order, by name; empty for ``alternate`` alone. An entry holds the
             stage's own settings, keys of the method that are others for this stage (``rounds``, say), and, where its
-            name does not say it, which ``stage`` it is: one of `sophon.stages.STAGES`, or a dotted path.
+            name does not say it, which ``stage`` it is: one of `sophon.stages.STAGES`, or a dotted path. null leaves
+            one out.
         objectives: what is asked at an attacker's queries, by name with settings: `sophon.protection.objectives`, or
             ``objective`` with a dotted path. The first one's loss is recorded; null leaves one out. All but plain
             ``suppression`` need the engine ``first_order``.

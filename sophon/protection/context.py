@@ -23,6 +23,8 @@ class Context:
         model: at first what the stage before has released; trained in place. A stage may put another one here while it
             prepares.
         reference: the unprotected model.
+        teacher: whose answers are learnt where the weights have lost them: at first the reference, then what the last
+            stage before this one has released within the tolerance.
         task: the model kind, with the losses that the method names.
         original: domain with ``train`` and ``val``.
         restricted: the domains, one or more, each with ``adapt`` and ``query``.
@@ -36,6 +38,7 @@ class Context:
 
     model: nn.Module
     reference: nn.Module
+    teacher: nn.Module
     task: Task
     original: LoadedDomain
     restricted: Sequence[LoadedDomain]

@@ -48,17 +48,18 @@ class Guard:
             raise UserError("guard.relative: the reference's value on val is 0; give an absolute tolerance")
         return before
 
-    def check(self, stage: Stage, context: Context, done: int) -> dict[str, Any]:
+    def check(self, stage: Stage, context: Context, done: int, *, lenient: bool = False) -> dict[str, Any]:
         """Look at ``val``: keep the state if it is within tolerance, else repair it, else go back to the good one.
 
         Args:
             stage: repairs by NTR; told of a roll-back.
             context: its model is looked at.
             done: rounds of the stage so far.
+            lenient: let a breach pass; the state is not kept.
         """
         value, loss = self._measure(context.model)
         # a metric that is NaN is within no tolerance
-        repaired = not loss <= self.config.tolerance and self.config.repair_steps > 0
+        repaired = not (lenient or loss <= self.config.tolerance) and self.config.repair_steps > 0
         if repaired:
             stage.ntr.run(self.config.repair_steps, done, "repair", anneal=True)
             stage.project()
@@ -67,7 +68,7 @@ class Guard:
         if accepted:
             self.good = copied(context.model.state_dict())
             self.at.good_round, self.at.good, self.at.breaches = self.at.round, value, 0
-        else:
+        elif not lenient:
             self.at.breaches += 1
             if self.at.breaches > self.config.patience:
                 self._roll_back(stage, context)
@@ -80,7 +81,7 @@ class Guard:
             unit = " %" if self.config.relative else ""
             raise GuardError(
                 f"guard.tolerance: no round kept {self._task.metric.name} on val within {self.config.tolerance}{unit} "
-                f"of {self.at.before:.4g}; raise it, lower method.fts_lr or give NTR more steps"
+                f"of {self.at.before:.4g}; raise it, lower method.fts_lr or give NTR more steps or rounds"
             )
 
     def _measure(self, model: nn.Module) -> tuple[float, float]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from sophon.config import GuardConfig, MethodConfig
 from sophon.protection.context import Context
@@ -63,7 +63,6 @@ class Runner:
         self.tracker = tracker
         self.folder = folder
         self.profile = profile and context.ranks.rank == 0
-        self.ends = list(accumulate(planned.method.rounds for planned in plan))
         self.seed = context.seed
         self.context = replace(context, say=tracker.say)
         self.guard = Guard(guard, self.context)
@@ -71,7 +70,8 @@ class Runner:
             self._resume()
         else:
             before = self.guard.reference(context.reference)
-            self._begin(Position(before, before, 0), copy.deepcopy(context.reference))
+            ends = list(accumulate(planned.method.rounds for planned in plan))
+            self._begin(Position(before, before, 0, ends), context.reference, context.reference)
 
     def run(self) -> nn.Module:
         """Run the stages to their end; return the last one's release of the last state that the guard accepted.
@@ -81,7 +81,7 @@ class Runner:
             UserError: a loss stopped being finite; the state of the last guard check is kept.
             KeyboardInterrupt: on SIGINT or SIGTERM to any rank, after the round in progress was finished and saved.
         """
-        rounds, left = self.ends[-1], self.ends[-1] - self.at.round
+        rounds, left = self.at.ends[-1], self.at.ends[-1] - self.at.round
         if self.at.round:
             self.tracker.say(f"going on after round {self.at.round}")
         with (
@@ -90,20 +90,23 @@ class Runner:
             profiled(self.folder, left, self.tracker.say) if self.profile and left else nullcontext() as round_done,
         ):
             while True:
-                while self.at.round < self.ends[self.at.stage]:
+                while self.at.round < self.at.ends[self.at.stage]:
                     stopping = self._round(stop)
                     advance(self._shown())
                     if round_done:
                         round_done()
-                    if stopping and self.at.round < rounds:
+                    if stopping and self.at.round < self.at.ends[-1]:
                         raise KeyboardInterrupt
-                self.guard.require_acceptance(self._started())
-                released = self.released()
-                if self.at.round == rounds:
+                if self._damages():
+                    released, teacher = self.stage.release(self.context), self.context.teacher
+                else:
+                    self.guard.require_acceptance(self._started())
+                    released = teacher = self.released()
+                if self.at.round == self.at.ends[-1]:
                     return released
-                at = replace(self.at, stage=self.at.stage + 1, breaches=0)
+                at = replace(self.at, stage=self.at.stage + 1, breaches=0, whole=teacher is released)
                 self.context.ranks.broadcast(released.state_dict())  # unlike hardware differs in the last bits
-                self._begin(at, released)
+                self._begin(at, released, teacher)
 
     def released(self) -> nn.Module:
         """Return the present stage's release of the last state that the guard accepted.
@@ -111,9 +114,9 @@ class Runner:
         Raises:
             GuardError: there is none, or the stage cannot release it.
         """
-        if self.at.good_round <= self._started() and self.start is not None:
+        if self.at.good_round <= self._started() and self.start is not None and self.at.whole:
             return self.start  # what the stage before has released
-        self.guard.require_acceptance(0)
+        self.guard.require_acceptance(0 if self.at.whole else self._started())
         self.context.model.load_state_dict(self.guard.good)
         return self.stage.release(self.context)
 
@@ -134,6 +137,7 @@ class Runner:
             "model": self.context.model.state_dict(),
             "good": self.guard.good,
             "start": {} if self.start is None else self.start.state_dict(),
+            "teacher": {} if self.at.whole else self.context.teacher.state_dict(),
             "stage": remembered.tensors,
         }
         state = State(self.at, tensors, remembered.data)
@@ -141,7 +145,11 @@ class Runner:
 
     def _started(self) -> int:
         """Return the rounds of earlier stages."""
-        return ([0, *self.ends])[self.at.stage]
+        return ([0, *self.at.ends])[self.at.stage]
+
+    def _damages(self) -> bool:
+        """Say whether the present stage may end outside the tolerance; the last one may not."""
+        return self.stage.damages and self.at.stage + 1 < len(self.plan)
 
     def _round(self, stop: threading.Event) -> bool:
         """Do a round, look and save if it is time to; return whether any rank was asked to stop."""
@@ -149,9 +157,13 @@ class Runner:
         row = self.stage.step(self.context, number)
         self.stage.project()
         at.round += 1
-        due = (number + 1) % self.guard.config.every == 0 or at.round in self.ends
+        due = (number + 1) % self.guard.config.every == 0 or at.round in at.ends
         if due:
-            row |= self.guard.check(self.stage, self.context, number + 1)
+            lenient = self.stage.lenient or self._damages()
+            row |= self.guard.check(self.stage, self.context, number + 1, lenient=lenient)
+            if self.stage.ended(row):
+                left_out = at.ends[at.stage] - at.round
+                at.ends = [end - left_out if place >= at.stage else end for place, end in enumerate(at.ends)]
         at.history.append({"round": at.round, "stage": self.plan[at.stage].name, **row})
         self.tracker.log({name: value for name, value in row.items() if value is not None}, at.round)
         stopping = self.context.ranks.any(stop.is_set())
@@ -165,33 +177,41 @@ class Runner:
         name, value = next(iter(figures.items()), ("nothing measured", None))
         return f"{name.replace('_', ' ')} {'none' if value is None else f'{value:.3g}'}, val {self.at.good:.3g}"
 
-    def _begin(self, at: Position, start: nn.Module) -> None:
+    def _begin(self, at: Position, start: nn.Module, teacher: nn.Module) -> None:
         """Enter the stage of ``at``, from what the one before has released."""
         planned = self.plan[at.stage]
         self.guard.at = replace(at, ntr_steps=planned.method.ntr_steps)
-        self._prepare(start)
+        self._prepare(start, teacher)
         self.guard.good = copied(self.context.model.state_dict())
 
-    def _prepare(self, start: nn.Module) -> None:
-        self.start = copy.deepcopy(start) if self.at.stage else None
+    def _prepare(self, start: nn.Module, teacher: nn.Module) -> None:
+        """Prepare the present stage; both models stay as they are."""
+        self.start = start if self.at.stage else None
         planned, index = self.plan[self.at.stage], self.at.stage
         seed = derive_seed(self.seed, "stage", index) if index else self.seed
         self.context = replace(
-            self.context, model=start, task=planned.task, method=planned.method, seed=seed, ntr_steps=self.at.ntr_steps
-        )
+            self.context, model=copy.deepcopy(start), teacher=teacher, task=planned.task, method=planned.method,
+            seed=seed, ntr_steps=self.at.ntr_steps,
+        )  # fmt: skip
         planned.stage.prepare(self.context)
 
     def _resume(self) -> None:
         with self.context.ranks.together():
             saved = read_state(self.folder / STATE_FILE)
         self.guard.at = saved.at
-        start = copy.deepcopy(self.context.reference)
-        if saved.at.stage:
-            start.load_state_dict(saved.tensors["start"])
-        self._prepare(start)
+        start = self._reference_with(saved.tensors["start"])
+        self._prepare(start, start if saved.at.whole else self._reference_with(saved.tensors["teacher"]))
         self.context.model.load_state_dict(saved.tensors["model"])
         self.stage.restore(self.context, Remembered(saved.tensors["stage"], saved.data))
         self.guard.good = dict(saved.tensors["good"])
+
+    def _reference_with(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """Return the reference with other weights; itself without any."""
+        if not state:
+            return self.context.reference
+        model = copy.deepcopy(self.context.reference)
+        model.load_state_dict(state)
+        return model
 
 
 @contextmanager

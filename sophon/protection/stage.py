@@ -34,6 +34,24 @@ class Remembered(NamedTuple):
     data: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Information:
+    """What a stage gave to the weights, for ``sophon.json``; what is not known is taken to be everything.
+
+    Attributes:
+        start: ``given``, the weights that the stage before released; or ``fresh``, random ones, which hold nothing.
+        original: what it read of the original domain: ``images``, ``labels``.
+        restricted: what it read of the restricted domains, likewise.
+        teacher: whose answers it learnt on those images: ``none``; ``reference``, the unprotected model's; or ``stage
+            before``, those of what the last stage within the guard's tolerance released.
+    """
+
+    start: str = "given"
+    original: tuple[str, ...] = ("images", "labels")
+    restricted: tuple[str, ...] = ("images", "labels")
+    teacher: str = "reference"
+
+
 @dataclass
 class NoSettings:
     """A stage without settings of its own."""
@@ -50,6 +68,11 @@ class Stage:
 
     Attributes:
         ntr: training on the original domain, which the guard repairs with.
+        lenient: whether breaches of the tolerance belong to it, so that the guard neither repairs nor rolls back: it is
+            to end within the tolerance all the same.
+        damages: whether it may end outside the tolerance, and leaves it to a stage after it to come back. The last
+            stage of a protection may not.
+        once: whether it is a single round.
         simulates: whether it simulates the sampler's attackers, which an audit then calls seen.
         float32: whether the released weights need full float32 to work.
         summary: what it protects with, for the model card; completes "made hard to fine-tune with".
@@ -59,6 +82,9 @@ class Stage:
     Config: ClassVar[type] = NoSettings
     simulates: ClassVar[bool] = False
     float32: ClassVar[bool] = False
+    lenient: ClassVar[bool] = False
+    damages: ClassVar[bool] = False
+    once: ClassVar[bool] = False
     summary: ClassVar[str] = "a method of its publisher's own"
     limits: ClassVar[Sequence[str]] = ()
     ntr: NTR
@@ -97,6 +123,14 @@ class Stage:
             GuardError: it would lose what the guard has accepted.
         """
         return context.model
+
+    def ended(self, row: Row) -> bool:
+        """Say whether the rounds that are left may be left out, after one at which the guard looked."""
+        return False
+
+    def information(self, context: Context) -> Information:
+        """Return what this stage gave to the weights."""
+        return Information()
 
     def roll_back(self) -> None:
         """Forget what led away from weights that the guard has put back."""

@@ -22,7 +22,9 @@ class Position:
         before: the reference's metric on ``val``.
         good: the good state's metric on ``val``.
         ntr_steps: NTR steps of a round, grown by roll-backs.
+        ends: the round at which each stage ends; a stage that ends early moves those after it.
         stage: which of the stages is at work.
+        whole: whether what the present stage began with is within the tolerance.
         round: rounds done, those of earlier stages among them.
         good_round: the last round after which the guard was satisfied; 0 is the unprotected start.
         rollbacks: how often the guard rolled back.
@@ -33,7 +35,9 @@ class Position:
     before: float
     good: float
     ntr_steps: int
+    ends: list[int]
     stage: int = 0
+    whole: bool = True
     round: int = 0
     good_round: int = 0
     rollbacks: int = 0
@@ -48,7 +52,7 @@ class State:
     Attributes:
         at: where it stands.
         tensors: by part and name: the ``model``, the ``good`` weights, where the present stage has its ``start`` from
-            an earlier one, and what the ``stage`` remembers.
+            an earlier one, the ``teacher`` where that is another model, and what the ``stage`` remembers.
         data: the rest of what the stage remembers, plain JSON data.
     """
 
@@ -74,7 +78,7 @@ def read_state(path: Path) -> State:
         UserError: there is no readable state.
     """
     flat, metadata = read_tensors(path)
-    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in ("model", "good", "start", "stage")}
+    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in ("model", "good", "start", "teacher", "stage")}
     for key, tensor in flat.items():
         part, name = key.split("/", 1)
         tensors[part][name] = tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from sophon.arguments import filled, named
@@ -15,7 +16,12 @@ from sophon.validation import METHOD_KEYS, method_of
 # Imported only when named.
 STAGES = {
     "alternate": "sophon.stages.alternate.Alternate",
+    "distance": "sophon.stages.distance.Distance",
+    "distil": "sophon.stages.distil.Distil",
+    "noise": "sophon.stages.noise.Noise",
+    "reinitialise": "sophon.stages.reinitialise.Reinitialise",
     "reparameterise": "sophon.stages.reparameterise.Reparameterise",
+    "unlearn": "sophon.stages.unlearn.Unlearn",
 }
 
 
@@ -30,10 +36,13 @@ def plan_of(method: MethodConfig, make_task: Callable[[MethodConfig], Task]) -> 
         UserError: a stage is not known, or does not take its settings.
     """
     plan = []
-    for name, entry in (method.stages or {"alternate": {}}).items():
+    stages = {name: entry for name, entry in method.stages.items() if entry is not None}
+    for name, entry in (stages or {"alternate": {}}).items():
         key, own = f"method.stages.{name}", method_of(method, name)
         settings = {word: value for word, value in entry.items() if word not in METHOD_KEYS and word != "stage"}
-        plan.append(Planned(name, _stage(key, str(entry.get("stage", name)), settings), own, make_task(own)))
+        stage = _stage(key, str(entry.get("stage", name)), settings)
+        own = replace(own, rounds=1) if stage.once else own
+        plan.append(Planned(name, stage, own, make_task(own)))
     return plan
 
 

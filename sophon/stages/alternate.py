@@ -19,7 +19,7 @@ from sophon.protection.fts import FTS, FTSStep, engine_of
 from sophon.protection.ntr import NTR
 from sophon.protection.objectives import objectives_of
 from sophon.protection.optimizer_state import optimizer_state, restore_optimizer
-from sophon.protection.stage import Constraint, Remembered, Row, Stage, under
+from sophon.protection.stage import Constraint, Information, Remembered, Row, Stage, under
 from sophon.protection.starts import check_simulated
 
 
@@ -96,6 +96,10 @@ class Alternate(Stage):
     def constraints(self) -> Sequence[Constraint]:
         """Return the norms that are held, if any are."""
         return self._fixed
+
+    def information(self, context: Context) -> Information:
+        """Return that simulated attackers read the restricted domains with their labels."""
+        return Information(teacher="reference" if context.method.distillation else "none")
 
     def roll_back(self) -> None:
         """Forget both optimizers' states, and the pool: its attackers are displaced from weights that are gone."""

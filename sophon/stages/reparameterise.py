@@ -42,7 +42,7 @@ from sophon.domains import ImageSet, evaluation_batches
 from sophon.errors import GuardError, UserError
 from sophon.models.channels import Interface, channels, interfaces
 from sophon.protection.context import Context
-from sophon.protection.stage import Constraint, Row, Stage
+from sophon.protection.stage import Constraint, Information, Row, Stage
 from sophon.ranges import limited
 from sophon.seeds import derive_seed
 from sophon.surgery.equalise import reader, scale_channels
@@ -103,6 +103,10 @@ class Reparameterise(Stage):
     def step(self, context: Context, number: int) -> Row:
         """Train on the original domain."""
         return {"ntr_loss": self.ntr.run(context.ntr_steps, number, factor=context.rate(number))}
+
+    def information(self, context: Context) -> Information:
+        """Return that the restricted domains were not read."""
+        return Information(restricted=(), teacher="reference" if context.method.distillation else "none")
 
     def constraints(self) -> Sequence[Constraint]:
         """Return the blindness of readers."""

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon import domains
@@ -30,7 +29,7 @@ from sophon.surgery.centre import centre
 from sophon.surgery.equalise import equalise
 from sophon.surgery.means import Means
 from sophon.surgery.renormalise import NORMS, renormalise
-from sophon.tasks.task import evaluating
+from sophon.surgery.statistics import reestimated
 
 Count = Annotated[int, Limits("a whole number >= 1", lambda value: value >= 1)]
 Rate = Annotated[float, Limits("a finite number > 0", lambda value: value > 0)]
@@ -132,20 +131,14 @@ def restate(model: nn.Module, means: Means, *, batches: Count = 20) -> nn.Module
 
     All else stays in evaluation mode. A model without such layers is left as it is. The forward passes count as cost.
     """
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
-    if not norms:
-        return model
-    momenta = [norm.momentum for norm in norms]
     stream = domains.batches(means.relabelled(means.images, model), means.batch_size, means.generator)
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative mean
-            norm.training = True
+
+    def run() -> None:
         for _ in range(batches):
             means.task.attacker_loss(model, next(stream))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+
+    with FlopCounterMode(display=False) as counter:
+        reestimated(model, run)
     means.flops += counter.get_total_flops()
     return model
 

@@ -99,10 +99,12 @@ class ClassificationTask:
         assert self._suppression is not None  # only a protection asks for it, and its task was given one
         return self._suppression(self.logits(model, batch.images), batch.labels)
 
-    def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None = None) -> Tensor:
-        """Return the cross-entropy, plus the weighted distillation when there is a reference to distil from."""
+    def original_loss(
+        self, model: nn.Module, batch: Batch, reference: nn.Module | None = None, labels: float = 1.0
+    ) -> Tensor:
+        """Return the cross-entropy times ``labels``, plus the weighted distillation where a reference is given."""
         logits = self.logits(model, batch.images)
-        loss = F.cross_entropy(logits, batch.labels)
+        loss = labels * F.cross_entropy(logits, batch.labels)
         if reference is None or self.distillation == 0:
             return loss
         return loss + self.distillation * self._distance(logits, batch, reference)

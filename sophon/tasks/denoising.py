@@ -114,11 +114,13 @@ class DenoisingTask:
         output = self._output(model, noised.images, noised.timesteps, batch.labels)
         return self._suppression(self.schedule.as_noise(output, noised), noised.noise)
 
-    def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None = None) -> Tensor:
-        """Return DDPM's loss, plus the weighted squared distance to the reference's output where one is distilled."""
+    def original_loss(
+        self, model: nn.Module, batch: Batch, reference: nn.Module | None = None, labels: float = 1.0
+    ) -> Tensor:
+        """Return DDPM's loss times ``labels``, plus the weighted squared distance to the reference's output."""
         noised = self._draw(batch.images)
         output = self._output(model, noised.images, noised.timesteps, batch.labels)
-        loss = F.mse_loss(output, self.schedule.target(noised))
+        loss = labels * F.mse_loss(output, self.schedule.target(noised))
         if reference is None or self.distillation == 0:
             return loss
         return loss + self.distillation * self._distance(output, noised, batch.labels, reference)

@@ -90,8 +90,15 @@ class Task(Protocol):
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return what the defender minimises on an attacker's fine-tuned model."""
 
-    def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None) -> Tensor:
-        """Return what the defender minimises on the original domain; ``reference`` is distilled from if asked for."""
+    def original_loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None, labels: float = 1.0) -> Tensor:
+        """Return what the defender minimises on the original domain.
+
+        Args:
+            model: what is trained.
+            batch: of the original domain.
+            reference: is distilled from if the task is to.
+            labels: weight of what the images themselves teach: their classes, or of a denoiser their noise.
+        """
 
     def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
         """Return what a student minimises to answer as ``reference`` does; the classes of the images teach nothing."""

@@ -45,7 +45,18 @@ def context(
 ) -> Context:
     known, reference = StrategySampler(sampler), model if reference is None else reference
     return Context(
-        model, reference, task or tiny_task(), original, restricted, known, method, seed, ranks, print, method.ntr_steps
+        model,
+        reference,
+        reference,
+        task or tiny_task(),
+        original,
+        restricted,
+        known,
+        method,
+        seed,
+        ranks,
+        print,
+        method.ntr_steps,
     )
 
 
@@ -85,9 +96,9 @@ class Scripted(ClassificationTask):
         assert torch.equal(images.images, ORIGINAL["val"].images)
         return next(self.values)
 
-    def original_loss(self, *arguments: Any) -> Tensor:
+    def original_loss(self, *arguments: Any, **rest: Any) -> Tensor:
         self.before_loss()
-        return super().original_loss(*arguments)
+        return super().original_loss(*arguments, **rest)
 
 
 class Listener(Tracker):

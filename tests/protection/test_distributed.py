@@ -191,7 +191,7 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Path) -> None:
     assert one["both"] == "UserError: both: said by 0"
     assert one["attackers"].startswith("UserError: method.attackers: 1 leaves some of the 2 ranks without work;")
     assert one["batch"].startswith("UserError: method.ntr_batch_size: 1 leaves some of the 2 ranks without work;")
-    assert one["not finite"].startswith("UserError: method.ntr_lr: the loss on the original domain became nan")
+    assert one["not finite"].startswith("UserError: method.ntr_lr: the loss of ntr became nan")
     assert not any("\n" in message for message in one.values())
 
 

@@ -61,6 +61,8 @@ INVERTED = LoadedDomain(
     {},
 )
 COORDINATES = replace(METHOD, rounds=5, ntr_augmentation="none", schedule="cosine", distillation=1.0)
+UNLEARN = replace(METHOD, rounds=4, distillation=0.5)
+FRESH = {"student": "fresh", "labels": 0.5, "features": 0.1, "optimizer": "adamw", "schedule": "warmup_cosine"}
 REPARAMETERISE = {"reparameterise": {"gains": [10.0], "spread": 16.0}}
 
 
@@ -100,6 +102,35 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         True, method=replace(POOLED, rounds=4, fts_steps=1, probe_steps=1, attackers=2, chunk=1)
     ),
     "reparameterise": lambda: _resnet(replace(COORDINATES, stages=REPARAMETERISE)),
+    "unlearn": lambda: _tiny(method=replace(UNLEARN, stages={"unlearn": {"weight": 0.5}})),
+    "unlearn, probed": lambda: _tiny(
+        restricted=[RESTRICTED, INVERTED],
+        method=replace(UNLEARN, stages={"unlearn": {"head": "probed", "labels": 0.0, "schedule": "warmup_cosine"}}),
+        task=Classifying(tiny_spec(), suppression_loss="mlac", dtype=torch.float64, distillation=0.5),
+    ),
+    "unlearn, denoiser": lambda: _unet(True, method=replace(UNLEARN, rounds=2, stages={"unlearn": {}})),
+    "undo": lambda: _tiny(method=replace(UNLEARN, rounds=3, stages={"unlearn": {}, "noise": {}, "distil": {}})),
+    "undo, denoiser": lambda: _unet(
+        False, method=replace(UNLEARN, rounds=2, stages={"unlearn": {}, "noise": {"alpha": 0.3}, "distil": {}})
+    ),
+    "unlearn, then distil into fresh weights": lambda: _tiny(
+        method=replace(UNLEARN, rounds=3, stages={"unlearn": {}, "distil": FRESH}), tolerance=20.0
+    ),
+    "reinitialise, then distil, then alternate": lambda: _tiny(
+        method=replace(
+            UNLEARN,
+            rounds=2,
+            stages={
+                "blocks": {"stage": "reinitialise"},
+                "smallest": {"stage": "reinitialise", "which": "smallest", "fraction": 0.2},
+                "agreeing": {"stage": "reinitialise", "which": "agreeing", "fraction": 0.1},
+                "distil": {},
+                "alternate": {},
+            },
+        ),
+        tolerance=20.0,
+    ),
+    "distance": lambda: _tiny(method=replace(UNLEARN, stages={"distance": {"at_most": 0.5}})),
     "a user's own, then alternate": lambda: _tiny(
         method=replace(LONG, rounds=3, stages={"shrink": SHRINK, "alternate": {}}), tolerance=20.0
     ),
@@ -107,7 +138,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         replace(COORDINATES, rounds=2, stages=REPARAMETERISE | {"alternate": {"ntr_lr": 1e-4}}), tolerance=20.0
     ),
 }
-FAST = ("alternate", "alternate, pool", "alternate, all at once", "a user's own, then alternate")
+FAST = (
+    "alternate", "alternate, pool", "alternate, all at once", "a user's own, then alternate", "unlearn, probed", "undo",
+    "unlearn, then distil into fresh weights", "reinitialise, then distil, then alternate", "distance",
+)  # fmt: skip
 every_stage = pytest.mark.parametrize(
     "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )

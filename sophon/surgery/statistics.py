@@ -1,0 +1,47 @@
+"""BatchNorm's running statistics: estimated anew, or held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sophon.tasks.task import evaluating
+
+
+def reestimated(model: nn.Module, run: Callable[[], object]) -> None:
+    """Estimate the statistics of BatchNorm layers anew, in place, as the mean over the batches of ``run``.
+
+    All else stays in evaluation mode. A model without such layers is left as it is, and ``run`` is not called.
+
+    Args:
+        model: what ``run`` runs.
+        run: forward passes.
+    """
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.training = True
+        run()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm normalise with its running statistics for a while, and leave them as they are."""
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
