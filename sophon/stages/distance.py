@@ -41,6 +41,7 @@ class Distance(Training):
     """A step descends on original images, and away from the reference."""
 
     Config = DistanceConfig
+    mechanism = "removal"
     summary = "distance: its weights were pushed away from the unprotected model's"
 
     def terms(self, context: Context) -> Sequence[Term]:

@@ -61,6 +61,7 @@ class Distil(Training):
 
     Config = DistilConfig
     lenient = True
+    mechanism = "removal"
     summary = "distillation: it was trained to answer as its teacher does on original images, which are all that it saw"
 
     def check(self, context: Context) -> None:

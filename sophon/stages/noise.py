@@ -52,6 +52,7 @@ class Noise(Stage):
     Config = NoiseConfig
     damages = True
     once = True
+    mechanism = "removal"
     summary = "noise: its weights went part of the way back to random ones"
 
     def check(self, context: Context) -> None:

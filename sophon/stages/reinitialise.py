@@ -46,6 +46,7 @@ class Reinitialise(Stage):
     Config = ReinitialiseConfig
     damages = True
     once = True
+    mechanism = "removal"
     summary = "re-initialisation: a part of its weights was made anew"
 
     def check(self, context: Context) -> None:

@@ -61,6 +61,7 @@ class Unlearn(Training):
     """A step descends on both domains; half of its restricted images are from ``adapt``, half from ``query``."""
 
     Config = UnlearnConfig
+    mechanism = "removal"
     summary = "unlearning: on restricted images it was trained to answer no better than a guess"
     limits = ("Unlearning suppresses what the model shows; fine-tuning finds what it still holds within few steps.",)
 
