@@ -71,7 +71,7 @@ complete -p sophon
     ("word", "some"),
     [
         ("method", ["|sophon_klu|", "method.rounds: int = 100\n    how many alternations."]),
-        ("gate", ["gate.worst_case: float | None = null"]),
+        ("gate", ["gate.worst_case: float | None = null", "gate.removal: float | None = null"]),
         ("guard", ["guard.relative: bool = false", "in percent of the reference's value"]),
         ("sampler", ["sampler.optimizers: dict[str, list[float] | None]"]),
         ("attack", ["attack.masking.steps: int = 10", "attack.search.NAME.trials: int = 64"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, load, own_groups, refused, sophon
+from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, load, own_groups, refusal, refused, sophon
 from tests.denoising_commands import CONDITIONAL
 from tests.denoising_commands import PRETRAIN as PRETRAIN_DENOISER
 from tests.denoising_commands import RUNS as DENOISER
@@ -87,8 +87,10 @@ def test_an_audit_is_against_scratch_and_against_the_better_filtered_model(remov
     page = (folder / "report.html").read_text()
     assert "filtered_2" in page
     assert "filtered=[a/checkpoint,b/checkpoint]" in page
-    again = sophon(removed, "report", f"run_dir={RUNS}/audit")
+    again = sophon(removed, "report", f"run_dir={RUNS}/audit", "gate.removal=-1000")
     assert found["verdict"]["sentence"] in again.out
+    message = refusal(sophon(removed, "report", f"run_dir={RUNS}/audit", "gate.removal=1000"), 4)
+    assert message.startswith("gate.removal: R ")
 
 
 @pytest.mark.parametrize(

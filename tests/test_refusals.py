@@ -45,6 +45,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [
     (AUDIT, ("++attack.strategies.adam_fresh.surgery=[{operation: amputate}]",), ["amputate", "renormalise"]),
     (AUDIT, ("attack.oracle=nobody",), ["attack.oracle", "nobody", "adam_fresh"]),
     (AUDIT, ("attack.benign=[nobody]",), ["attack.benign", "nobody"]),
+    (AUDIT, ("+attack.knowing.nobody=[removal]",), ["attack.knowing", "nobody", "adam_fresh"]),
     (AUDIT, ("attack.reuse=[nowhere]",), ["attack.reuse", "nowhere"]),
     (AUDIT, ("attack.shard=3", "attack.shards=3"), ["attack.shard", "0 to 2"]),
     (AUDIT, ("+attack.search.a={optimizers: {sgd: [0.1, 1.0]}, choices: {steps: [1]}}",), ["a.choices.steps"]),

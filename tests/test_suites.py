@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from sophon import surgery
 from sophon.attacker import AUGMENTATIONS, BATCH_NORMS, HEADS, LORA_LAYERS, OPTIMIZERS, SCHEDULES, SCOPES
 from sophon.auditing import search
+from sophon.auditing.knowing import MECHANISMS
 from sophon.auditing.plan import strategies
 from sophon.cli import conf_dir
 from sophon.config import AttackConfig
@@ -44,6 +45,8 @@ def runs(config: AttackConfig) -> None:
     named = strategies(config)
     assert named or config.search
     assert set(config.benign) <= set(named)
+    assert set(config.knowing) <= {*named, *config.search}
+    assert {name for names in config.knowing.values() for name in names} <= set(MECHANISMS)
     assert config.oracle is None or config.oracle in named
     for name, each in config.search.items():
         search.check(name, each)

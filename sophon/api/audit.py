@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,36 +12,31 @@ import torch
 from torch import nn
 
 from sophon.api.common import (
-    as_loaded,
     asked_precision,
     checkpoint_of,
     domains_of,
-    measured,
     opened,
     require_float32,
     task_of,
 )
+from sophon.api.facts import context_of, gallery_of, identifying
 from sophon.api.manifests import check_pretraining
 from sophon.api.results import Audited
 from sophon.auditing.fidelity import Fidelity, feature_network
-from sophon.auditing.gallery import write_gallery
-from sophon.auditing.masking import Masking
-from sophon.auditing.masking import measure as measure_masking
-from sophon.auditing.plan import Scene
 from sophon.auditing.runner import Frechet, Runner
+from sophon.auditing.scene import Scene
 from sophon.auditing.words import filtered_roles
 from sophon.auditing.workers import run_jobs
 from sophon.config import Config, keyed, plain
 from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
-from sophon.export import Checkpoint, package_versions
+from sophon.export import Checkpoint
 from sophon.paths import explained
-from sophon.seeds import derive_seed
 from sophon.tracking import Tracker
 
 if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long to load, and that no attack uses
-    from sophon.auditing.summary import Context
+    pass
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
         checkpoints: what workers attack, the protected one first; None for those that the configuration names.
     """
     config, folder = audit.config, runner.folder
-    gallery = _gallery(config, audit.scene, folder)
+    gallery = gallery_of(config, audit.scene, folder)
     features = _features(audit, folder)
     runner.measure_with(_frechet(audit, features))
     for name, reason in runner.plan.left_out.items():
@@ -159,7 +153,7 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     found = audit_of(
         attempts,
         replace(
-            _context(audit),
+            context_of(audit),
             searches=searches,
             left_out=runner.plan.left_out,
             gallery=gallery,
@@ -171,43 +165,6 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     with explained(folder, "read"):
         page = (folder / "report.html").read_text()
     return Audited(found, page)
-
-
-def _context(audit: Audit) -> Context:
-    """Return what is known of an audit before its attempts, measuring what protection cost and what hides in scale."""
-    from sophon.auditing.summary import Context, Intactness
-
-    scene = audit.scene
-    before, after = (
-        measured(scene.task, scene.models[role], audit.original, "test", key)
-        for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
-    )
-    return Context(
-        date=datetime.now(UTC).date().isoformat(),
-        checkpoint=_origin(audit.protected),
-        reference=_origin(audit.reference),
-        filtered=dict(_filtered(audit)),
-        domains={
-            "original": audit.original.name,
-            "restricted": scene.restricted.name,
-            "benign": None if scene.benign is None else scene.benign.name,
-        },
-        hashes=dict(scene.restricted.hashes),
-        support=None if scene.support is None else dict(scene.support),
-        intactness=Intactness.of(scene.task.metric, before, after),
-        masking=_masking(audit),
-        config=_identifying(
-            as_loaded(audit.config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
-        ),
-        packages=package_versions(),
-    )
-
-
-def _filtered(audit: Audit) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield of each filtered model its role, where it is from, and how well it does on the original domain."""
-    for role, checkpoint in zip(filtered_roles(len(audit.filtered)), audit.filtered, strict=True):
-        value = measured(audit.scene.task, checkpoint.model, audit.original, "test", "filtered").value
-        yield role, {**_origin(checkpoint), "original": value}
 
 
 def share_threads(config: Config) -> None:
@@ -253,18 +210,12 @@ def _features(audit: Audit, folder: Path) -> Fidelity | None:
     return feature_network(audit.original, scene.restricted, seed=config.seed, folder=folder, device=device)
 
 
-def _masking(audit: Audit) -> Masking | None:
-    config, scene = audit.config, audit.scene
-    exact = task_of(replace(config, amp="none"), scene.spec, resolve_device(config.device))
-    seed = derive_seed(config.seed, "masking")
-    return measure_masking(scene.models, scene.spec, exact, scene.restricted, config.attack.masking, seed)
-
-
 def identity_of(audit: Audit) -> dict[str, Any]:
     """Return everything that decides the results, as plain JSON data."""
     config, benign = audit.config, audit.scene.benign
-    parts = _identifying(config, "seed", "task", "attack")
-    del parts["attack"]["masking"]  # looks at what the attacks leave alone
+    parts = identifying(config, "seed", "task", "attack")
+    for key in ("masking", "knowing"):  # they look at what the attacks leave alone
+        del parts["attack"][key]
     return {
         **parts,
         **asked_precision(config),
@@ -273,37 +224,4 @@ def identity_of(audit: Audit) -> dict[str, Any]:
         **({"filtered": [each.sha256 for each in audit.filtered]} if audit.filtered else {}),
         "restricted": audit.scene.restricted.hashes,
         **({} if benign is None else {"benign": benign.hashes}),
-    }
-
-
-def _identifying(config: Config, *keys: str) -> dict[str, Any]:
-    """Return parts of the configuration without what decides only where and by whom the work is done."""
-    parts = plain(config, *keys)
-    for key in ("reuse", "shard", "shards"):
-        del parts["attack"][key]
-    return parts
-
-
-def _gallery(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]:
-    """Draw what there is to see before any attack; nothing of models that generate nothing."""
-    count = config.attack.samples
-    if not count:
-        return []
-    seed = derive_seed(config.seed, "samples")
-    drawn = {role: scene.task.sample(model, count, seed) for role, model in scene.models.items()}
-    grids = {f"{role} model, not attacked": images for role, images in drawn.items() if images is not None}
-    if not grids:
-        return []
-    test = scene.restricted["test"]
-    real = test.batch(torch.linspace(0, len(test) - 1, min(count, len(test))).long()).images.cpu()
-    return write_gallery(folder, {f"real images of {scene.restricted.name}": real, **grids})
-
-
-def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    method = checkpoint.manifest.get("method")
-    return {
-        "path": str(checkpoint.path),
-        "sha256": checkpoint.sha256,
-        "name": checkpoint.manifest.get("name"),
-        "method": None if method is None else method["name"],
     }

@@ -48,6 +48,12 @@ def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dic
     return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
 
 
+def mechanisms_of(manifest: Mapping[str, Any]) -> list[str] | None:
+    """Return how the stages that made a checkpoint protect it, each once; None where that is not known."""
+    stages = manifest.get("stages")
+    return None if stages is None else list(dict.fromkeys(each.get("mechanism") or each["name"] for each in stages))
+
+
 def check_pretraining(
     reference: Checkpoint, filtered: Sequence[Checkpoint], restricted: Sequence[LoadedDomain]
 ) -> None:

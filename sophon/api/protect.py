@@ -154,7 +154,13 @@ def _measured(protection: Protection, model: nn.Module, at: Position) -> Protect
         **general,
         "method": asdict(config.method),
         "stages": [
-            {"name": name, "summary": stage.summary, "limits": list(stage.limits), "information": information[name]}
+            {
+                "name": name,
+                "mechanism": stage.mechanism,
+                "summary": stage.summary,
+                "limits": list(stage.limits),
+                "information": information[name],
+            }
             for name, stage in stages.items()
         ],
         "information": information_path(information),

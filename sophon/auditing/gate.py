@@ -10,7 +10,11 @@ from sophon.config import GateConfig
 
 def failures(gate: GateConfig, audit: AuditReport) -> list[str]:
     """Return a phrase for each value of the gate that an audit does not come to; empty if it passes."""
-    found = [_worst_case(gate.worst_case, audit), _intactness(gate.intactness, audit)]
+    found = [
+        _worst_case(gate.worst_case, audit),
+        _removal(gate.removal, audit),
+        _intactness(gate.intactness, audit),
+    ]
     return [each for each in found if each]
 
 
@@ -25,6 +29,18 @@ def _worst_case(least: float | None, audit: AuditReport) -> str:
         return ""
     why = "cannot be judged" if worst.state == State.UNKNOWN else f"is below {least:g}"
     return f"gate.worst_case: gap closed {format_gap(gap)} of '{attack}' {why}"
+
+
+def _removal(least: float | None, audit: AuditReport) -> str:
+    if least is None:
+        return ""
+    worst = audit.results.worst_case.get("overall")
+    if worst is None or worst.removal is None:
+        return "gate.removal: no filtered model was attacked; give filtered=[DIR]"
+    if worst.removal.value >= least and worst.removal.state != State.UNKNOWN:
+        return ""
+    why = "cannot be judged" if worst.removal.state == State.UNKNOWN else f"is below {least:g}"
+    return f"gate.removal: R {format_gap(worst.removal, str(audit.results.best_filtered))} {why}"
 
 
 def _intactness(most: float | None, audit: AuditReport) -> str:

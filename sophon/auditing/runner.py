@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sophon.attacker import FineTuneStrategy, fields_outside
 from sophon.auditing.attacks import Outcome, attack
 from sophon.auditing.gallery import image_grid
-from sophon.auditing.plan import ORACLE_SPLITS, Attempt, Job, Plan, Scene, Search, oracle_data, unfit
+from sophon.auditing.plan import ORACLE_SPLITS, Attempt, Job, Plan, Search, oracle_data
 from sophon.auditing.reuse import Reused
+from sophon.auditing.scene import Scene, unfit
 from sophon.auditing.words import ORACLE, format_value
 from sophon.config import AttackConfig
 from sophon.domains import LoadedDomain, joined

@@ -12,6 +12,7 @@ from typing import Any, Self
 import pandas as pd
 
 from sophon.auditing import scores
+from sophon.auditing.knowing import Knowing, knowing_of
 from sophon.auditing.masking import Masking, Norms, Seen
 from sophon.auditing.results import Results, results
 from sophon.auditing.scores import Difference
@@ -66,6 +67,7 @@ class Context:
         domains: names of ``original``, ``restricted`` and ``benign``.
         hashes: of the restricted domain's splits.
         support: of protection's sampler; None if it was not protected by sophon.
+        mechanisms: in a word each, how it was protected; None where that is not known.
         intactness: None where it was not measured.
         searches: contents of ``searches/*.json``.
         left_out: attacks that do not fit the models, with the reason.
@@ -83,6 +85,7 @@ class Context:
     domains: dict[str, str | None] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     support: dict[str, Any] | None = None
+    mechanisms: list[str] | None = None
     intactness: Intactness | None = None
     searches: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -100,13 +103,16 @@ class AuditReport:
     attempts: Attempts
     context: Context
     results: Results
+    knowing: Knowing
     verdict: Verdict
 
     @classmethod
     def of(cls, attempts: Attempts, context: Context) -> Self:
         """Score attempts, and judge them."""
         scored = results(attempts)
-        return cls(attempts, context, scored, verdict(scored, context))
+        known = (context.config.get("attack") or {}).get("knowing") or {}
+        knowing = knowing_of(scored, context.mechanisms, known)
+        return cls(attempts, context, scored, knowing, verdict(scored, context, knowing))
 
     def json(self) -> dict[str, Any]:
         """Return the content of ``audit.json``: plain data, None for what is not known.
@@ -117,6 +123,7 @@ class AuditReport:
             {
                 "schema_version": SCHEMA_VERSION,
                 "verdict": self.verdict,
+                "knowing": self.knowing,
                 "attempts": len(self.attempts.table),
                 "seconds_total": float(self.attempts.table["seconds"].sum()),
                 "thresholds": {

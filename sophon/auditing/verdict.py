@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sophon.auditing.knowing import Knowing, not_run
 from sophon.auditing.results import Results
 from sophon.auditing.scores import NO_PROTECTION_BELOW, Gap, State
 from sophon.auditing.words import (
@@ -53,6 +54,7 @@ class Verdict:
         word: of the worst case of all attacks that were tried, against scratch.
         removal: the same against the filtered model; None without one.
         sentence: says both to somebody who decides.
+        knowing: what comes of attackers who know how the model is protected, or that none was run.
         basis: on how many images, seeds, attacks and trials it rests.
         findings: sentences on readings, groups of attacks, masking, wearing off and cost.
     """
@@ -60,6 +62,7 @@ class Verdict:
     word: State
     removal: State | None
     sentence: str
+    knowing: str
     basis: str
     findings: list[str]
 
@@ -68,11 +71,13 @@ class Verdict:
         return f"{self.word}: {self.sentence}"
 
 
-def verdict(results: Results, context: Context) -> Verdict:
+def verdict(results: Results, context: Context, knowing: Knowing) -> Verdict:
     """Judge an audit."""
     worst = results.worst_case.get("overall")
     if worst is None:
-        return Verdict(State.UNKNOWN, None, "No attack was tried.", "", [_cost(results, context)])
+        return Verdict(
+            State.UNKNOWN, None, "No attack was tried.", _knowing(knowing, results), "", [_cost(results, context)]
+        )
     findings = [
         *(_reading(name, getattr(worst, name), results) for name in READINGS),
         _groups(results, context),
@@ -83,7 +88,8 @@ def verdict(results: Results, context: Context) -> Verdict:
     ]
     sentence = " ".join(filter(None, (_sentence(worst, results), _removal(worst, results))))
     removal = worst.removal.state if worst.removal else None
-    return Verdict(worst.state, removal, sentence, basis(results), [each for each in findings if each])
+    told = [each for each in findings if each]
+    return Verdict(worst.state, removal, sentence, _knowing(knowing, results), basis(results), told)
 
 
 def _sentence(worst: WorstCase, results: Results) -> str:
@@ -121,6 +127,24 @@ def _removal(worst: WorstCase, results: Results) -> str:
         State.WEAKENED: f"It removes part of what the model had learnt of the restricted classes: {got}",
         State.HOLDS: f"It removes what the model had learnt of the restricted classes: {got}",
     }[gap.state] + f" (R {format_gap(gap, role)})."
+
+
+def _knowing(knowing: Knowing, results: Results) -> str:
+    """Say what attackers come to who know how the model is protected, or that there was none."""
+    who = "An attacker who knows how it protects"
+    met = [name for name in knowing.mechanisms if name not in knowing.missing]
+    if knowing.worst_case is None:
+        against = f" ({listed(knowing.missing)})" if knowing.missing else ""
+        return f"{who}{against} was not run; {not_run(knowing.missing)}."
+    reading = knowing.worst_case.deciding
+    if "protected" not in reading.attacks:
+        return f"{who} ({listed(met)}) diverged in every attempt."
+    got, attack = format_value(reading.roles["protected"].mean, results.metric), reading.attacks["protected"]
+    gaps = f"gap closed {format_gap(reading.gap_closed)}"
+    if reading.removal:
+        gaps += f", R {format_gap(reading.removal, str(results.best_filtered))}"
+    more = f" None was run against {listed(knowing.missing)}; {not_run(knowing.missing)}." if knowing.missing else ""
+    return f"{who} ({listed(met)}) gets to {got} with '{attack}': {knowing.worst_case.state}, {gaps}.{more}"
 
 
 def format_gap(gap: Gap, yardstick: str = "scratch") -> str:

@@ -70,11 +70,13 @@ class GateConfig:
 
     Attributes:
         worst_case: least gap closed of the worst case, as in 0.9; one that cannot be judged is not enough.
+        removal: the same of R, which needs filtered models.
         intactness: greatest loss on the original domain's test split: points of a percentage, else percent of the
             value before.
     """
 
     worst_case: float | None = None
+    removal: float | None = None
     intactness: float | None = limited(None, ge=0)
 
 
@@ -94,6 +96,9 @@ class AttackConfig:
             list's key; or, under any key, of mappings with a ``name`` and several fields that go together.
         search: attackers who search, by name; the winner's attempts are recorded under that name.
         benign: names of the strategies that are also run on ``domain.benign``, if there is one.
+        knowing: by the name of an attack the mechanisms of protection that it is made against: ``suppression``,
+            ``reparameterisation``, ``removal`` or what a stage of one's own says. The verdict has a line on those
+            attacks that know the mechanism of the model that is audited.
         masking: how gradient masking is looked for.
         oracle: name of a strategy that the unprotected model also suffers with ten times the data (as far as there
             are so many) for as many epochs, as the ceiling of what an attacker could have; null for none.
@@ -112,6 +117,7 @@ class AttackConfig:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     search: dict[str, SearchConfig] = field(default_factory=dict)
     benign: list[str] = field(default_factory=list)
+    knowing: dict[str, list[str]] = field(default_factory=dict)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     oracle: str | None = None
     reuse: list[str] = limited([], path=True)

@@ -75,6 +75,8 @@ class Stage:
         once: whether it is a single round.
         simulates: whether it simulates the sampler's attackers, which an audit then calls seen.
         float32: whether the released weights need full float32 to work.
+        mechanism: in one word how it protects, which says what an attacker who knows would do: ``suppression``,
+            ``reparameterisation``, ``removal`` or another; None for the stage's own name.
         summary: what it protects with, for the model card; completes "made hard to fine-tune with".
         limits: sentences about what it does not do, for the same.
     """
@@ -85,6 +87,7 @@ class Stage:
     lenient: ClassVar[bool] = False
     damages: ClassVar[bool] = False
     once: ClassVar[bool] = False
+    mechanism: ClassVar[str | None] = None
     summary: ClassVar[str] = "a method of its publisher's own"
     limits: ClassVar[Sequence[str]] = ()
     ntr: NTR

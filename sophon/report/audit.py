@@ -69,7 +69,7 @@ def audit_page(folder: Path, audit: AuditReport) -> Page:
         lead=printable(audit.verdict.sentence),
         facts=_facts(audit),
         cards=list(_cards(audit)),
-        notes=[printable(finding) for finding in audit.verdict.findings],
+        notes=[printable(finding) for finding in (audit.verdict.knowing, *audit.verdict.findings)],
         sections=sections,
         terms=TERMS,
     )

@@ -31,6 +31,7 @@ class Alternate(Stage):
     """
 
     simulates = True
+    mechanism = "suppression"
     summary = (
         "[SOPHON](https://arxiv.org/abs/2404.12699)'s meta-learning: fine-tuning is simulated during training, and the "
         "weights are moved to where it makes little progress"

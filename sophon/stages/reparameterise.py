@@ -77,6 +77,7 @@ class Reparameterise(Stage):
 
     Config = ReparameteriseConfig
     float32 = True
+    mechanism = "reparameterisation"
     summary = (
         "ill-conditioned coordinates: its function depends on small differences between large weights, which the steps "
         "of fine-tuning drown"

@@ -79,6 +79,7 @@ def say_found(folder: Path, audit: AuditReport) -> None:
 
     print(table(audit))
     print(f"{audit.verdict} It rests on {audit.verdict.basis}.")
+    print(f"- {audit.verdict.knowing}")
     for finding in audit.verdict.findings:
         print(f"- {finding}")
     print(f"report: {folder / 'report.html'}")

@@ -12,8 +12,8 @@ from torch import nn
 
 from sophon.attacker import FineTuneStrategy, Operation
 from sophon.auditing import runner as module
-from sophon.auditing.plan import Scene
 from sophon.auditing.runner import Runner
+from sophon.auditing.scene import Scene
 from sophon.auditing.workers import run_jobs
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophon.attacker import FineTuneStrategy, Operation
-from sophon.auditing.plan import Attempt, Job, Plan, Search, oracle_data, strategies, unfit
+from sophon.auditing.plan import Attempt, Job, Plan, Search, oracle_data, strategies
+from sophon.auditing.scene import unfit
 from sophon.auditing.words import ROLES
 from sophon.config import AttackConfig
 from sophon.domains import LoadedDomain
