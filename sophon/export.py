@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from sophon import __version__, models, paths
+from sophon.config import MethodConfig
 from sophon.errors import UserError, choose
 from sophon.files import atomic_directory, read_json, sha256_file, write_json, write_text
 from sophon.models import ModelSpec
+from sophon.models.adapter import Card
 from sophon.models.weights import refuse_pickle, require_finite
 
 FORMAT_VERSION = 1
@@ -51,7 +54,8 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
         model: what was protected or pretrained, on any device.
         spec: its spec.
         manifest: the run's part of ``sophon.json``, plain JSON data: ``verb``, ``config``, ``method``,
-            ``sampler_support``, ``domains``, ``seed``, ``parent_sha256``, ``intactness`` and optionally ``history``.
+            ``sampler_support``, ``domains``, ``seed``, ``parent_sha256``, ``intactness`` and optionally ``history``
+            and ``audits`` (of `sophon.auditing.card.facts`, one for each restricted domain).
 
     Raises:
         UserError: ``out`` holds something else, a weight is not finite, or the file system refuses.
@@ -148,6 +152,48 @@ def _model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
     )
     environment.filters["cell"] = lambda value: " ".join(str(value).replace("|", "\\|").split())
     environment.filters["figure"] = lambda value, unit: f"{value:.2f}" if unit == "%" else f"{value:.4g}"
+    card, domains = models.adapter_of(spec).card(), manifest.get("domains") or {}
+    usual = asdict(MethodConfig())
+    parts = {
+        "metadata": _metadata(spec, card, manifest),
+        "settings": {name: value for name, value in (manifest.get("method") or {}).items() if usual.get(name) != value},
+        "audits": manifest.get("audits") or [],
+    }
     template = environment.get_template("model_card.md.j2")
-    domains = manifest.get("domains") or {}
-    return template.render(spec=spec, card=models.adapter_of(spec).card(), manifest=manifest, domains=domains) + "\n"
+    return template.render(spec=spec, card=card, manifest=manifest, domains=domains, **parts) + "\n"
+
+
+def _metadata(spec: ModelSpec, card: Card, manifest: Mapping[str, Any]) -> str:
+    """Return the card's YAML header: what the Hub reads, with the figures of intactness and audits as `model-index`."""
+    audits, intactness = manifest.get("audits") or [], manifest.get("intactness") or {}
+    original = (manifest.get("domains") or {}).get("original") or {"name": "original"}
+    measured = [(original["name"], intactness.get("metric", "accuracy"), intactness.get("after", {}).get("test"), "")]
+    for audit in audits:
+        attack = f"after the worst attack ({audit['attack']})"
+        measured.append((audit["restricted"], audit["metric"], audit["value"], attack))
+        measured.append((audit["restricted"], "gap closed", audit["gap_closed"], attack))
+    holds = bool(audits) and all(audit["word"] == "HOLDS" for audit in audits)
+    results = [
+        EvalResult(
+            task_type=card.pipeline_tag,
+            dataset_type=domain,
+            dataset_name=domain,
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=f"{metric} {when}".strip(),
+            metric_value=value,
+        )
+        for domain, metric, value, when in measured
+        if value is not None
+    ]
+    tags = [card.pipeline_tag, spec.library, "sophon", *(["non-fine-tunable"] if holds else [])]
+    data = ModelCardData(
+        library_name=spec.library,
+        pipeline_tag=card.pipeline_tag,
+        license="other",
+        tags=tags,
+        model_name=manifest.get("name") or spec.architecture,
+        eval_results=results or None,
+    )
+    text: str = data.to_yaml()
+    return text

@@ -185,3 +185,16 @@ def test_an_audit_that_does_not_come_to_what_is_asked_ends_with_4(audited: Path,
         assert "gate.intactness" not in message
         result = sophon(copied, *verb, "gate.intactness=100")
         assert result.code == 0, result
+
+
+def test_export_writes_the_audit_of_this_checkpoint_into_the_card(audited: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(audited, tmp_path / "copied"))
+    of_protected, of_reference = (
+        ("export", f"checkpoint={RUNS}/{verb}", f"audit={RUNS}/audit", "out=out") for verb in ("protect", "pretrain")
+    )
+    assert "attacked other weights" in refused(copied, *of_reference)
+    assert "audit: 'nowhere' does not exist" in refused(copied, *of_protected, "audit=nowhere")
+    result = sophon(copied, *of_protected)
+    assert result.code == 0, result
+    verdict = load(copied / RUNS / "audit" / "audit.json")["verdict"]
+    assert f"**{verdict['word']}**: {verdict['sentence']}" in (copied / "out" / "README.md").read_text()

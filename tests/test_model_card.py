@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from sophon.auditing.card import facts
 from sophon.export import write_checkpoint
 from sophon.files import read_json
+from tests.auditing.records import audit, idle, trio
 from tests.models.test_adapter_contract import CASES
 from tests.test_export import DOMAINS, MANIFEST, model_of
 
@@ -34,6 +36,7 @@ DENOISER = {
         "relative": True,
     },
 }
+HOLDS = trio("a", 50.0, 60.0, 50.0)
 CARDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     # a case, its manifest, what its card says and what it does not
     "protected": (
@@ -42,11 +45,12 @@ CARDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] =
         (
             "library_name: timm\n",
             "license: other\n",
-            "- non-fine-tunable\n",
+            "**Not audited**",
+            "    - type: accuracy\n      value: 89.125\n",
             "|---|---|---|\n| val | 91.25 | 90.75 |\n| test | 90.50 | 89.12 |\n",
             "Measured on the original domain: accuracy, in %; higher is better.",
             "at most 1.0 on `val`",
-            "A classifier of 3 classes (pets), made hard to fine-tune on **faces**",
+            "A classifier of 3 classes (pets), protected against fine-tuning on **faces**",
             "| rounds | `7` |",
             "| momentum, learning rate | 0.001 to 0.1 |",
             "| steps | 10 to 20 |",
@@ -58,7 +62,33 @@ CARDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] =
             "| original domain | pets, 3 classes |",
             "`dog | fox`",
         ),
-        (),
+        ("non-fine-tunable", "hard to fine-tune on", "fts_steps"),
+    ),
+    "audited": (
+        "timm",
+        MANIFEST | {"audits": [facts(audit(trio("a", 57.0, 60.0, 50.0)))]},
+        (
+            "**WEAKENED**: Protection takes something from an attacker, but not all: ",
+            "- Worst case: `a`, gap closed 0.30 [0.30, 0.30].",
+            "- On the original domain protection costs 0.7 points",
+            "- It rests on 1000 test images, 1 seed and 1 attack; ",
+            "name: dogs\n",
+            "value: 57.0\n      name: accuracy after the worst attack (a)\n",
+            "- type: gap closed\n      value: 0.3",
+        ),
+        ("Not audited", "non-fine-tunable"),
+    ),
+    "audited on two domains": (
+        "timm",
+        MANIFEST | {"audits": [facts(audit(HOLDS, domains={"restricted": each})) for each in "xy"]},
+        ("**HOLDS**", "### x\n", "### y\n", "- non-fine-tunable\n"),
+        ("Not audited",),
+    ),
+    "audited without an attack": (
+        "timm",
+        MANIFEST | {"audits": [facts(audit(idle(1.0, 2.0, 3.0)))]},
+        ("**CANNOT BE JUDGED**: No attack was tried.",),
+        ("non-fine-tunable", "Worst case"),
     ),
     "reference": (
         "timm",
@@ -70,8 +100,8 @@ CARDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] =
         "diffusers",
         DENOISER,
         (
-            "library_name: diffusers\npipeline_tag: unconditional-image-generation\n",
-            "A denoising diffusion model (pets), made hard to fine-tune on **faces**",
+            "library_name: diffusers\nlicense: other\npipeline_tag: unconditional-image-generation\n",
+            "A denoising diffusion model (pets), protected against fine-tuning on **faces**",
             "Images: 1 x 8 x 8, scaled to -1..1.",
             "Measured on the original domain: eps-MSE; lower is better.",
             "| val | 0.03412 | 0.03571 |\n| test | 0.034 | 0.1235 |\n",

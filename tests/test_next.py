@@ -93,8 +93,8 @@ def test_audits_of_other_seeds_are_set_beside(tmp_path: Path, monkeypatch: pytes
         folder.mkdir(parents=True)
         (folder / "audit.json").write_text('{"checkpoint": {"path": "a b"}}')
     compare = "next: sophon report compare runs/mine/seed1/audit runs/mine/seed0/audit runs/mine/seed2/audit"
-    assert next_steps(config("audit"), [], [])[1:] == [compare]
-    export = "next: sophon export 'checkpoint=a b' out=runs/mine/seed1/export"
+    export = "next: sophon export 'checkpoint=a b' audit=runs/mine/seed1/audit out=runs/mine/seed1/export"
+    assert next_steps(config("audit"), [], [])[1:] == [compare, export]
     assert next_steps(config("report"), [], []) == [compare, export]
 
 

@@ -36,13 +36,22 @@ class Protected:
     manifest: dict[str, Any]
     protection: Protection
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, audit: Audited | None = None) -> None:
         """Write the checkpoint: the library's own files, ``sophon.json`` and the model card.
+
+        Args:
+            folder: where.
+            audit: of this model, which the card then reports.
 
         Raises:
             UserError: ``folder`` holds something else, or the file system refuses.
         """
-        write_checkpoint(folder, self.model, self.protection.reference.spec, self.manifest)
+        manifest = self.manifest
+        if audit is not None:
+            from sophon.auditing.card import facts
+
+            manifest = {**manifest, "audits": [facts(audit.found)]}
+        write_checkpoint(folder, self.model, self.protection.reference.spec, manifest)
 
 
 @dataclass(frozen=True)

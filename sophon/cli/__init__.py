@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from typing import NoReturn
 
 import hydra
@@ -24,8 +25,10 @@ from sophon.cli.completion import BASH, complete
 from sophon.cli.follow import following
 from sophon.cli.groups import conf_dir, groups
 from sophon.cli.help import USAGE, explain
+from sophon.cli.listing import listing
 from sophon.cli.messages import one_line
 from sophon.cli.next import next_steps
+from sophon.cli.project import init
 from sophon.config import ComposedConfig, Config
 from sophon.config.keys import keys
 from sophon.errors import GateError, GuardError, UserError, likely
@@ -89,12 +92,28 @@ def _main(arguments: list[str]) -> int:
         case ["--complete", line]:
             print(*complete(line), sep="\n")
             return 0
+        case ["list" | "init" as word, *rest] if not {"--help", "-h"} & set(rest):
+            return _said(listing if word == "list" else init, rest)
+        case ["list" | "init", *_]:
+            print(USAGE)
+            return 0
         case ["report", "compare", *rest]:
             return _command("compare", _runs_as_override(rest))
         case [verb, *rest] if verb in VERBS:
             return _command(verb, rest)
-    verb = arguments[0]
-    return _fail(f"'{verb}' is not a verb{likely(verb, VERBS)}; allowed: {', '.join(VERBS)}", 2)
+    verb, allowed = arguments[0], (*VERBS, "list", "init")
+    return _fail(f"'{verb}' is not a verb{likely(verb, allowed)}; allowed: {', '.join(allowed)}", 2)
+
+
+def _said(answer: Callable[[list[str]], str], arguments: list[str]) -> int:
+    """Print an answer that takes no configuration."""
+    try:
+        print(answer(arguments))
+    except UserError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(unexpected(error), 2)
+    return 0
 
 
 def _command(verb: str, arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from sophon.cli.groups import ROLES, choices, groups
+from sophon.cli.listing import LISTS
 from sophon.config.keys import ANY, content, find, keys
 from sophon.verbs import VERBS
 
@@ -32,7 +33,9 @@ def complete(line: str) -> list[str]:
 
 def _words(before: list[str], word: str) -> list[str]:
     if not before:
-        return [*VERBS, "--help", "--version", "--completion"]
+        return [*VERBS, "list", "init", "--help", "--version", "--completion"]
+    if before[0] == "list":
+        return [*LISTS]
     if before[-1] in ("--help", "-h"):
         return [*groups(), *keys(), "strategy", "run"]
     signs = word[: len(word) - len(word.lstrip("+"))]

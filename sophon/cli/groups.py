@@ -12,14 +12,15 @@ ROLES = ("original", "restricted", "benign")  # what a domain can be: `domain@do
 
 def groups(searched: Iterable[str] = ()) -> list[str]:
     """Return the names of the groups, such as ``attack/family``, also of those in the folders ``searched``."""
-    names = {path.parent.relative_to(root).as_posix() for root in _roots(searched) for path in root.rglob("*.yaml")}
+    names = {path.parent.relative_to(root).as_posix() for root in roots(searched) for path in root.rglob("*.yaml")}
     return sorted(names - {"."})
 
 
 def choices(group: str, searched: Iterable[str] = ()) -> list[str]:
     """Return the names of a group's files."""
-    return sorted({path.stem for root in _roots(searched) for path in (root / group).glob("*.yaml")})
+    return sorted({path.stem for root in roots(searched) for path in (root / group).glob("*.yaml")})
 
 
-def _roots(searched: Iterable[str]) -> list[Path]:
+def roots(searched: Iterable[str]) -> list[Path]:
+    """Return the folders that hold groups: the shipped one, and those ``searched`` besides."""
     return [conf_dir(), *map(Path, searched)]

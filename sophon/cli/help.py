@@ -18,13 +18,20 @@ USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted doma
 
   sophon pretrain experiment=NAME ...                 make the unprotected reference
   sophon protect  experiment=NAME [run_dir=DIR] ...   protect it; the same command goes on where it stopped
-  sophon export   checkpoint=DIR out=DIR ...          copy a verified checkpoint, or an unfinished run's last good state
+  sophon export   checkpoint=DIR out=DIR [audit=DIR]  copy a verified checkpoint, or an unfinished run's last good
+                                                      state; its card says what the audit found
   sophon audit    experiment=NAME [checkpoint=DIR] [reference=DIR] [attack=NAME] [run_dir=DIR] ...
                                                       attack it, its reference and a fresh model
   sophon sample   checkpoint=DIR [n=64] [run_dir=DIR]
                                                       draw images from a denoiser, as one grid
   sophon report   run_dir=DIR                         write an audit's reports again
   sophon report compare DIR DIR ... [out=DIR]         set audits side by side
+  sophon show     checkpoint=DIR                      say what a checkpoint is, and verify it
+  sophon push     checkpoint=DIR repo=ORG/NAME [dry_run=false]
+                                                      upload a protected checkpoint to the Hugging Face Hub
+  sophon list     methods|attacks|models|domains|experiments|samplers
+                                                      what there is, with a line on each
+  sophon init     DIR                                 write an experiment, its domains and its model to begin with
 
 Folders default to runs/<name>/seed<seed>/<verb>. Every key of the configuration can be overridden, as in
 `sophon protect experiment=quickstart method.rounds=50 seed=1`. A value that is text is taken as typed; a mapping,

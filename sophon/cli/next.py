@@ -46,8 +46,8 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
             folder = config.run_dir or _default(config, "audit")
             commands = [shlex.join(["sophon", "report", f"run_dir={folder}"])] if config.verb == "audit" else []
             commands += _comparison(folder)
-            if config.verb == "report" and (audited := _audited(Path(folder))):
-                commands.append(_export(config, audited))
+            if audited := _audited(Path(folder)):
+                commands.append(_export(config, audited, f"audit={folder}"))
         case "sample":
             commands = [command("audit", *([] if config.checkpoint is None else [f"checkpoint={config.checkpoint}"]))]
         case _:
@@ -65,8 +65,8 @@ def _default(config: Config, verb: str) -> str:
     return f"runs/{config.name}/seed{config.seed}/{verb}"
 
 
-def _export(config: Config, checkpoint: str) -> str:
-    return shlex.join(["sophon", "export", f"checkpoint={checkpoint}", f"out={_default(config, 'export')}"])
+def _export(config: Config, checkpoint: str, *more: str) -> str:
+    return shlex.join(["sophon", "export", f"checkpoint={checkpoint}", *more, f"out={_default(config, 'export')}"])
 
 
 def _audited(folder: Path) -> str | None:

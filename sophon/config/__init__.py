@@ -143,8 +143,11 @@ class Config:
         reference: the unprotected checkpoint: what protect starts from and the audit compares with.
         filtered: checkpoints of the same pre-training without the restricted classes: what an audit measures removal
             against. Of several the one counts that attackers get most out of.
-        checkpoint: the checkpoint to export or audit.
+        checkpoint: the checkpoint to export, audit, show or push.
         out: where export writes.
+        audit: run directory of an audit, which export writes into the model card.
+        repo: where ``push`` uploads to on the Hugging Face Hub: ``ORGANISATION/NAME``.
+        dry_run: let ``push`` only say what it would upload.
         n: images that ``sample`` draws.
         profile: let ``protect`` record some rounds with torch's profiler and say where their time went:
             ``run_dir/profile.txt``, and the trace ``profile.json.gz``. The results stay the same.
@@ -174,6 +177,9 @@ class Config:
     filtered: list[str] = limited([], path=True)
     checkpoint: str | None = limited(None, path=True)
     out: str | None = limited(None, path=True)
+    audit: str | None = limited(None, path=True)
+    repo: str | None = None
+    dry_run: bool = True
     n: int = limited(64, ge=1)
     profile: bool = False
     runs: list[str] = limited([], path=True)

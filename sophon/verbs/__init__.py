@@ -15,6 +15,8 @@ VERBS = {
     "audit": "sophon.verbs.audit:audit",
     "sample": "sophon.verbs.sample:sample",
     "report": "sophon.verbs.report:report",
+    "show": "sophon.verbs.show:show",
+    "push": "sophon.verbs.push:push",
 }
 _ACTIONS = {**VERBS, "compare": "sophon.verbs.report:compare"}  # on the command line `report compare`
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # `sophon.verbs.audit` imports this long before there is anyt
 def report(config: Config) -> None:
     """Write an audit's reports again from what it wrote."""
     folder = Path(required(config.run_dir or str(default(config, "audit")), "run_dir"))
-    several = exists(folder / "comparison.html", "run_dir")
-    parts = [each for each in entries(folder, "run_dir") if exists(each / "audit.json")] if several else [folder]
+    parts = parts_of(folder, "run_dir")
+    several = parts != [folder]
     with ExitStack() as ownership:
         for each in {folder, *parts}:
             ownership.enter_context(owned(each))
@@ -29,6 +29,13 @@ def report(config: Config) -> None:
         if several:
             compare_domains(folder, audits)
     require(config, audits)
+
+
+def parts_of(folder: Path, key: str) -> list[Path]:
+    """Return the folders of an audit, one for each of several restricted domains; messages name ``key``."""
+    if not exists(folder / "comparison.html", key):
+        return [folder]
+    return [each for each in entries(folder, key) if exists(each / "audit.json")]
 
 
 def require(config: Config, audits: Mapping[Path, AuditReport]) -> None:
