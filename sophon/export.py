@@ -172,6 +172,7 @@ def _metadata(spec: ModelSpec, card: Card, manifest: Mapping[str, Any]) -> str:
         attack = f"after the worst attack ({audit['attack']})"
         measured.append((audit["restricted"], audit["metric"], audit["value"], attack))
         measured.append((audit["restricted"], "gap closed", audit["gap_closed"], attack))
+        measured.append((audit["restricted"], "removal", audit["removal"], "against a filtered model"))
     holds = bool(audits) and all(audit["word"] == "HOLDS" for audit in audits)
     results = [
         EvalResult(

@@ -13,7 +13,7 @@ def facts(audit: AuditReport) -> dict[str, Any]:
     """Return what a model card says of an audit, as plain data: words, and the figures of the attack that decides.
 
     ``attack`` is the worst case's, ``value`` what it gets out of the protected model on the restricted domain's test
-    split, ``gap_closed`` its score; they are None where no attack could be judged.
+    split, ``gap_closed`` its score, ``removal`` R; they are None where they are not known.
     """
     verdict, metric = audit.verdict, audit.results.metric
     worst = audit.results.worst_case.get("overall")
@@ -34,4 +34,5 @@ def facts(audit: AuditReport) -> dict[str, Any]:
         "value": value if math.isfinite(value) else None,
         "gap_closed": gap if math.isfinite(gap) else None,
         "gap_in_words": format_gap(deciding.gap_closed) if deciding else None,
+        "removal": worst.removal.value if worst and worst.removal and math.isfinite(worst.removal.value) else None,
     }

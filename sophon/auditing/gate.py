@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sophon.auditing.scores import State
+from sophon.auditing.scores import Gap, State
 from sophon.auditing.summary import AuditReport
 from sophon.auditing.verdict import format_gap
 from sophon.config import GateConfig
@@ -10,37 +10,25 @@ from sophon.config import GateConfig
 
 def failures(gate: GateConfig, audit: AuditReport) -> list[str]:
     """Return a phrase for each value of the gate that an audit does not come to; empty if it passes."""
+    worst = audit.results.worst_case.get("overall")
+    gap, removal = (worst.deciding.gap_closed, worst.removal) if worst else (None, None)
+    attack = worst.deciding.attacks.get("protected", "no attack") if worst else ""
     found = [
-        _worst_case(gate.worst_case, audit),
-        _removal(gate.removal, audit),
+        _at_least("worst_case", gate.worst_case, gap, f"gap closed of '{attack}',", "no attack was tried"),
+        _at_least("removal", gate.removal, removal, "R", "no filtered model was attacked; give filtered=[DIR]"),
         _intactness(gate.intactness, audit),
     ]
     return [each for each in found if each]
 
 
-def _worst_case(least: float | None, audit: AuditReport) -> str:
+def _at_least(key: str, least: float | None, gap: Gap | None, what: str, missing: str) -> str:
     if least is None:
         return ""
-    worst = audit.results.worst_case.get("overall")
-    if worst is None:
-        return "gate.worst_case: no attack was tried"
-    gap, attack = worst.deciding.gap_closed, worst.deciding.attacks.get("protected", "no attack")
-    if gap.value >= least and worst.state != State.UNKNOWN:
-        return ""
-    why = "cannot be judged" if worst.state == State.UNKNOWN else f"is below {least:g}"
-    return f"gate.worst_case: gap closed {format_gap(gap)} of '{attack}' {why}"
-
-
-def _removal(least: float | None, audit: AuditReport) -> str:
-    if least is None:
-        return ""
-    worst = audit.results.worst_case.get("overall")
-    if worst is None or worst.removal is None:
-        return "gate.removal: no filtered model was attacked; give filtered=[DIR]"
-    if worst.removal.value >= least and worst.removal.state != State.UNKNOWN:
-        return ""
-    why = "cannot be judged" if worst.removal.state == State.UNKNOWN else f"is below {least:g}"
-    return f"gate.removal: R {format_gap(worst.removal, str(audit.results.best_filtered))} {why}"
+    if gap is None:
+        return f"gate.{key}: {missing}"
+    if gap.state == State.UNKNOWN:
+        return f"gate.{key}: {what} {format_gap(gap)}, cannot be judged"
+    return "" if gap.value >= least else f"gate.{key}: {what} {format_gap(gap)}, is below {least:g}"
 
 
 def _intactness(most: float | None, audit: AuditReport) -> str:

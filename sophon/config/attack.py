@@ -70,9 +70,9 @@ class GateConfig:
 
     Attributes:
         worst_case: least gap closed of the worst case, as in 0.9; one that cannot be judged is not enough.
-        removal: the same of R, which needs filtered models.
         intactness: greatest loss on the original domain's test split: points of a percentage, else percent of the
             value before.
+        removal: least R of the worst case, against a model that never saw the restricted domain (``filtered``).
     """
 
     worst_case: float | None = None
