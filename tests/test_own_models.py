@@ -14,14 +14,15 @@ import torch
 import torchvision
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from sophon.files import write_json
 from tests.cli_helpers import load, refusal, sophon
-from tests.models.own import GroupNormNet
+from tests.models.own import GroupNormNet, read_back
 
+AUDIT = "runs/mine/seed0/audit/audit.json"
 CLASSES = ("anchor", "bell", "cup")
 SIZE = 16
 MEAN, STD = [0.3, 0.35, 0.4], [0.2, 0.25, 0.3]
@@ -184,16 +185,10 @@ def test_a_model_trained_elsewhere_has_its_owners_accuracy(folder: Path, name: s
     assert described["architecture"] == manifest["model"]["architecture"]
 
 
-def by_hand(path: Path) -> nn.Module:
-    model = GroupNormNet(3, 8, 3)
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    return model
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "read"),
-    [("own", by_hand), ("transformers-vit", transformers.AutoModelForImageClassification.from_pretrained)],
+    [("own", read_back), ("transformers-vit", transformers.AutoModelForImageClassification.from_pretrained)],
 )
 def test_from_weights_to_an_audit_and_back_into_the_owners_code(
     folder: Path, name: str, read: Callable[[Path], nn.Module]
@@ -207,7 +202,7 @@ def test_from_weights_to_an_audit_and_back_into_the_owners_code(
     ):
         result = sophon(folder, *words)
         assert result.code == 0, result
-    manifest, audit = load(folder / "release/sophon.json"), load(folder / "runs/mine/seed0/audit/audit.json")
+    manifest, audit = load(folder / "release/sophon.json"), load(folder / AUDIT)
     for found in (manifest["config"]["model"], audit["config"]["model"]):
         assert {key: found[key] for key in ("architecture", "mean", "image_size")} == {
             key: manifest["model"][key] for key in ("architecture", "mean", "image_size")
@@ -219,34 +214,53 @@ def test_from_weights_to_an_audit_and_back_into_the_owners_code(
     assert float(100 * right.double().mean()) == pytest.approx(manifest["intactness"]["after"]["test"])
 
 
+def error_of(pipeline: diffusers.DDIMPipeline, root: Path) -> float:
+    """Return the error of the predicted noise on an image folder's fixed triples, by diffusers alone."""
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(root.rglob("*.png"))])
+    images = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    generator, scheduler = torch.Generator().manual_seed(0), pipeline.scheduler
+    steps = torch.randperm(len(images), generator=generator) * scheduler.config.num_train_timesteps // len(images)
+    noise = torch.randn(images.shape, generator=generator)
+    with torch.no_grad():
+        predicted = pipeline.unet.eval()(scheduler.add_noise(images, noise, steps), steps).sample
+    return float((predicted - noise).square().mean())
+
+
 @pytest.mark.slow
-def test_a_pipeline_keeps_its_sampler_through_every_verb(tmp_path: Path) -> None:
-    """Train nothing: the noise is DDPM's, the sampler DDIM's, and both are written down as they were."""
+def test_a_pipeline_keeps_its_sampler_and_its_error_through_every_verb(folder: Path) -> None:
+    """The noise is DDPM's, the sampler DDIM's, both are written down as they were, and the error is the owner's own."""
     network = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 4}
     kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **network, **kinds)
+    unet = diffusers.UNet2DModel(sample_size=SIZE, in_channels=3, out_channels=3, **network, **kinds)
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2", steps_offset=1)
-    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "theirs")
-    sizes = [
-        f"domain.{role}.{key}=10" for role in ("original", "restricted") for key in ("per_class", "test_per_class")
-    ]
-    run = ("experiment=quickstart_diffusion", *RUN[:4], *sizes, "task.evaluation_images=20", "task.sample_steps=2")
+    theirs = diffusers.DDIMPipeline(unet, scheduler)
+    theirs.save_pretrained(folder / "theirs")
+    (folder / "own/attack/one.yaml").write_text("strategies: {adam: {lr: 0.01, head: kept, batch_size: 8, steps: 1}}\n")
+    run = ("experiment=quickstart_diffusion", *RUN, "task.sample_steps=2")
     for words in (
         ("pretrain", *run, "pretrain.steps=0", "model.weights=theirs"),
         ("protect", *run, *PROTECT, "sampler.steps=[1,2]", "sampler.batch_sizes=[8]", "guard.tolerance=1000"),
         ("export", "name=mine", "out=release"),
+        ("audit", "--config-dir=own", *run, "attack=one", "attack.eval_points=2", "attack.samples=0"),
     ):
-        result = sophon(tmp_path, *words)
+        result = sophon(folder, *words)
         assert result.code == 0, result
     for file in ("model_index.json", "scheduler/scheduler_config.json"):
-        assert (tmp_path / "release" / file).read_text() == (tmp_path / "theirs" / file).read_text()
-    released = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "release")
+        assert (folder / "release" / file).read_text() == (folder / "theirs" / file).read_text()
+    released = diffusers.DiffusionPipeline.from_pretrained(folder / "release")
     assert isinstance(released, diffusers.DDIMPipeline)
-    assert released.scheduler.config.steps_offset == 1
-    before = load(tmp_path / "runs/mine/seed0/pretrain/checkpoint/sophon.json")
-    assert before["config"]["model"]["image_size"] == 8
-    assert before["model"]["scheduler"]["beta_schedule"] == "squaredcos_cap_v2"
+    reference, protected, audit = (
+        load(folder / path)
+        for path in ("runs/mine/seed0/pretrain/checkpoint/sophon.json", "release/sophon.json", AUDIT)
+    )
+    assert reference["config"]["model"]["image_size"] == SIZE
+    before, after = protected["intactness"]["before"], protected["intactness"]["after"]
+    for pipeline, values in (
+        (theirs, [reference["intactness"]["after"]["test"], before["test"], audit["intactness"]["before"]]),
+        (released, [after["test"], audit["intactness"]["after"]]),
+    ):
+        assert values == pytest.approx([error_of(pipeline, folder / "original/test")] * len(values), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def push(config: Config) -> str | None:
         A warning if the model card has no audit.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public by its documentation
 
     if not config.repo or "/" not in config.repo:
         raise UserError(f"repo: '{config.repo or ''}' is not allowed; give ORGANISATION/NAME")
