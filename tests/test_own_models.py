@@ -24,8 +24,7 @@ from tests.models.own import GroupNormNet, read_back
 
 AUDIT = "runs/mine/seed0/audit/audit.json"
 CLASSES = ("anchor", "bell", "cup")
-SIZE = 16
-MEAN, STD = [0.3, 0.35, 0.4], [0.2, 0.25, 0.3]
+SIZE, MEAN, STD = 16, [0.3, 0.35, 0.4], [0.2, 0.25, 0.3]
 RUN = (
     "tracking=disabled",
     "tracking.progress=false",
@@ -254,7 +253,6 @@ def test_a_pipeline_keeps_its_sampler_and_its_error_through_every_verb(folder: P
         load(folder / path)
         for path in ("runs/mine/seed0/pretrain/checkpoint/sophon.json", "release/sophon.json", AUDIT)
     )
-    assert reference["config"]["model"]["image_size"] == SIZE
     before, after = protected["intactness"]["before"], protected["intactness"]["after"]
     for pipeline, values in (
         (theirs, [reference["intactness"]["after"]["test"], before["test"], audit["intactness"]["before"]]),
