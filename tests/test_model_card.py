@@ -70,6 +70,7 @@ CARDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] =
         (
             "**WEAKENED**: Protection takes something from an attacker, but not all: ",
             "- Worst case: `a`, gap closed 0.30 [0.30, 0.30].",
+            "- An attacker who knows how it protects was not run; ",
             "- On the original domain protection costs 0.7 points",
             "- It rests on 1000 test images, 1 seed and 1 attack; ",
             "name: dogs\n",

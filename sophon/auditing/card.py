@@ -27,6 +27,7 @@ def facts(audit: AuditReport) -> dict[str, Any]:
         "restricted": audit.context.domains.get("restricted"),
         "word": str(verdict.word),
         "sentence": verdict.sentence,
+        "knowing": verdict.knowing,
         "basis": verdict.basis,
         "findings": list(verdict.findings),
         "attack": deciding.attacks.get("protected") if deciding else None,
