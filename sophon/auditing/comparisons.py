@@ -1,4 +1,4 @@
-"""Attacks beside others that differ from them in one thing: in length, or in surgery."""
+"""Attacks beside others that differ from them in one thing: in length, in rate, in images, or in surgery."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ UNDOING = ("renormalise",)
 
 
 @dataclass(frozen=True)
-class Decay:
-    """Attacks that differ only in how long they last, from the shortest to the longest."""
+class Axis:
+    """Attacks that differ in one thing only, by its value, the smallest first.
+
+    Attributes:
+        attacks: their names.
+        values: steps, learning rates or images; None for all images.
+        sgrc: of each.
+        gap_closed: of each.
+        removal: of each; None without a filtered model.
+        recovery: of each, by role the steps to recover.
+    """
 
     attacks: list[str]
-    steps: list[int]
+    values: list[float | None]
     sgrc: list[float]
     gap_closed: list[Gap]
+    removal: list[Gap | None]
+    recovery: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -46,22 +57,28 @@ def _without(attack: Attack, *fields: str) -> str:
     return json.dumps({key: value for key, value in attack.strategy.items() if key not in fields}, sort_keys=True)
 
 
-def decay_of(attacks: Iterable[Attack]) -> list[Decay]:
-    """Set attacks beside those that differ from them only in their number of steps."""
+def axes_of(attacks: Iterable[Attack], field: str, *besides: str) -> list[Axis]:
+    """Set attacks beside those that differ from them in ``field`` of their strategy only, and in ``besides``."""
     alike: dict[str, list[Attack]] = {}
-    for attack in sorted(attacks, key=lambda a: (a.strategy["steps"], a.attack)):
+    for attack in sorted(attacks, key=lambda a: (_place(a.strategy[field]), a.attack)):
         if not attack.trials:
-            alike.setdefault(_without(attack, "steps"), []).append(attack)
+            alike.setdefault(_without(attack, field, *besides), []).append(attack)
     found = [
-        Decay(
+        Axis(
             [a.attack for a in group],
-            [a.strategy["steps"] for a in group],
+            [a.strategy[field] for a in group],
             [a.sgrc for a in group],
             [a.gap_closed for a in group],
+            [a.removal for a in group],
+            [a.recovery for a in group],
         )
         for group in alike.values()
     ]
-    return sorted((each for each in found if len(set(each.steps)) > 1), key=lambda each: each.attacks)
+    return sorted((each for each in found if len(set(each.values)) > 1), key=lambda each: each.attacks)
+
+
+def _place(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def undone_of(attacks: Iterable[Attack]) -> list[Undone]:

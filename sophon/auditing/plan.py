@@ -96,6 +96,23 @@ def strategies(config: AttackConfig) -> dict[str, FineTuneStrategy]:
     return named
 
 
+def few_shots(config: AttackConfig, named: Mapping[str, FineTuneStrategy], classes: int) -> dict[str, FineTuneStrategy]:
+    """Return the attacks of ``config.shots`` by name, for so many classes.
+
+    Raises:
+        UserError: one is not among ``named``, or the name of another.
+    """
+    found = {}
+    for name, counts in config.shots.items():
+        choose("attack.shots", name, named)
+        for count in counts:
+            budget, few = count * classes, f"{name}_{count}_shot"
+            if few in named:
+                raise UserError(f"attack.shots.{name}: '{few}' is the name of another attack; rename that one")
+            found[few] = replace(named[name], data_budget=budget, batch_size=min(named[name].batch_size, budget))
+    return found
+
+
 def _combine(parts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name a combination of the grid, and put its fields together."""
     names: list[str] = []
@@ -142,6 +159,7 @@ class Plan:
         self.scene = scene
         self.left_out: dict[str, str] = {}
         self.named = strategies(config)
+        self.named |= few_shots(config, self.named, len(scene.restricted.classes))
         for name in (*config.benign, *([] if config.oracle is None else [config.oracle])):
             key = "attack.oracle" if name == config.oracle else "attack.benign"
             choose(key, name, self.named)

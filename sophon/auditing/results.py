@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -19,7 +20,7 @@ from sophon.auditing.attack_scores import (
     signed_rfd_of,
     spreads,
 )
-from sophon.auditing.comparisons import Decay, Undone, decay_of, undone_of
+from sophon.auditing.comparisons import Axis, Undone, axes_of, undone_of
 from sophon.auditing.scores import (
     Difference,
     Score,
@@ -30,7 +31,7 @@ from sophon.auditing.scores import (
 )
 from sophon.auditing.table import Attempts
 from sophon.auditing.words import EXPOSURES, FILTERED, ORACLE, ROLES, in_order
-from sophon.auditing.worst_case import WorstCase, worst_case
+from sophon.auditing.worst_case import Reading, WorstCase, worst_case
 from sophon.tasks import Metric
 
 
@@ -64,7 +65,9 @@ class Results:
 
     ``roles`` are those that were compared, in order. Of several filtered models that one counts which its own best
     attack gets most out of, ``best_filtered``: protection is to be compared with the best features that a model can
-    have which never saw the domain.
+    have which never saw the domain. ``decay``, ``rates`` and ``shots`` are attacks that differ only in their steps,
+    their learning rate, or their images. The ``distillation_floor`` is the best attack that first distils the model
+    into a fresh one with original images: no protection that keeps the original work can cost an attacker more.
     """
 
     metric: Metric
@@ -73,7 +76,10 @@ class Results:
     attacks: list[Attack]
     worst_case: dict[str, WorstCase]
     families: dict[str, WorstCase]
-    decay: list[Decay]
+    decay: list[Axis]
+    rates: list[Axis]
+    shots: list[Axis]
+    distillation_floor: Reading | None
     no_attack: dict[str, Roles]
     oracle: Oracle | None
     benign: list[Benign]
@@ -120,7 +126,10 @@ def results(attempts: Attempts) -> Results:
         attacks,
         {name: worst_case(group, metric, filtered) for name, group in groups.items() if group},
         {name: worst_case(group, metric, filtered) for name, group in families.items() if group},
-        decay_of(attacks),
+        axes_of(attacks, "steps"),
+        axes_of(attacks, "lr"),
+        axes_of(attacks, "data_budget", "batch_size"),
+        _distillation_floor(attacks, metric, filtered),
         {str(name): roles_of(rows, metric, spreads(rows)) for name, rows in compared[~fine_tuned].groupby("attack")},
         _oracle(restricted[restricted["role"] == ORACLE], metric),
         _benign(table[(table["domain"] == "benign") & (table["steps"] > 0)], curves, metric),
@@ -133,6 +142,18 @@ def _best_filtered(rows: pd.DataFrame, metric: Metric) -> str | None:
     kept = rows[rows["role"].str.startswith(FILTERED) & ~rows["diverged"]]
     ends = metric.sign * kept.groupby(["role", "attack"])["select"].mean().groupby("role").max()
     return None if ends.empty else str(ends.idxmax())
+
+
+def _distillation_floor(attacks: Sequence[Attack], metric: Metric, filtered: str | None) -> Reading | None:
+    """Read what gets most out of a student of the protected model that has seen original images only."""
+    students = [
+        attack
+        for attack in attacks
+        if any(
+            each["operation"] == "distil" and each.get("images") == "original" for each in attack.strategy["surgery"]
+        )
+    ]
+    return worst_case(students, metric, filtered).same_attack if students else None
 
 
 def _oracle(rows: pd.DataFrame, metric: Metric) -> Oracle | None:

@@ -221,3 +221,16 @@ def signed_rfd(protected: pd.Series, unprotected: pd.Series, metric: Metric) -> 
         return math.nan
     steps = both.index.to_numpy(float)
     return float(metric.sign * 100 * np.trapezoid((both["u"] - both["p"]) / both["u"].abs(), steps) / np.ptp(steps))
+
+
+def steps_to(curve: pd.Series, level: float, metric: Metric) -> float:
+    """Return after how many steps a curve first reaches ``level``, between points in a straight line; NaN if never."""
+    known = curve.dropna()
+    reached = (metric.sign * (known - level) >= 0).to_numpy()
+    if math.isnan(level) or not reached.any():
+        return math.nan
+    at = int(reached.argmax())
+    if at == 0:
+        return float(known.index[0])
+    steps, values = known.index.to_numpy(float)[at - 1 : at + 1], known.to_numpy(float)[at - 1 : at + 1]
+    return float(steps[0] + np.ptp(steps) * (level - values[0]) / (values[1] - values[0]))

@@ -250,7 +250,7 @@ def _wearing_off(results: Results) -> str:
     lost = []
     for group in results.decay:
         known = [
-            (gap, steps) for gap, steps in zip(group.gap_closed, group.steps, strict=True) if gap.value == gap.value
+            (gap, steps) for gap, steps in zip(group.gap_closed, group.values, strict=True) if gap.value == gap.value
         ]
         if not known:
             continue

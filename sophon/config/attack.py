@@ -94,6 +94,8 @@ class AttackConfig:
         strategies: the attacks by name, each with the fields of `FineTuneStrategy`.
         grid: further attacks: every combination of these lists: of values of the `FineTuneStrategy` field that is the
             list's key; or, under any key, of mappings with a ``name`` and several fields that go together.
+        shots: by the name of an attack how many images of each class it is tried with besides, as in [1, 5, 20, 100];
+            these are called NAME_5_shot, and batches are no larger than the images.
         search: attackers who search, by name; the winner's attempts are recorded under that name.
         benign: names of the strategies that are also run on ``domain.benign``, if there is one.
         knowing: by the name of an attack the mechanisms of protection that it is made against: ``suppression``,
@@ -115,6 +117,7 @@ class AttackConfig:
     frechet_samples: int = limited(0, ge=0)
     strategies: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    shots: dict[str, list[int]] = limited({}, ge=1)
     search: dict[str, SearchConfig] = field(default_factory=dict)
     benign: list[str] = field(default_factory=list)
     knowing: dict[str, list[str]] = field(default_factory=dict)

@@ -14,16 +14,16 @@ from sophon.auditing.table import trials_table
 from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, Record, format_difference, format_value, printable
 from sophon.files import write_text
 from sophon.report import tables
+from sophon.report.axes import decay, recovery, shots
 from sophon.report.drawing import own
 from sophon.report.figures import curve_panels, dot_plot, search_panels
 from sophon.report.masking import masking
-from sophon.report.page import Card, Code, Drawings, Fold, Page, Part, Section, Table
+from sophon.report.page import MANY, Card, Code, Drawings, Fold, Page, Part, Section, Table, folded
 from sophon.report.pictures import picture, pictures
 from sophon.report.tables import metric_name
 from sophon.report.terms import TERMS
 
 _MARKS = {"protected": "●", "unprotected": "■", "filtered": "▲", "scratch": "◆"}
-_MANY = 12  # so many tables' rows or panels are shown without being asked for
 
 
 def _legend(audit: AuditReport) -> list[tuple[str, str]]:
@@ -55,7 +55,9 @@ def audit_page(folder: Path, audit: AuditReport) -> Page:
         Section("attacks", "Attacks", list(_attacks(audit))),
         Section("curves", "Curves", list(_curves(audit))),
         Section("searches", "Searches", list(_searches(audit))),
-        Section("decay", "Does protection wear off?", list(_decay(audit))),
+        Section("decay", "Does protection wear off?", list(decay(audit.results))),
+        Section("recovery", "Steps to recover", list(recovery(audit.results))),
+        Section("shots", "With few images", list(shots(audit.results))),
         Section("masking", "Masking", list(masking(audit.results, audit.context.masking))),
         Section("benign", "Benign fine-tuning", list(_benign(audit))),
         Section("controls", "Controls", list(_controls(audit))),
@@ -113,11 +115,6 @@ def _cards(audit: AuditReport) -> Iterator[Card]:
         yield Card("Harm to benign use", format_difference(harm.harm.value, results.metric), note)
 
 
-def _folded(title: str, part: Part, count: int) -> Part:
-    """Fold what is long."""
-    return part if count <= _MANY else Fold(title, [part])
-
-
 def _worst(audit: AuditReport) -> Iterator[Part]:
     if audit.results.worst_case:
         yield (
@@ -144,10 +141,10 @@ def _attacks(audit: AuditReport) -> Iterator[Part]:
         f"{_measured(audit)} The stronger the colour, the better for the attacker. What gets most out of the protected "
         "model comes first: an attack that gets little out of every model closes little, and breaks nothing."
     )
-    yield _folded(f"All {len(attacks)} attacks", tables.attacks_table(audit.results), len(attacks))
+    yield folded(f"All {len(attacks)} attacks", tables.attacks_table(audit.results), len(attacks))
     # ElementTree wrote this and every other drawing, escaping each text and attribute.
     drawing = Drawings({" ": Markup(dot_plot(attacks, audit.results.metric))}, "large", _legend(audit))
-    yield _folded("All attacks with their intervals", drawing, len(attacks))
+    yield folded("All attacks with their intervals", drawing, len(attacks))
 
 
 def _curves(audit: AuditReport) -> Iterator[Part]:
@@ -163,7 +160,7 @@ def _curves(audit: AuditReport) -> Iterator[Part]:
         EXPOSURE_WORDS[exposure]: [a.attack for a in attacks if a.exposure == exposure and a.attack in panels]
         for exposure in EXPOSURES
     }
-    if len(panels) <= _MANY:
+    if len(panels) <= MANY:
         groups = {"": [attack for group in groups.values() for attack in group]}
     for exposure, group in groups.items():
         drawings = _drawings({attack: panels[attack] for attack in group})
@@ -187,17 +184,6 @@ def _searches(audit: AuditReport) -> Iterator[Part]:
     )
     yield _drawings(search_panels(trials, metric), "medium", _legend(audit))
     yield tables.searches_table(trials, metric)
-
-
-def _decay(audit: AuditReport) -> Iterator[Part]:
-    if not audit.results.decay:
-        return
-    yield (
-        "Attacks that differ only in their number of steps, on the test split. What falls towards 0 says that an "
-        "attacker needs only patience."
-    )
-    found = tables.decay_table(audit.results)
-    yield _folded("All lengths", found, len(found.rows))
 
 
 def _benign(audit: AuditReport) -> Iterator[Part]:
@@ -230,7 +216,7 @@ def _samples(folder: Path, audit: AuditReport) -> Iterator[Part]:
             "several seeds the first."
         )
         parts: list[Part] = [part for attack, strip in strips.items() for part in (printable(attack), strip)]
-        yield from [Fold(f"All {len(strips)} attacks", parts)] if len(strips) > _MANY else parts
+        yield from [Fold(f"All {len(strips)} attacks", parts)] if len(strips) > MANY else parts
 
 
 def _further(audit: AuditReport) -> Iterator[Part]:
@@ -245,7 +231,7 @@ def _further(audit: AuditReport) -> Iterator[Part]:
             f"closer; features: {printable(network)}."
         )
     yield note
-    yield _folded("All measurements", found, len(found.rows))
+    yield folded("All measurements", found, len(found.rows))
 
 
 def _repeat(audit: AuditReport) -> Iterator[Part]:

@@ -81,6 +81,12 @@ class Fold:
 
 
 Part = str | Table | Drawings | Code | Warn | Fold
+MANY = 12  # so many tables' rows or panels are shown without being asked for
+
+
+def folded(title: str, part: Part, count: int) -> Part:
+    """Fold what is long."""
+    return part if count <= MANY else Fold(title, [part])
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,12 @@ def gap(found: Gap | None, yardstick: str = "scratch") -> str:
     if found is None:
         return "-"
     ends = "" if math.isnan(found.low) else f"[{found.low:.2f}, {found.high:.2f}]"
-    parts = [_ratio(found.value), ends, f"worse than {yardstick}" if found.value > 1 else "", found.reason]
+    parts = [ratio(found.value), ends, f"worse than {yardstick}" if found.value > 1 else "", found.reason]
     return "\n".join(part for part in parts if part)
 
 
-def _ratio(value: float) -> str:
+def ratio(value: float) -> str:
+    """Write gap closed or R without its interval."""
     return f"{value:.2f}" if known(value) else "-"
 
 
@@ -90,8 +91,8 @@ def _cells(results: Results, roles: Roles) -> list[str]:
     return [score(roles.get(role), results.metric) for role in shown(results)]
 
 
-def _removal(results: Results, *cells: str) -> list[str]:
-    """Return cells that only an audit with a filtered model has."""
+def removal_cells(results: Results, *cells: str) -> list[str]:
+    """Return ``cells`` that only an audit with a filtered model has, else none."""
     return list(cells) if results.best_filtered else []
 
 
@@ -103,12 +104,18 @@ def short_table(results: Results) -> Table:
             name(attack.attack),
             _exposure(attack),
             *(format_number(attack.roles.get(role, Score()).mean, results.metric) for role in shown(results)),
-            _ratio(attack.gap_closed.value),
-            *([_ratio(attack.removal.value)] if attack.removal else []),
+            ratio(attack.gap_closed.value),
+            *([ratio(attack.removal.value)] if attack.removal else []),
         ]
         for attack in results.attacks
     ]
-    head = ["attack", "exposure", *(f"{role}{unit}" for role in shown(results)), "gap closed", *_removal(results, "R")]
+    head = [
+        "attack",
+        "exposure",
+        *(f"{role}{unit}" for role in shown(results)),
+        "gap closed",
+        *removal_cells(results, "R"),
+    ]
     return Table(head, rows, 2)
 
 
@@ -138,7 +145,7 @@ def attacks_table(results: Results) -> Table:
             percent(attack.signed_rfd),
             *_cells(results, attack.roles),
             gap(attack.gap_closed),
-            *_removal(results, gap(attack.removal, str(results.best_filtered))),
+            *removal_cells(results, gap(attack.removal, str(results.best_filtered))),
         ]
         for attack in attacks
     ]
@@ -149,7 +156,7 @@ def attacks_table(results: Results) -> Table:
         ]
         for index, attack in enumerate(attacks)
     ]
-    head = ["attack", "exposure", "SGRC", "signed RFD", *shown(results), "gap closed", *_removal(results, "R")]
+    head = ["attack", "exposure", "SGRC", "signed RFD", *shown(results), "gap closed", *removal_cells(results, "R")]
     return Table(head, rows, 2, levels)
 
 
@@ -193,7 +200,7 @@ def worst_table(results: Results) -> Table:
             [
                 *(title, str(len(worst.tried)), told + decides, *cells),
                 *(gap(found.gap_closed), str(found.gap_closed.state).lower()),
-                *_removal(results, gap(found.removal, str(results.best_filtered))),
+                *removal_cells(results, gap(found.removal, str(results.best_filtered))),
             ]
         )
 
@@ -203,7 +210,7 @@ def worst_table(results: Results) -> Table:
             add("all attacks", overall, "same_attack")
     for title, worst in groups.items():
         add(title, worst, worst.decided_by)
-    head = ["worst of", "attacks", "reading", *shown(results), "gap closed", "judged", *_removal(results, "R")]
+    head = ["worst of", "attacks", "reading", *shown(results), "gap closed", "judged", *removal_cells(results, "R")]
     return Table(head, rows)
 
 
@@ -226,16 +233,6 @@ def searches_table(trials: pd.DataFrame, metric: Metric) -> Table:
         )
     head = ["search", "role", "winner", "sampler", "trials", "pruned", "failed", "won by trial", "on select"]
     return Table(head, rows, 4)
-
-
-def decay_table(results: Results) -> Table:
-    """Return the attacks that differ only in their length, a row each."""
-    rows = [
-        [name(attack), str(steps), percent(taken), _ratio(closed.value)]
-        for group in results.decay
-        for attack, steps, taken, closed in zip(group.attacks, group.steps, group.sgrc, group.gap_closed, strict=True)
-    ]
-    return Table(["attack", "steps", "SGRC", "gap closed"], rows)
 
 
 def benign_table(results: Results) -> Table:
@@ -261,6 +258,11 @@ def controls_table(results: Results) -> Table:
         more = f", {oracle.data_ratio:.3g} times the data" if known(oracle.data_ratio) else ""
         cells = _cells(results, {"unprotected": oracle.score})
         rows.append([f"oracle: unprotected{more}", name(oracle.attack), *cells])
+    title = "distillation floor: a student of the model, from original images alone, then fine-tuned"
+    if floor := results.distillation_floor:
+        rows.append([title, name(floor.attacks.get("protected", "-")), *_cells(results, floor.roles)])
+    else:
+        rows.append([title, "not run", *("-" for _ in shown(results))])
     return Table(["control", "attack", *shown(results)], rows, 2)
 
 

@@ -54,6 +54,19 @@ def test_named_strategies_come_first_then_the_grid() -> None:
     assert len(set(found.values())) == 5
 
 
+def test_shots_are_attacks_with_so_many_images_a_class() -> None:
+    plan = plan_of(of("a", shots={"a": [1, 1000]}, roles=["protected"]))
+    classes = len(RESTRICTED.classes)
+    assert [(job.attack, job.strategy.data_budget, job.strategy.batch_size) for job in plan.jobs] == [
+        ("a", None, FRESH.batch_size),
+        ("a_1_shot", classes, min(FRESH.batch_size, classes)),
+    ]
+    assert set(plan.left_out) == {"a_1000_shot"}
+    for shots, message in (({"b": [1]}, r"attack\.shots"), ({"a": [1], "a_1_shot": [1]}, "the name of another")):
+        with pytest.raises(UserError, match=message):
+            plan_of(of("a", "a_1_shot", shots=shots))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

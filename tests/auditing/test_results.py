@@ -187,10 +187,39 @@ def test_decay_sets_lengths_side_by_side():
     short, long = lasting("short", 100, 50.0, 60.0, 50.0), lasting("long", 500, 55.0, 60.0, 50.0)
     others = [lasting("other", 500, 55.0, 60.0, 50.0, lr=0.2), searched("tpe", 1.0, 2.0, 3.0)]
     (found,) = scored(long, short, *others).decay
-    assert (found.attacks, found.steps) == (["short", "long"], [100, 500])
+    assert (found.attacks, found.values) == (["short", "long"], [100, 500])
     assert found.sgrc == pytest.approx([100 / 6, 500 / 60])
     assert [gap.value for gap in found.gap_closed] == [1.0, 0.5]
     assert scored(short, *others).decay == []
+
+
+def test_rates_and_images_are_axes_too():
+    few = [trio(f"few{n}", 50.0, 60.0, 40.0, strategy={"data_budget": n, "batch_size": min(n, 64)}) for n in (500, 5)]
+    rates = [trio(f"lr{lr}", 50.0, 60.0, 40.0, strategy={"lr": lr}) for lr in (0.5, 0.02)]
+    all_of_them = trio("a", 50.0, 60.0, 40.0, strategy={"batch_size": 64})
+    found = scored(*few, *rates, all_of_them)
+    assert [(each.attacks, each.values) for each in found.shots] == [(["few5", "few500", "a"], [5, 500, None])]
+    assert [each.values for each in found.rates] == [[0.02, 0.5]]
+    assert found.decay == []
+
+
+def test_recovery_is_how_long_a_model_takes_to_where_the_unprotected_one_ends():
+    # curves are straight lines from 10 in 100 steps; a tenth of the gap below the unprotected one's end is 58
+    (attack,) = scored(trio("a", 60.0, 60.0, 40.0)).attacks
+    assert attack.recovery == pytest.approx({"protected": 96.0, "unprotected": 96.0, "scratch": math.nan}, nan_ok=True)
+    (lower,) = scored(trio("a", 0.5, 0.5, 2.5, metric=MSE)).attacks
+    assert lower.recovery["protected"] == pytest.approx(100 * (10 - 0.7) / 9.5)
+
+
+def test_the_distillation_floor_is_the_best_student_of_original_images():
+    def student(name, value, images):
+        surgery = [{"operation": "distil", "steps": 9, "images": images}]
+        return trio(name, value, 80.0, 60.0, strategy={"surgery": surgery})
+
+    found = scored(student("a", 70.0, "original"), student("b", 65.0, "original"), student("c", 75.0, "attack"))
+    assert found.distillation_floor.attacks["protected"] == "a"
+    assert found.distillation_floor.gap_closed.value == 0.5
+    assert scored(student("c", 75.0, "attack")).distillation_floor is None
 
 
 def test_masking_is_what_taking_scale_away_undoes():

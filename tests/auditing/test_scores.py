@@ -17,6 +17,7 @@ from sophon.auditing.scores import (
     sgrc,
     signed_rfd,
     spread,
+    steps_to,
 )
 from tests.auditing.records import ACCURACY, MSE
 
@@ -202,6 +203,15 @@ UNPROTECTED = curve((0, 10), (50, 60), (100, 60))
 )
 def test_signed_rfd_by_hand(protected, metric, expected):
     assert signed_rfd(protected, UNPROTECTED, metric) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("level", "metric", "expected"),
+    [(35, ACCURACY, 25.0), (60, ACCURACY, 50.0), (10, ACCURACY, 0.0), (61, ACCURACY, math.nan), (5, MSE, math.nan)],
+)
+def test_steps_to_a_level_by_hand(level, metric, expected):
+    assert steps_to(UNPROTECTED, level, metric) == pytest.approx(expected, nan_ok=True)
+    assert math.isnan(steps_to(curve(), level, metric))
 
 
 def test_signed_rfd_of_nothing_is_not_known():

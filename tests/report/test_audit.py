@@ -72,6 +72,7 @@ def test_nothing_is_shown_of_what_was_not_measured(tmp_path):
         "Worst cases",
         "Attacks",
         "Curves",
+        "Controls",  # that the distillation floor was not run
         "To repeat this",
         "Definitions",
     ]
@@ -135,6 +136,8 @@ def test_column_heads_lead_to_their_definitions(written):
         ("Attacks that differ only by", ["`renormalised`", "`short`", "1.50", "-", "-"]),
         ("## Benign", ["`short`", "-", "75.0 [75.0, 75.0]", "70.0 [70.0, 70.0]", "5.0 [5.0, 5.0]", "6.7 %", "3.3 %"]),
         ("## Controls", ["oracle: unprotected, 8.5 times the data", "`short`", "-", "75.0 [75.0, 75.0]", "-"]),
+        ("## Controls", ["distillation floor: a student of the model, from original images alone, then fine-tuned",
+         "not run", "-", "-", "-"]),
         ("left out, since", ["`lora`", r"it has \<no\> layers"]),
     ],
 )  # fmt: skip
