@@ -88,16 +88,16 @@ def information_path(stages: Mapping[str, Mapping[str, Any]]) -> str:
     later = names[fresh[-1] :]
     reads = " and ".join(dict.fromkeys(word for name in later for word in stages[name]["original"]))
     sentence = f"The released weights began as random ones in the stage {later[0]} and were trained on original {reads}"
+    answers = "outputs and features" if any("features" in stages[name]["teacher"] for name in later) else "outputs"
     readers = [name for name in later if stages[name]["restricted"]]
     if readers:
         return (
             f"{sentence}, and on restricted images in the stage {' and '.join(readers)}: what they hold of the "
-            "restricted domain went through a teacher's outputs on original images, or through those."
+            f"restricted domain went through a teacher's {answers} on original images, or through those."
         )
     return (
-        f"{sentence} alone: what they hold of the restricted domain went through a teacher's outputs on original "
-        "images. That bounds the way, not the amount: an attacker gains no more than from that teacher as a black box "
-        "on original images."
+        f"{sentence} alone: what they hold of the restricted domain went through a teacher's {answers} on original "
+        "images. That bounds the way, not the amount: what a student can pick up from such answers, they may hold."
     )
 
 

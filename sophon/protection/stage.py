@@ -43,7 +43,8 @@ class Information:
         original: what it read of the original domain: ``images``, ``labels``.
         restricted: what it read of the restricted domains, likewise.
         teacher: whose answers it learnt on those images: ``none``; ``reference``, the unprotected model's; or ``stage
-            before``, those of what the last stage within the guard's tolerance released.
+            before``, those of what the last stage within the guard's tolerance released; with ``, features too`` where
+            its features were learnt besides its outputs.
     """
 
     start: str = "given"

@@ -105,7 +105,8 @@ class Distil(Training):
     def information(self, context: Context) -> Information:
         """Return that original images alone were read."""
         original = ("images", "labels") if self.config.labels else ("images",)
-        return Information(self.config.student, original, (), "stage before")
+        teacher = "stage before, features too" if self.config.features else "stage before"
+        return Information(self.config.student, original, (), teacher)
 
     def _strategy(self, context: Context) -> FineTuneStrategy:
         config = self.config
