@@ -1,10 +1,10 @@
-# `make demo`, `make demo-diffusion` and `make test` do all set-up by themselves; they need Python 3.11 and nothing else.
+# `make demo`, `make demo-strong`, `make demo-diffusion` and `make test` do all set-up by themselves; they need Python 3.11 and nothing else.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: demo demo-diffusion test test-fast lint clean
+.PHONY: demo demo-strong demo-diffusion test test-fast lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,11 +16,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # Pretrain, protect, export, audit and report on bundled images; SEED=1 repeats it with another seed.
 demo: $(VENV)/.installed
-	$(BIN)/sophon pretrain experiment=quickstart_coordinates seed=$(SEED)
-	$(BIN)/sophon protect experiment=quickstart_coordinates seed=$(SEED)
-	$(BIN)/sophon export checkpoint=runs/quickstart_coordinates/seed$(SEED)/protect out=runs/quickstart_coordinates/seed$(SEED)/export
-	$(BIN)/sophon audit experiment=quickstart_coordinates seed=$(SEED)
-	$(BIN)/sophon report run_dir=runs/quickstart_coordinates/seed$(SEED)/audit
+	$(BIN)/sophon pretrain experiment=quickstart seed=$(SEED)
+	$(BIN)/sophon protect experiment=quickstart seed=$(SEED)
+	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect out=runs/quickstart/seed$(SEED)/export
+	$(BIN)/sophon audit experiment=quickstart seed=$(SEED) workers=2
+	$(BIN)/sophon report run_dir=runs/quickstart/seed$(SEED)/audit
+
+# The same with a real budget, larger images, and thirty attacks.
+demo-strong: $(VENV)/.installed
+	$(BIN)/sophon pretrain experiment=quickstart_strong seed=$(SEED)
+	$(BIN)/sophon protect experiment=quickstart_strong seed=$(SEED)
+	$(BIN)/sophon export checkpoint=runs/quickstart_strong/seed$(SEED)/protect out=runs/quickstart_strong/seed$(SEED)/export
+	$(BIN)/sophon audit experiment=quickstart_strong seed=$(SEED) workers=2
+	$(BIN)/sophon report run_dir=runs/quickstart_strong/seed$(SEED)/audit
 
 # The same for a denoising diffusion model, which also draws images.
 demo-diffusion: $(VENV)/.installed

@@ -37,9 +37,16 @@ AUDIT = "attack.seeds=1 attack.eval_points=2 attack.masking.heads=[]"
 # name, verb, its overrides, the run that is the reference; an audit also names the run whose checkpoint it attacks
 RUNS: list[tuple[str, str, str, str, str]] = [
     ("classifier", "pretrain", f"{CLASSIFIER} pretrain.steps=20", "", ""),
-    ("sophon_klu", "protect", f"{CLASSIFIER} {PROTECT}", "classifier", ""),
-    ("sophon_klu_second_order", "protect", f"{CLASSIFIER} {PROTECT} method.engine=second_order", "classifier", ""),
+    ("sophon_klu", "protect", f"{CLASSIFIER} {PROTECT} method=sophon_klu", "classifier", ""),
+    (
+        "sophon_klu_second_order",
+        "protect",
+        f"{CLASSIFIER} {PROTECT} method=sophon_klu method.engine=second_order",
+        "classifier",
+        "",
+    ),
     ("pool_fixed", "protect", f"{CLASSIFIER} {PROTECT} method=pool_fixed method.rounds=6", "classifier", ""),
+    ("pool_anchored", "protect", f"{CLASSIFIER} {PROTECT} method.rounds=6", "classifier", ""),
     ("coordinates", "protect", f"{CLASSIFIER} {PROTECT} method=coordinates", "classifier", ""),
     ("clamp_pool", "protect", f"{CLASSIFIER} {PROTECT} method=clamp_pool", "classifier", ""),
     ("tar", "protect", f"{CLASSIFIER} {PROTECT} method=tar sampler=tar", "classifier", ""),

@@ -1,0 +1,89 @@
+"""Write the bench's table and its figure: what attacks get, and the gap closed by kind of attack, against the budget.
+
+    python experiments/bench_f/summary.py runs/bench_f --row pool_anchored
+
+Gap closed of an attack is (U - P) / (U - S), of means over the seeds, held to 0 .. 1, where 1 is no better than scratch; a kind's
+is the mean over its attacks. Attacks with U - S below two points tell nothing and are left out there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from omegaconf import OmegaConf
+
+HERE = Path(__file__).parent
+ATTACKS = OmegaConf.load(HERE.parents[1] / "conf" / "attack" / "quickstart_strong.yaml")
+# known to get far where protection lives in the last blocks
+KNOWING = ("reinitialise_last_1", "reinitialise_last_2", "shrink_perturb_5e-1", "frozen_statistics", "distil_attack_200")
+
+
+def kind(attack: str, exposure: str) -> str:
+    """Return which line of the figure an attack belongs to."""
+    if attack in KNOWING:
+        return "knowing"
+    return "searched" if attack == "tpe_search" else exposure.replace("_", " ")
+
+
+def attempts(folder: Path, role: str) -> pd.DataFrame:
+    """Return the mean test value of each attack on the restricted domain against a role, with its kind."""
+    table = pd.read_parquet(folder / "attempts.parquet").query("role == @role and domain == 'restricted'")
+    steps = {name: each.get("steps") for name, each in ATTACKS.strategies.items()}
+    table = table[[steps.get(attack) != 0 for attack in table.attack]]
+    return table.groupby("attack").agg(test=("test", "mean"), exposure=("exposure", "first"))
+
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table of text and numbers as Markdown."""
+    rows = [[table.index.name, *table.columns], ["---"] * (1 + len(table.columns)), *table.reset_index().values.tolist()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, help="the bench's folder")
+    parser.add_argument("--row", default="pool_anchored", help="name of the runs")
+    options = parser.parse_args()
+    columns = {role: attempts(options.runs / "controls", role).test for role in ("scratch", "unprotected")}
+    cells: dict[float, list[pd.DataFrame]] = {}
+    lines = []
+    for budget in sorted((options.runs / options.row).glob("seed*/*min/budget.json")):
+        minutes = float(budget.parent.name.removesuffix("min"))
+        manifest = json.loads((budget.parent / "export" / "sophon.json").read_text())
+        history, intactness = manifest["history"], manifest["intactness"]
+        before, after = intactness["before"]["test"], intactness["after"]["test"]
+        lines.append(
+            f"- {budget.parts[-3]}, {minutes:g} core-minutes: {history['rounds']} rounds, {history['rollbacks']} roll-backs, original "
+            f"domain (test) {before:.1f} before, {after:.1f} after"
+        )
+        if (budget.parent / "audit" / "attempts.parquet").exists():
+            cells.setdefault(minutes, []).append(attempts(budget.parent / "audit", "protected"))
+    exposure = next(iter(cells.values()))[0].exposure
+    for minutes, tables in sorted(cells.items()):
+        columns[f"{minutes:g} min"] = pd.concat([each.test for each in tables], axis=1).mean(axis=1)
+    table = pd.DataFrame(columns).dropna(how="all")
+    table.insert(0, "kind", [kind(attack, exposure[attack]) for attack in table.index])
+    table = table.sort_values(["kind"], kind="stable").round(1)
+    budgets = [name for name in table.columns if name.endswith("min")]
+    telling = table[table.unprotected - table.scratch >= 2]
+    closed = telling[budgets].rsub(telling.unprotected, axis=0).div(telling.unprotected - telling.scratch, axis=0)
+    gaps = closed.clip(0, 1).groupby(telling.kind).mean().round(2)
+    seeds = ", ".join(f"{minutes:g} min: {len(tables)}" for minutes, tables in sorted(cells.items()))
+    text = f"Test accuracy in percent; protection seeds a column: {seeds}.\n\n{markdown(table)}\n\nGap closed:\n\n{markdown(gaps)}\n\n"
+    (HERE / f"{options.row}.md").write_text(text + "\n".join(lines) + "\n")
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, row in gaps.iterrows():
+        axes.plot([float(budget.split()[0]) for budget in budgets], row, marker="o", label=name)
+    axes.set(xscale="log", xlabel="defender's budget, core-minutes", ylabel="gap closed")
+    axes.axhline(1, color="grey", linewidth=0.5)
+    axes.legend()
+    figure.savefig(HERE / f"{options.row}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
