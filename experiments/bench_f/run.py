@@ -2,8 +2,8 @@
 
     python experiments/bench_f/run.py runs/bench_f --seeds 0 1 2 --minutes 1 4 15
 
-A seed is one run, which goes on after each audit; the same command goes on where it stopped. All processor time of `sophon protect`
-counts, its start-up too. A budget at which the guard has accepted nothing yet has no audit. See README.md.
+A seed is one run, which goes on after each audit; the same command goes on where it stopped. All processor time of
+`sophon protect` counts, its start-up too. A budget at which the guard has accepted nothing yet has no audit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="the bench's folder")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--minutes", nargs="+", type=float, default=[1, 4, 15], help="budgets, each with those before it")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[1, 4, 15], help="budgets")
     parser.add_argument("--row", default="pool_anchored", help="name of the runs, for other settings by --set")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every command")
     options = parser.parse_args()

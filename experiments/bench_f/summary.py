@@ -2,8 +2,8 @@
 
     python experiments/bench_f/summary.py runs/bench_f --row pool_anchored
 
-Gap closed of an attack is (U - P) / (U - S), of means over the seeds, held to 0 .. 1, where 1 is no better than scratch; a kind's
-is the mean over its attacks. Attacks with U - S below two points tell nothing and are left out there.
+Gap closed of an attack is (U - P) / (U - S), of means over seeds, held to 0 .. 1, where 1 is no better than scratch;
+a kind's is the mean over its attacks. Attacks with U - S below two points tell nothing and are left out there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from omegaconf import OmegaConf
 HERE = Path(__file__).parent
 ATTACKS = OmegaConf.load(HERE.parents[1] / "conf" / "attack" / "quickstart_strong.yaml")
 # known to get far where protection lives in the last blocks
-KNOWING = ("reinitialise_last_1", "reinitialise_last_2", "shrink_perturb_5e-1", "frozen_statistics", "distil_attack_200")
+KNOWING = (
+    "reinitialise_last_1",
+    "reinitialise_last_2",
+    "shrink_perturb_5e-1",
+    "frozen_statistics",
+    "distil_attack_200",
+)
 
 
 def kind(attack: str, exposure: str) -> str:
@@ -37,10 +43,10 @@ def attempts(folder: Path, role: str) -> pd.DataFrame:
     return table.groupby("attack").agg(test=("test", "mean"), exposure=("exposure", "first"))
 
 
-
 def markdown(table: pd.DataFrame) -> str:
     """Return a table of text and numbers as Markdown."""
-    rows = [[table.index.name, *table.columns], ["---"] * (1 + len(table.columns)), *table.reset_index().values.tolist()]
+    head = [table.index.name, *table.columns]
+    rows = [head, ["---"] * len(head), *table.reset_index().values.tolist()]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
@@ -58,8 +64,8 @@ def main() -> None:
         history, intactness = manifest["history"], manifest["intactness"]
         before, after = intactness["before"]["test"], intactness["after"]["test"]
         lines.append(
-            f"- {budget.parts[-3]}, {minutes:g} core-minutes: {history['rounds']} rounds, {history['rollbacks']} roll-backs, original "
-            f"domain (test) {before:.1f} before, {after:.1f} after"
+            f"- {budget.parts[-3]}, {minutes:g} core-minutes: {history['rounds']} rounds, {history['rollbacks']} "
+            f"roll-backs, original domain (test) {before:.1f} before, {after:.1f} after"
         )
         if (budget.parent / "audit" / "attempts.parquet").exists():
             cells.setdefault(minutes, []).append(attempts(budget.parent / "audit", "protected"))
@@ -74,8 +80,9 @@ def main() -> None:
     closed = telling[budgets].rsub(telling.unprotected, axis=0).div(telling.unprotected - telling.scratch, axis=0)
     gaps = closed.clip(0, 1).groupby(telling.kind).mean().round(2)
     seeds = ", ".join(f"{minutes:g} min: {len(tables)}" for minutes, tables in sorted(cells.items()))
-    text = f"Test accuracy in percent; protection seeds a column: {seeds}.\n\n{markdown(table)}\n\nGap closed:\n\n{markdown(gaps)}\n\n"
-    (HERE / f"{options.row}.md").write_text(text + "\n".join(lines) + "\n")
+    head = f"Test accuracy in percent; protection seeds a column: {seeds}."
+    parts = [head, markdown(table), "Gap closed:", markdown(gaps), "\n".join(lines)]
+    (HERE / f"{options.row}.md").write_text("\n\n".join(parts) + "\n")
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name, row in gaps.iterrows():
         axes.plot([float(budget.split()[0]) for budget in budgets], row, marker="o", label=name)

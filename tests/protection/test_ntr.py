@@ -18,6 +18,7 @@ from sophon.losses import distillation, well_conditioning
 from sophon.protection.inner_loop import Objective
 from sophon.protection.ntr import NTR
 from sophon.protection.objectives.condition import Condition
+from sophon.protection.optimizer_state import defenders_adam, set_gradient
 from sophon.seeds import derive_seed
 from sophon.tasks import ClassificationTask, Task
 from tests.protection.staged import context, training
@@ -220,3 +221,15 @@ def test_condition_needs_features() -> None:
     ntr = make_ntr(tiny_unet(), tiny_unet(), tiny_denoising(), 5, [Condition(0.7)])
     with pytest.raises(UserError, match=r"^method\.objectives\.condition: "):
         ntr.run(1, 0)
+
+
+def test_a_gradient_of_another_layout_steps_the_weights_that_it_is_of() -> None:
+    """The fused kernel would pair them by their places in memory."""
+    values, gradient = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    plain = nn.Parameter(values.clone())
+    fused = nn.Parameter(values.clone().contiguous(memory_format=torch.channels_last))
+    plain.grad = gradient
+    set_gradient(fused, gradient)
+    torch.optim.Adam([plain], lr=0.1).step()
+    defenders_adam([fused], 0.1).step()
+    torch.testing.assert_close(fused.detach(), plain.detach())
