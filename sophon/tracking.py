@@ -54,7 +54,7 @@ class Tracker:
     ) -> None:
         choose("tracking.wandb", wandb_mode, MODES)
         self._console = Console(stderr=True)
-        self._show = progress
+        self.shows = progress
         self._run: Any = None
         if wandb_mode != "disabled":
             self._run = _start_wandb(wandb_mode, run_dir, project, entity, name, config)
@@ -66,13 +66,13 @@ class Tracker:
 
     def say(self, line: str) -> None:
         """Print one line on stderr, above any bar."""
-        if self._show:
+        if self.shows:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[Advance]:
         """Show ``what`` going from ``done`` to ``total``, with the time it has left."""
-        if not self._show:
+        if not self.shows:
             yield lambda note="", steps=1: None
         elif self._console.is_terminal:
             with _bar(self._console) as bar:

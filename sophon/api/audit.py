@@ -23,6 +23,7 @@ from sophon.api.facts import context_of, gallery_of, identifying
 from sophon.api.manifests import check_pretraining
 from sophon.api.results import Audited
 from sophon.auditing.fidelity import Fidelity, feature_network
+from sophon.auditing.forecast import forecast
 from sophon.auditing.runner import Frechet, Runner
 from sophon.auditing.scene import Scene
 from sophon.auditing.words import filtered_roles
@@ -143,6 +144,8 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     runner.measure_with(_frechet(audit, features))
     for name, reason in runner.plan.left_out.items():
         tracker.say(f"left out: {name} ({reason})")
+    if tracker.shows:
+        tracker.say(forecast(runner, runner.missing(), config.workers))
     run_jobs(runner, partial(_in_worker, config, folder, checkpoints), config.workers, tracker)
     if config.attack.shards > 1:
         return None
