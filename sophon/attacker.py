@@ -84,7 +84,8 @@ class FineTuneStrategy:
         steps: optimizer steps, >= 0 (none: what the released weights do as they are); those of ``probe_steps`` and of
             ``surgery`` come on top.
         scope: which parameters move: ``all``; ``head``; the ``first_blocks`` or the ``last_blocks`` with the head;
-            ``attention`` (with a classifier's head); or ``lora``, adapters of low rank with the head.
+            ``attention`` (with a classifier's head); ``cross_attention``, the layers that read a text; or ``lora``,
+            adapters of low rank with the head.
         head: what a classifier's last layer, or a conditional denoiser's class embedding, starts from: ``kept`` (the
             released one), ``fresh`` (newly initialised) or ``probed`` (fresh, then trained alone for ``probe_steps``
             steps with Adam at ``probe_lr``). A simulated ``probed`` attacker starts from a head that the defender keeps
@@ -148,13 +149,13 @@ class FineTuneStrategy:
             check_field(f"{where}.{part.name}", part.name, getattr(self, part.name))
 
 
-SCOPES = ("all", "head", "first_blocks", "last_blocks", "attention", "lora")
+SCOPES = ("all", "head", "first_blocks", "last_blocks", "attention", "cross_attention", "lora")
 
 
 BATCH_NORMS = ("trained", "frozen", "restated")
 
 
-LORA_LAYERS = ("all", "convolutions", "linears", "attention")
+LORA_LAYERS = ("all", "convolutions", "linears", "attention", "transformer")
 
 
 HEADS = ("kept", "fresh", "probed")
@@ -179,7 +180,11 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SIMULATED = tuple(name for name in OPTIMIZERS if name not in ("kfac", "muon"))
 # Training loops by name.
-LOOPS = {"fine_tune": "sophon.finetune.fine_tune"}
+LOOPS = {
+    "fine_tune": "sophon.finetune.fine_tune",
+    "dreambooth": "sophon.auditing.text_to_image.dreambooth",
+    "textual_inversion": "sophon.auditing.text_to_image.textual_inversion",
+}
 
 
 def _warmup(step: int, steps: int) -> float:

@@ -139,7 +139,7 @@ def _spec(path: Path, manifest: Any, key: str) -> ModelSpec:
     try:
         fields = dict(manifest["model"])
         sequences = {name: tuple(fields[name]) for name in ("classes", "mean", "std")}
-        spec = ModelSpec(**{**fields, **sequences})
+        spec = ModelSpec(**{**fields, **sequences}, folder=str(path))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{key}: '{path / _MANIFEST}' does not describe a model; export it again") from error
     choose(f"{key}: '{path / _MANIFEST}': library", spec.library, models.LIBRARIES)

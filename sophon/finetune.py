@@ -123,8 +123,9 @@ def flops_per_step(
     few = images.take(torch.arange(strategy.batch_size) % len(images))
     parameters = thaw(model, strategy, task)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batch = next(batches(few, strategy.batch_size, torch.Generator().manual_seed(0)))
+    task.warm(batch)
     with FlopCounterMode(display=False) as counter:
-        batch = next(batches(few, strategy.batch_size, torch.Generator().manual_seed(0)))
         value = (loss or task.attacker_loss)(model, batch)
         torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     for name, buffer in model.named_buffers():

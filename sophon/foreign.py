@@ -13,7 +13,7 @@ from sophon import models, paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.export import Checkpoint
-from sophon.files import sha256_file
+from sophon.models.weights import weights_sha256
 
 _ALLOWED = "a folder of sophon, timm, transformers or diffusers, or a .safetensors state dict"
 
@@ -59,7 +59,7 @@ def open_foreign(path: str | Path, model: ModelConfig, classes: Sequence[str], k
     with _named(key):
         with torch.random.fork_rng(devices=[]):
             module, spec = models.create(described(path, model, key), classes)
-        sha256 = sha256_file(models.adapter_of(spec).weights_in(Path(path)))
+        sha256 = weights_sha256(models.adapter_of(spec).weights_in(Path(path)))
     manifest = {"foreign": True, "name": Path(path).name, "model": spec.plain(), "weights_sha256": sha256}
     return Checkpoint(module.eval(), spec, manifest, Path(path), sha256)
 

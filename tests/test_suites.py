@@ -91,6 +91,7 @@ def test_full_has_every_family_and_every_choice_and_more_of_what_standard_has() 
     assert set(families) == set(FAMILIES) - set(ALONE) | {"search_tpe"}
     named = strategies(full)
     assert strategies(composed("attack=standard")).items() <= named.items()
+    named |= strategies(composed("attack=text_to_image"))  # the only ones with a text to attend to
     for part, choices in {
         "optimizer": OPTIMIZERS,
         "schedule": SCHEDULES,
@@ -104,7 +105,7 @@ def test_full_has_every_family_and_every_choice_and_more_of_what_standard_has() 
     assert {operation.name for each in named.values() for operation in each.surgery} == set(surgery.OPERATIONS)
 
 
-@pytest.mark.parametrize("suite", ["quickstart_diffusion", "standard_diffusion", "paper_diffusion"])
+@pytest.mark.parametrize("suite", ["quickstart_diffusion", "standard_diffusion", "paper_diffusion", "text_to_image"])
 def test_a_denoiser_is_asked_for_no_new_head(suite: str) -> None:
     config = composed(f"attack={suite}")
     assert {strategy.head for strategy in strategies(config).values()} == {"kept"}

@@ -52,7 +52,7 @@ def protect(
 
     Args:
         model: a ``torch.nn.Module`` (of timm, torchvision, transformers or diffusers; any other one through `adapt`),
-            what `load` or `adapt` returned, or the folder of a checkpoint or of a diffusers pipeline.
+            a diffusers pipeline, what `load` or `adapt` returned, or the folder of a checkpoint or of a pipeline.
         original: what the model was made for: a folder of ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, a torch
             ``Dataset`` of (image, label), a pair of arrays, a Hugging Face ``Dataset``, or a `Domain` of one of these.
         restricted: what it is to be hard to fine-tune for, likewise; several as a list of `Domain`.

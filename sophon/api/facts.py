@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sophon.api.common import as_loaded, measured, task_of
 from sophon.api.manifests import mechanisms_of
 from sophon.auditing.gallery import write_gallery
@@ -86,13 +84,13 @@ def gallery_of(config: Config, scene: Scene, folder: Path) -> list[dict[str, str
     if not count:
         return []
     seed = derive_seed(config.seed, "samples")
-    drawn = {role: scene.task.sample(model, count, seed) for role, model in scene.models.items()}
+    real = scene.restricted["test"].spread(count)
+    prompts = real.prompts or ()
+    drawn = {role: scene.task.sample(model, count, seed, prompts) for role, model in scene.models.items()}
     grids = {f"{role} model, not attacked": images for role, images in drawn.items() if images is not None}
     if not grids:
         return []
-    test = scene.restricted["test"]
-    real = test.batch(torch.linspace(0, len(test) - 1, min(count, len(test))).long()).images.cpu()
-    return write_gallery(folder, {f"real images of {scene.restricted.name}": real, **grids})
+    return write_gallery(folder, {f"real images of {scene.restricted.name}": real.images.cpu(), **grids})
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:

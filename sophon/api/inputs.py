@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
@@ -18,7 +20,7 @@ from sophon.config import Config, DomainConfig, ModelConfig
 from sophon.config.shipped import STANDARD, USUAL, chosen
 from sophon.domains import Domain
 from sophon.domains.sources import class_names
-from sophon.errors import UserError
+from sophon.errors import UserError, one_line
 from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.files import sha256_file
 from sophon.foreign import open_foreign
@@ -28,7 +30,8 @@ from sophon.paths import exists
 from sophon.validation import from_omegaconf
 
 Data = Any  # a folder, a torch Dataset, arrays, a Hugging Face Dataset, or a `Domain` of one of these
-Model = nn.Module | AdaptedModel | Checkpoint | str | PathLike[str]
+# a module, what describes one, a folder, or a diffusers pipeline
+Model = nn.Module | AdaptedModel | Checkpoint | str | PathLike[str] | Any
 Choice = str | Mapping[str, Any] | Any  # the name of a shipped file, the path of one's own, or its content
 
 
@@ -66,6 +69,8 @@ def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
     """
     if isinstance(model, Checkpoint):
         return Checkpoint(copy.deepcopy(model.model), model.spec, model.manifest, model.path, model.sha256)
+    if hasattr(model, "save_pretrained") and not isinstance(model, nn.Module):
+        model = _written(model, key)
     if isinstance(model, str | PathLike):
         path = Path(model).expanduser()
         if not exists(path, key):
@@ -84,6 +89,17 @@ def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
     if unnamed and (len(names) == len(numbers) or models.adapter_of(spec).head is None):
         spec = replace(spec, classes=names)
     return in_memory(model.model, spec, {"name": spec.architecture}, key)
+
+
+def _written(pipeline: Any, key: str) -> str:
+    """Write a pipeline into a folder that is there until the process ends; return it."""
+    folder = tempfile.mkdtemp(prefix="sophon-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(folder)
+    except Exception as error:  # what is none of diffusers' raises what it likes
+        raise UserError(f"{key}: a {type(pipeline).__name__} cannot be saved: {one_line(error)}") from error
+    return folder
 
 
 def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], key: str) -> Checkpoint:

@@ -9,13 +9,15 @@ from torch import nn
 
 from sophon.attacker import LORA_LAYERS
 from sophon.errors import UserError, choose
-from sophon.models.partition import attention, owned
+from sophon.models.partition import attention, feed_forward, owned
 
-_CHOSEN: dict[str, Callable[[nn.Module, bool], bool]] = {
-    "all": lambda layer, attends: True,
-    "convolutions": lambda layer, attends: isinstance(layer, nn.Conv2d),
-    "linears": lambda layer, attends: isinstance(layer, nn.Linear),
-    "attention": lambda layer, attends: attends,
+# of a layer, and whether it lies in attention and in a transformer's feed-forward part
+_CHOSEN: dict[str, Callable[[nn.Module, bool, bool], bool]] = {
+    "all": lambda layer, attends, feeds: True,
+    "convolutions": lambda layer, attends, feeds: isinstance(layer, nn.Conv2d),
+    "linears": lambda layer, attends, feeds: isinstance(layer, nn.Linear),
+    "attention": lambda layer, attends, feeds: attends,
+    "transformer": lambda layer, attends, feeds: attends or feeds,
 }
 
 
@@ -53,13 +55,13 @@ def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str]) -> No
 
 def _layers(model: nn.Module, layers: str, head: set[str]) -> list[str]:
     parts = dict(model.named_modules())
-    attends = owned(parts, attention(model))
+    attends, feeds = (owned(parts, find(model)) for find in (attention, feed_forward))
     opaque = owned(parts, (name for name, part in parts.items() if isinstance(part, nn.MultiheadAttention)))
     excluded = opaque | {name.rpartition(".")[0] for name in head}
     return [
         name
         for name, part in parts.items()
-        if name not in excluded and _fits(part) and _CHOSEN[layers](part, name in attends)
+        if name not in excluded and _fits(part) and _CHOSEN[layers](part, name in attends, name in feeds)
     ]
 
 

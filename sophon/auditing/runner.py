@@ -248,14 +248,19 @@ class Runner:
     def _details(self, model: nn.Module, domain: LoadedDomain) -> dict[str, float]:
         details = self.scene.task.details(model, domain["test"])
         if self.frechet is not None and domain is self.scene.restricted:
-            images = self.scene.task.sample(model, self.config.frechet_samples, derive_seed(self.seed, "frechet"))
+            images = self._sample(model, self.config.frechet_samples, "frechet")
             if images is not None:
                 details["Frechet distance"] = self.frechet.distance(images)
         return details
 
+    def _sample(self, model: nn.Module, count: int, purpose: str) -> Tensor | None:
+        """Let a model generate images; one that reads prompts gets those of the restricted domain's test images."""
+        prompts = self.scene.restricted["test"].spread(count).prompts or ()
+        return self.scene.task.sample(model, count, derive_seed(self.seed, purpose), prompts)
+
     def _draw(self, model: nn.Module, key: str, step: int) -> None:
         """Write a grid of what the model generates, if it does; the same noise for every role, attack and step."""
-        images = self.scene.task.sample(model, self.config.samples, derive_seed(self.seed, "samples"))
+        images = self._sample(model, self.config.samples, "samples")
         if images is not None:
             write_bytes(self.folder / _picture(key, step), image_grid(images))
 

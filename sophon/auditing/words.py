@@ -70,6 +70,7 @@ _SCOPES: dict[str, Callable[[Record], str]] = {
     "first_blocks": lambda s: f"{_blocks('first', s)} and the head only",
     "last_blocks": lambda s: f"{_blocks('last', s)} and the head only",
     "attention": lambda s: "attention only",
+    "cross_attention": lambda s: "cross-attention only",
     "lora": lambda s: f"LoRA of rank {s['lora_rank']}" + (f" on {s['lora_layers']}" * (s["lora_layers"] != "all")),
 }
 # How a field is said that is not as usual, in this order. One that came after these words is said by its name.

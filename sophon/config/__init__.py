@@ -149,6 +149,7 @@ class Config:
         repo: where ``push`` uploads to on the Hugging Face Hub: ``ORGANISATION/NAME``.
         dry_run: let ``push`` only say what it would upload.
         n: images that ``sample`` draws.
+        prompts: texts that ``sample`` tells a text-to-image model, in turn.
         profile: let ``protect`` record some rounds with torch's profiler and say where their time went:
             ``run_dir/profile.txt``, and the trace ``profile.json.gz``. The results stay the same.
         runs: run directories of audits that ``report compare`` sets side by side.
@@ -181,6 +182,7 @@ class Config:
     repo: str | None = None
     dry_run: bool = True
     n: int = limited(64, ge=1)
+    prompts: list[str] = field(default_factory=list)
     profile: bool = False
     runs: list[str] = limited([], path=True)
     task: TaskConfig = field(default_factory=TaskConfig)

@@ -78,6 +78,10 @@ class ImageSet(ABC):
         """Return the first ``count`` images, all if there are fewer."""
         return self.batch(torch.arange(min(count, len(self))))
 
+    def spread(self, count: int) -> Batch:
+        """Return ``count`` images taken evenly from the whole set, all if there are fewer."""
+        return self.batch(torch.linspace(0, len(self) - 1, min(count, len(self))).long())
+
     def stream(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
         """Give a batch for each of ``parts`` (int64 [M] each), which may be drawn before they are needed."""
         return map(self.batch, parts)

@@ -40,13 +40,19 @@ LIBRARIES = {
     "diffusers": "sophon.models.diffusers_models:DiffusersAdapter",
     "python": "sophon.models.python_module:PythonAdapter",
 }
+# Networks of diffusers that work on latents, beside a pipeline's other parts, have adapters of their own.
+LATENT = {
+    "UNet2DConditionModel": "sophon.models.latent_diffusion:TextToImageAdapter",
+    "DiTTransformer2DModel": "sophon.models.latent_transformer:ClassToImageAdapter",
+}
 # what `adapt` may be told of a model
 FACTS = ("channels", "classes", "factory", "head", "image_size", "mean", "model_args", "scheduler", "std")
 
 
-def _adapter(library: str) -> type[ModelAdapter]:
+def _adapter(library: str, architecture: str | None = None) -> type[ModelAdapter]:
     choose("model.library", library, LIBRARIES)
-    return cast(type[ModelAdapter], pkgutil.resolve_name(LIBRARIES[library]))
+    latent = LATENT.get(str(architecture)) if library == "diffusers" else None
+    return cast(type[ModelAdapter], pkgutil.resolve_name(latent or LIBRARIES[library]))
 
 
 def adapter_of(spec: ModelSpec) -> ModelAdapter:
@@ -55,7 +61,7 @@ def adapter_of(spec: ModelSpec) -> ModelAdapter:
     Raises:
         UserError: the library is not known or not installed.
     """
-    return _adapter(spec.library)(spec)
+    return _adapter(spec.library, spec.architecture)(spec)
 
 
 def create(config: ModelConfig, classes: Sequence[str]) -> AdaptedModel:
@@ -68,7 +74,7 @@ def create(config: ModelConfig, classes: Sequence[str]) -> AdaptedModel:
     Raises:
         UserError: a value is out of range or contradicts another, or weights cannot be had or do not fit.
     """
-    adapter = _adapter(config.library).from_config(config, classes)
+    adapter = _adapter(config.library, config.architecture).from_config(config, classes)
     return AdaptedModel(adapter.start(config), adapter.spec)
 
 
@@ -86,15 +92,15 @@ def build(spec: ModelSpec) -> nn.Module:
 
 def resize_head(model: nn.Module, adapter: ModelAdapter, classes: Sequence[str]) -> None:
     """Give a model's head, in place, an output (a denoiser's: an embedding) for each class; the first ones stay."""
-    if adapter.head is None:
+    had = adapter.classes_in(model)
+    if had is None or had == len(classes):
         return
-    before = dict(model.get_submodule(adapter.head).named_parameters())
-    if len(before["weight"]) == len(classes):
-        return
+    before = {head: dict(model.get_submodule(head).named_parameters()) for head in adapter.heads}
     adapter.start_head(model, classes)
-    for name, after in model.get_submodule(adapter.head).named_parameters():
-        count = min(len(before[name]), len(after))
-        after.data[:count] = before[name].data[:count]
+    count = min(had, len(classes))
+    for head, tensors in before.items():
+        for name, after in model.get_submodule(head).named_parameters():
+            after.data[:count] = tensors[name].data[:count]
 
 
 def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
@@ -116,9 +122,10 @@ def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
     if paths.is_folder(folder / "checkpoint", key):
         folder = folder / "checkpoint"
     library = _library_of(folder, key)
-    _adapter(library).weights_in(folder, key)
+    adapter = _adapter(library, _network_of(folder) if library == "diffusers" else None)
+    adapter.weights_in(folder, key)
     try:
-        return replace(_adapter(library).describe(folder, config), library=library, weights=str(folder))
+        return replace(adapter.describe(folder, config), library=library, weights=str(folder))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
@@ -138,6 +145,13 @@ def _library_of(folder: Path, key: str) -> str:
     library = settings.get("library") or ("transformers" if "model_type" in settings else "timm")
     choose(f"{key}: '{folder / 'config.json'}': library", library, LIBRARIES)
     return str(library)
+
+
+def _network_of(folder: Path) -> str | None:
+    """Name the class of the network that a pipeline trains, by its index."""
+    index = read_json(folder / "model_index.json")
+    parts = [index.get(name) for name in ("unet", "transformer")] if isinstance(index, dict) else []
+    return next((str(part[1]) for part in parts if isinstance(part, list) and len(part) == 2 and part[1]), None)
 
 
 def adapt(
@@ -169,7 +183,7 @@ def adapt(
         given["architecture"] = architecture
     home = type(module).__module__.partition(".")[0]
     for name in (library,) if library else (home if home in LIBRARIES and home != "python" else "python", "python"):
-        spec = _adapter(name).recognise(module, **given)
+        spec = _adapter(name, type(module).__name__).recognise(module, **given)
         if spec is not None:
             return AdaptedModel(module, _complete(spec))
     raise UserError(f"library: the model is not one of {library}'s; leave it out")

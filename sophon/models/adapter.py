@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from sophon.config import ModelConfig
+from sophon.models.frozen import FrozenParts
 from sophon.models.partition import Block
 from sophon.models.spec import ModelSpec
 
@@ -90,6 +91,18 @@ class ModelAdapter(Protocol):
             UserError: the architecture has no single such module.
         """
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """All such modules, ``head`` the first: a class embedding may be there once a block."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of one input: (C, H, W) of an image, or of the latent that a denoiser works on."""
+
+    @property
+    def frozen(self) -> FrozenParts | None:
+        """What of a latent pipeline is used as it is: it leads from images to latents and back; None without it."""
+
     def start(self, config: ModelConfig) -> nn.Module:
         """Build the model that a configuration asks for, with the weights that it names; else with random ones."""
 
@@ -102,11 +115,15 @@ class ModelAdapter(Protocol):
         Args:
             model: built by this adapter, or a copy with another head.
             inputs: images, or noised images x_t.
-            conditions: of a denoiser ``timesteps`` [B] and ``labels`` [B]; the latter are not read without classes.
+            conditions: of a denoiser ``timesteps`` [B], ``labels`` [B], which are not read without classes, and what
+                `FrozenParts.embed` returns of prompts.
         """
 
     def blocks(self, model: nn.Module) -> list[Block]:
         """Return the blocks from input to output: every parameter and buffer outside the head is in one of them."""
+
+    def classes_in(self, model: nn.Module) -> int | None:
+        """Return how many classes a model's head has; None if it has no head."""
 
     def start_head(self, model: nn.Module, classes: Sequence[str]) -> None:
         """Replace the head, in place, by a new one for ``classes``, drawn from torch's global generator."""

@@ -15,7 +15,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
 from sophon.models.adapter import Card
-from sophon.models.common import check_input, outline
+from sophon.models.common import OnPixels, check_input, outline
 from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import find_weights, load_state, read_state
@@ -27,7 +27,7 @@ std = torch.tensor({std}).view(1, -1, 1, 1)
 logits = {call}  # images: float {shape} in 0..1"""
 
 
-class ClassifierAdapter:
+class ClassifierAdapter(OnPixels):
     """An image classifier that ends in one linear layer. A library's own adapter says how it is built.
 
     A folder of it holds ``model.safetensors`` and ``config.json``; the latter names library, architecture, arguments,
@@ -152,6 +152,10 @@ class ClassifierAdapter:
     def blocks(self, model: nn.Module) -> list[Block]:
         """Return the blocks from input to output, the last layer left out; see `partition`."""
         return partition(model, self.head)
+
+    def classes_in(self, model: nn.Module) -> int:
+        """Return how many classes a model's head has."""
+        return len(model.get_parameter(f"{self.head}.weight"))
 
     def start_head(self, model: nn.Module, classes: Sequence[str]) -> None:
         """Replace the last layer by a newly initialised one, as ``nn.Linear`` initialises itself."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,28 @@ from sophon.errors import UserError, one_line
 from sophon.models.spec import ModelSpec
 
 _SHOWN = 3  # as many names as fit into a message of one line
+
+
+class OnPixels:
+    """What adapters have in common whose models take images as they are, and have at most one head."""
+
+    spec: ModelSpec
+    frozen = None
+
+    @property
+    def head(self) -> str | None:
+        """The dotted name of the module that belongs to the domain; None without one."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The same as a tuple."""
+        return () if self.head is None else (self.head,)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of an image."""
+        return self.spec.channels, self.spec.image_size, self.spec.image_size
 
 
 def check_input(config: ModelConfig, reserved: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -90,3 +113,31 @@ def require(facts: Mapping[str, Any], *names: str) -> None:
     if missing := [name for name in names if name not in facts]:
         it = "it" if len(missing) == 1 else "them"
         raise UserError(f"{', '.join(missing)}: not known of this model; give {it}")
+
+
+def imported() -> Any:
+    """Import transformers.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("model.library: transformers is not installed; pip install 'sophon[transformers]'") from error
+    return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and reports of transformers from the terminal, and give back its settings."""
+    logging = imported().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

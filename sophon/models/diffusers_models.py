@@ -18,7 +18,7 @@ from sophon.errors import UserError, choose, one_line
 from sophon.files import write_text
 from sophon.models import pipeline
 from sophon.models.adapter import Card
-from sophon.models.common import check_input
+from sophon.models.common import OnPixels, check_input
 from sophon.models.noise import complete_schedule, read_schedule
 from sophon.models.partition import Block
 from sophon.models.spec import ModelSpec
@@ -26,8 +26,6 @@ from sophon.models.weights import find_weights, load_state, read_state
 from sophon.tensor_files import write_tensors
 
 _HEAD = "class_embedding"
-# Models that older diffusers saved, such as google/ddpm-cifar10-32, name the layers of attention otherwise.
-_OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _UNCONDITIONAL = """\
 from diffusers import DiffusionPipeline
 
@@ -48,7 +46,7 @@ for t in scheduler.timesteps:
 images = (x.clamp(-1, 1) + 1) / 2"""
 
 
-class DiffusersAdapter:
+class DiffusersAdapter(OnPixels):
     """A denoiser of diffusers; its class embedding, if it has one, is all that belongs to a domain."""
 
     kind = "denoising"
@@ -209,6 +207,11 @@ class DiffusersAdapter:
         first, *between, last = [*down, *middle, *up]
         return [("conv_in", "time_embedding", *first), *between, (*last, "conv_norm_out", "conv_out")]
 
+    def classes_in(self, model: nn.Module) -> int | None:
+        """Return how many classes a model's head has; None if it has no head."""
+        head = dict(model.named_modules()).get(_HEAD)
+        return head.num_embeddings if isinstance(head, nn.Embedding) else None
+
     def start_head(self, model: nn.Module, classes: Sequence[str]) -> None:
         """Replace the class embedding by a newly initialised one."""
         old = model.get_submodule(_HEAD)
@@ -226,7 +229,7 @@ class DiffusersAdapter:
     def load_weights(self, model: nn.Module, path: Path, *, key: str, strip_prefix: str = "") -> None:
         """Load a denoiser's weights from a ``.safetensors`` file or a pipeline's folder."""
         path = self.weights_in(path, key)
-        tensors = {_current_name(name): tensor for name, tensor in read_state(path, key, strip_prefix).items()}
+        tensors = {pipeline.current_name(name): tensor for name, tensor in read_state(path, key, strip_prefix).items()}
         load_state(model, tensors, f"{key}: {path}")
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -290,9 +293,3 @@ def _start(config: ModelConfig) -> Path | None:
         return Path(snapshot_download(config.architecture, allow_patterns=list(pipeline.FILES)))
     except Exception as error:  # network, cache and Hub errors share no base class
         raise UserError(f"model.pretrained: no pipeline '{config.architecture}': {one_line(error)}") from error
-
-
-def _current_name(name: str) -> str:
-    path, _, kind = name.rpartition(".")
-    above, _, layer = path.rpartition(".")
-    return f"{above}.{_OLDER_NAMES[layer]}.{kind}" if layer in _OLDER_NAMES else name

@@ -26,6 +26,17 @@ def attention(module: nn.Module) -> Block:
     return tuple(name for name, part in module.named_modules() if "Attention" in type(part).__name__)
 
 
+def cross_attention(module: nn.Module) -> Block:
+    """Name the attention layers that read something else than their own input, as diffusers marks them."""
+    return tuple(name for name, part in module.named_modules() if getattr(part, "is_cross_attention", False))
+
+
+def feed_forward(module: nn.Module) -> Block:
+    """Name the parts of transformer blocks that come after attention, as diffusers and timm name their classes."""
+    kinds = ("FeedForward", "Mlp")
+    return tuple(name for name, part in module.named_modules() if type(part).__name__ in kinds)
+
+
 def partition(module: nn.Module, head: str) -> list[Block]:
     """Divide a classifier into blocks, from input to output.
 

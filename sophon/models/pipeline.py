@@ -20,6 +20,8 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 FILES = (CONFIG, *(name for path in (WEIGHTS, UNET, SCHEDULER) for name in (path, Path(path).name)))
 # arguments of the network that the input and the classes decide
 RESERVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
+# Models that older diffusers saved, such as google/ddpm-cifar10-32, name the layers of attention otherwise.
+_OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class Pipeline(NamedTuple):
@@ -46,6 +48,13 @@ def within(folder: Path, name: str) -> Path:
     """Return where a pipeline keeps a file; older ones of the Hub keep them all beside the index."""
     beside = folder / Path(name).name
     return beside if paths.exists(beside) and not paths.exists(folder / name) else folder / name
+
+
+def current_name(name: str) -> str:
+    """Return the name that a tensor of a network has in today's diffusers."""
+    path, _, kind = name.rpartition(".")
+    above, _, layer = path.rpartition(".")
+    return f"{above}.{_OLDER_NAMES[layer]}.{kind}" if layer in _OLDER_NAMES else name
 
 
 def describe(folder: Path, config: ModelConfig) -> ModelConfig:

@@ -28,6 +28,8 @@ class ModelSpec:
         head: dotted name of the last linear layer; None where the library knows, or the last one in order is meant.
         files: text of the library's own files that are written back as they were read, by name: which sampler a
             pipeline draws with, say. They do not decide what the weights make, so specs that differ in them are equal.
+        frozen: of a latent pipeline, the sha256 of each part that is released as it is, by name.
+        folder: where those parts lie.
         factory: builds a model of library ``python`` that lives in memory and cannot be built by its dotted path.
     """
 
@@ -42,12 +44,14 @@ class ModelSpec:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     head: str | None = None
     files: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
+    folder: str | None = field(default=None, compare=False, repr=False)
     factory: Callable[[], nn.Module] | None = field(default=None, compare=False, repr=False)
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as plain JSON data; the factory, which lives in memory only, is not among them."""
-        return {name: value for name, value in asdict(self).items() if name != "factory"}
+        """Return the fields as plain JSON data, but for the factory and the folder, which are of this process."""
+        return {name: value for name, value in asdict(self).items() if name not in ("factory", "folder")}
 
     def config(self) -> ModelConfig:
         """Return the ``model`` group that describes this model; it names no weights."""

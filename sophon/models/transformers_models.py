@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, write_text
 from sophon.models.classifier import ClassifierAdapter, square
-from sophon.models.common import misfit, require
+from sophon.models.common import imported, misfit, quiet, require
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import check_values, load_state, read_state
 
@@ -159,7 +158,7 @@ class TransformersAdapter(ClassifierAdapter):
     def _renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let transformers give the tensors their names in the model; what it cannot place stays as it is."""
         build = getattr(imported(), self.spec.architecture)
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             found, report = build.from_pretrained(
                 None,
                 config=self.settings_of(),
@@ -174,7 +173,7 @@ class TransformersAdapter(ClassifierAdapter):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what ``from_pretrained`` reads, and what prepares its images."""
-        with _quiet():
+        with quiet():
             model.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
         write_text(folder / PROCESSOR, self.spec.files.get(PROCESSOR) or json.dumps(self._processor(), indent=2) + "\n")
 
@@ -195,34 +194,6 @@ class TransformersAdapter(ClassifierAdapter):
     def loading(self) -> str:
         """Return the lines that load it in transformers."""
         return _LOADING
-
-
-def imported() -> Any:
-    """Import transformers.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("model.library: transformers is not installed; pip install 'sophon[transformers]'") from error
-    return transformers
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars and reports of transformers from the terminal, and give back its settings."""
-    logging = imported().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _labels(names: Mapping[Any, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sophon import paths
 from sophon.errors import UserError, one_line
+from sophon.files import read_json, sha256_file
 from sophon.tensor_files import read_tensors
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
@@ -55,6 +57,8 @@ def refuse_pickle(path: Path, key: str, library: str = "timm", target: Path | No
 def find_weights(path: Path, name: str, key: str, library: str) -> Path:
     """Return the safetensors file that ``path`` is, or has as ``name`` if it is a folder.
 
+    Where it has none of that name, the index of its shards will do, or the half-precision variant of either.
+
     Raises:
         UserError: it is a pickle, or a folder without that file; the message names ``key``.
     """
@@ -63,20 +67,45 @@ def find_weights(path: Path, name: str, key: str, library: str) -> Path:
         return path
     file = path / name
     if not paths.is_file(file, key):
+        stem = name.removesuffix(".safetensors")
+        for another in (f"{name}.index.json", f"{stem}.fp16.safetensors", f"{name}.index.fp16.json"):
+            if paths.is_file(path / another, key):
+                return path / another
         for other in paths.entries(file.parent, key) if paths.is_folder(file.parent, key) else []:
             if other.suffix.lower() in PICKLES:
                 refuse_pickle(other, key, library, file)
-        raise UserError(f"{key}: '{path}' holds no {name} (shards are not read); save it again as one safetensors file")
+        raise UserError(f"{key}: '{path}' holds no {name}; save it again as a safetensors file")
     return file
 
 
+def shards(path: Path) -> list[Path]:
+    """Return the files that a safetensors file is, or that the index of a sharded one lists.
+
+    Raises:
+        UserError: the index is none.
+    """
+    if path.suffix != ".json":
+        return [path]
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"'{path}' does not list the shards of a state dict; save it again")
+    return [path.parent / Path(name).name for name in sorted(set(names.values()))]
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the sha256 of a safetensors file; of shards, that of their own in order."""
+    digests = [sha256_file(file) for file in shards(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def read_state(path: Path, key: str, strip_prefix: str = "") -> dict[str, Tensor]:
-    """Read a state dict; of names that begin with ``strip_prefix`` it is taken away.
+    """Read a state dict from a file or from shards; of names that begin with ``strip_prefix`` it is taken away.
 
     Raises:
         UserError: the file cannot be read, no name begins with the prefix, or two names become one.
     """
-    tensors, _ = read_tensors(path)
+    tensors = {name: tensor for file in shards(path) for name, tensor in read_tensors(file)[0].items()}
     if not strip_prefix:
         return tensors
     stripped = {name.removeprefix(strip_prefix): tensor for name, tensor in tensors.items()}

@@ -55,8 +55,7 @@ class Means:
 
     def classes_of(self, model: nn.Module) -> int | None:
         """Return how many classes the model's head has; None if it has no head."""
-        sizes = [len(model.get_parameter(name)) for name in self.task.head_names(model)]
-        return sizes[0] if sizes else None
+        return self.task.adapter.classes_in(model)
 
     def relabelled(self, images: ImageSet, model: nn.Module) -> ImageSet:
         """Wrap labels around to those that the model's own head has, for uses where they only have to be allowed."""

@@ -18,8 +18,8 @@ from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
-from sophon.models.partition import Block, attention
-from sophon.tasks.task import Measured, Metric, evaluating, fitting_adapter, within_scope
+from sophon.models.partition import Block
+from sophon.tasks.task import ATTENTION, Measured, Metric, evaluating, fitting_adapter, within_scope
 
 
 class ClassificationTask:
@@ -166,7 +166,10 @@ class ClassificationTask:
                 total += float(score(logits, batch.labels))
         return total
 
-    def sample(self, model: nn.Module, count: int, seed: int) -> None:
+    def warm(self, batch: Batch) -> None:
+        """Do nothing: images are classified as they are."""
+
+    def sample(self, model: nn.Module, count: int, seed: int, prompts: Sequence[str] = ()) -> None:
         """Return None: a classifier generates nothing."""
         return
 
@@ -179,7 +182,7 @@ class ClassificationTask:
         Raises:
             UserError: ``scope`` is one that the model does not have, or it has fewer ``blocks``.
         """
-        known = scope != "attention" or attention(model)
+        known = scope not in ATTENTION or ATTENTION[scope](model)
         choose("scope", scope, SCOPES if known else [name for name in SCOPES if name != scope])
         names = within_scope(self, model, scope, blocks) | self.head_names(model)
         model.train(scope != "head")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import Self
 
 import torch
@@ -20,6 +20,7 @@ from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
 from sophon.models.partition import Block, owned
+from sophon.tasks.inputs import Inputs
 from sophon.tasks.noise_schedule import Noised, NoiseSchedule
 from sophon.tasks.task import Measured, Metric, evaluating, fitting_adapter, within_scope
 
@@ -45,7 +46,6 @@ class DenoisingTask:
     kind = "denoising"
     metric = Metric("eps-MSE", "", higher_is_better=False)
     reads_labels = False
-    evaluation_batch_size = 250
     suspects = "model.scheduler, model.image_size, the range and the order of the colour channels"
     most_bands = 4
 
@@ -69,6 +69,8 @@ class DenoisingTask:
         self.amp = amp
         self.dtype = dtype
         self.schedule = NoiseSchedule(spec.scheduler, dtype)
+        self.inputs = Inputs(self.adapter, spec.image_size, dtype)
+        self.evaluation_batch_size = 250 if self.adapter.frozen is None else 16  # networks on latents are large
         self._suppressed = max(1, round(suppression_timesteps * len(self.schedule)))
         self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
         if suppression_loss is not None:
@@ -88,42 +90,46 @@ class DenoisingTask:
         )
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Scale uint8 [B, C, H, W] to -1 .. 1."""
-        return images.to(self.dtype) / 127.5 - 1
+        """Return x_0 of uint8 images [B, C, H, W]: scaled to -1 .. 1, or the latents of that."""
+        return self.inputs.clean(images)
+
+    def warm(self, batch: Batch) -> None:
+        """Make latents and embeddings of a batch, which later passes over it find made."""
+        self.prepare(batch.images)
+        self.inputs.conditions(batch)
 
     def _draw(self, images: Tensor, until: int | None = None) -> Noised:
         return self.schedule.draw(self.prepare(images), until)
 
-    def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return what the network says: noise, velocity or clean images, as the scheduler has it; [B, C, H, W]."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            output = self.adapter.forward(model, images, timesteps=timesteps, labels=labels)
+            output = self.adapter.forward(model, images, timesteps=timesteps, **conditions)
         return output.float() if self.amp else output
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return DDPM's simple loss: the mean squared error of the scheduler's target at uniform timesteps."""
         noised = self._draw(batch.images)
-        return F.mse_loss(
-            self._output(model, noised.images, noised.timesteps, batch.labels), self.schedule.target(noised)
-        )
+        output = self._output(model, noised.images, noised.timesteps, self.inputs.conditions(batch))
+        return F.mse_loss(output, self.schedule.target(noised))
 
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the configured suppression loss of the predicted noise."""
         assert self._suppression is not None  # only a protection asks for it, and its task was given one
         noised = self._draw(batch.images, self._suppressed)
-        output = self._output(model, noised.images, noised.timesteps, batch.labels)
+        output = self._output(model, noised.images, noised.timesteps, self.inputs.conditions(batch))
         return self._suppression(self.schedule.as_noise(output, noised), noised.noise)
 
     def original_loss(
         self, model: nn.Module, batch: Batch, reference: nn.Module | None = None, labels: float = 1.0
     ) -> Tensor:
         """Return DDPM's loss times ``labels``, plus the weighted squared distance to the reference's output."""
-        noised = self._draw(batch.images)
-        output = self._output(model, noised.images, noised.timesteps, batch.labels)
+        noised, conditions = self._draw(batch.images), self.inputs.conditions(batch)
+        output = self._output(model, noised.images, noised.timesteps, conditions)
         loss = labels * F.mse_loss(output, self.schedule.target(noised))
         if reference is None or self.distillation == 0:
             return loss
-        return loss + self.distillation * self._distance(output, noised, batch.labels, reference)
+        return loss + self.distillation * self._distance(output, noised, conditions, reference)
 
     def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
         """Return the squared distance to the reference's output on freshly noised images; labels are not read.
@@ -132,12 +138,15 @@ class DenoisingTask:
         """
         noised = self._draw(batch.images)
         labels = torch.randint(max(1, self._classes(reference)), (len(batch.images),), device=batch.images.device)
-        output = self._output(model, noised.images, noised.timesteps, labels)
-        return self._distance(output, noised, labels, reference)
+        conditions = self.inputs.conditions(batch._replace(labels=labels))
+        output = self._output(model, noised.images, noised.timesteps, conditions)
+        return self._distance(output, noised, conditions, reference)
 
-    def _distance(self, output: Tensor, noised: Noised, labels: Tensor, reference: nn.Module) -> Tensor:
+    def _distance(
+        self, output: Tensor, noised: Noised, conditions: Mapping[str, Tensor], reference: nn.Module
+    ) -> Tensor:
         with evaluating(reference):
-            teacher = self._output(reference, noised.images, noised.timesteps, labels)
+            teacher = self._output(reference, noised.images, noised.timesteps, conditions)
         return F.mse_loss(output, teacher)
 
     def chance_loss(self, model: nn.Module) -> float:
@@ -183,14 +192,14 @@ class DenoisingTask:
         """Return the timestep (int64 [N]) and the mean squared error (float64 [N]) of every fixed triple."""
         timesteps, errors = [], []
         with evaluating(model):
-            for noised, labels in self._triples(images):
-                output = self._output(model, noised.images, noised.timesteps, labels)
+            for noised, conditions in self._triples(images):
+                output = self._output(model, noised.images, noised.timesteps, conditions)
                 squared = (self.schedule.as_noise(output, noised) - noised.noise).double().square()
                 timesteps.append(noised.timesteps.cpu())
                 errors.append(squared.mean((1, 2, 3)).cpu())
         return torch.cat(timesteps), torch.cat(errors)
 
-    def _triples(self, images: ImageSet) -> Iterator[tuple[Noised, Tensor]]:
+    def _triples(self, images: ImageSet) -> Iterator[tuple[Noised, dict[str, Tensor]]]:
         """Give (image, timestep, noise) triples, the same ones every time.
 
         Images are taken evenly from the whole set; the timesteps are spread evenly over them in a shuffled order, so
@@ -200,34 +209,38 @@ class DenoisingTask:
         generator = torch.Generator().manual_seed(0)
         chosen = torch.arange(count) * len(images) // count
         timesteps = torch.randperm(count, generator=generator) * len(self.schedule) // count
-        shape = (count, self.spec.channels, self.spec.image_size, self.spec.image_size)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        noise = torch.randn((count, *self.adapter.input_shape), generator=generator, dtype=torch.float32)
         parts = torch.split(torch.arange(count), self.evaluation_batch_size)
         for part, batch in zip(parts, images.stream(chosen[part] for part in parts), strict=True):
             clean = self.prepare(batch.images)
-            yield self.schedule.add_noise(clean, timesteps[part].to(clean.device), noise[part].to(clean)), batch.labels
+            noised = self.schedule.add_noise(clean, timesteps[part].to(clean.device), noise[part].to(clean))
+            yield noised, self.inputs.conditions(batch)
 
-    def sample(self, model: nn.Module, count: int, seed: int) -> Tensor:
+    def sample(self, model: nn.Module, count: int, seed: int, prompts: Sequence[str] = ()) -> Tensor:
         """Generate images by deterministic DDIM (Song et al., 2021); the same seed starts from the same noise.
 
-        A class-conditional model gets its classes in turn.
+        A class-conditional model gets its classes in turn, a text-to-image model the prompts: empty ones if there are
+        none. Nothing is guided.
 
         Returns:
             uint8 [count, C, H, W] on the CPU.
         """
         generator = torch.Generator().manual_seed(seed)
-        shape = (self.spec.channels, self.spec.image_size, self.spec.image_size)
         device = next(model.parameters()).device
-        noise = torch.randn(count, *shape, generator=generator, dtype=torch.float32).to(device, self.dtype)
+        noise = torch.randn(count, *self.adapter.input_shape, generator=generator, dtype=torch.float32).to(
+            device, self.dtype
+        )
         labels = torch.arange(count, device=device) % max(1, self._classes(model))
+        texts = tuple(islice(cycle(prompts or ("",)), count))
         size = self.evaluation_batch_size
+        parts = []
         with evaluating(model):
-            parts = [
-                self.schedule.denoise(part, self.sample_steps, partial(self._output, model, labels=classes))
-                for part, classes in zip(torch.split(noise, size), torch.split(labels, size), strict=True)
-            ]
-        pixels = (torch.cat(parts).clamp(-1, 1) + 1) * 127.5
-        return pixels.nan_to_num(0).round().to(torch.uint8).cpu()
+            for start in range(0, count, size):
+                chosen = slice(start, start + size)
+                conditions = self.inputs.conditions(Batch(noise[chosen], labels[chosen], texts[chosen]))
+                predict = partial(self._output, model, conditions=conditions)
+                parts.append(self.inputs.images(self.schedule.denoise(noise[chosen], self.sample_steps, predict)))
+        return torch.cat(parts)
 
     def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
         """Put the model in training mode; return the parameters that ``scope`` trains, by name.
@@ -255,12 +268,11 @@ class DenoisingTask:
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the class embedding's parameters: all that belongs to a domain; none if the model has no classes."""
         names = {name for name, _ in model.named_parameters()}
-        return owned(names, (str(self.adapter.head),)) if self._classes(model) else set()
+        return owned(names, self.adapter.heads) if self._classes(model) else set()
 
     def _classes(self, model: nn.Module) -> int:
         """Return how many classes the model is conditioned on; 0 for an unconditional one."""
-        head = dict(model.named_modules()).get(str(self.adapter.head))
-        return head.num_embeddings if isinstance(head, nn.Embedding) else 0
+        return self.adapter.classes_in(model) or 0
 
     def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
         """Replace the class embedding unless it is ``kept``.

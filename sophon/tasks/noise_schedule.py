@@ -85,7 +85,8 @@ class NoiseSchedule:
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(min(steps, len(self)), device=noise.device)
+        most = max(1, len(self) - scheduler.config.steps_offset)  # an offset moves the first step beyond the last
+        scheduler.set_timesteps(min(steps, most), device=noise.device)
         images = noise
         for timestep in scheduler.timesteps:
             output = predict(images, timestep.expand(len(images)))

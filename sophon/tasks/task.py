@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.models import ModelAdapter, ModelSpec, adapter_of
-from sophon.models.partition import Block, attention, owned
+from sophon.models.partition import Block, attention, cross_attention, owned
 
 
 def fitting_adapter(spec: ModelSpec, kind: str) -> ModelAdapter:
@@ -124,8 +124,14 @@ class Task(Protocol):
     def details(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """Return further measurements by name, of the same images, under the same promises as `evaluate`."""
 
-    def sample(self, model: nn.Module, count: int, seed: int) -> Tensor | None:
-        """Return images that the model generates, uint8 [count, C, H, W] on the CPU; None if its kind does not."""
+    def warm(self, batch: Batch) -> None:
+        """Make what all later passes over a batch use and none of them should be charged for, such as latents."""
+
+    def sample(self, model: nn.Module, count: int, seed: int, prompts: Sequence[str] = ()) -> Tensor | None:
+        """Return images that the model generates, uint8 [count, C, H, W] on the CPU; None if its kind does not.
+
+        One that is told texts gets ``prompts`` in turn.
+        """
 
     def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
         """Put the model in the mode that training ``scope`` needs; return the parameters of that scope by name.
@@ -154,6 +160,9 @@ class Task(Protocol):
         """Make the model's head ready for ``classes``: checked when ``kept``, newly initialised otherwise."""
 
 
+ATTENTION = {"attention": attention, "cross_attention": cross_attention}
+
+
 def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[str]:
     """Name the parameters that a scope trains besides the head, whatever the model kind.
 
@@ -177,8 +186,8 @@ def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[s
             )
         chosen = found[:blocks] if scope == "first_blocks" else found[-blocks:]
         return owned(names, chain.from_iterable(chosen))
-    if scope == "attention":
-        return owned(names, attention(model))
+    if scope in ATTENTION:
+        return owned(names, ATTENTION[scope](model))
     if scope == "head":
         return set()
     adapters = {name for name in names if ".lora_" in name}

@@ -31,7 +31,7 @@ def _drawn(config: Config) -> Tensor:
     checkpoint = read_checkpoint(required(config.checkpoint or str(default(config, "protect")), "checkpoint"))
     settings = replace(config.task, name=kind_of(checkpoint.spec))  # what the checkpoint is, needs no saying
     task = task_of(replace(config, task=settings), checkpoint.spec, device)
-    images = task.sample(checkpoint.model.to(device), config.n, derive_seed(config.seed, "sample"))
+    images = task.sample(checkpoint.model.to(device), config.n, derive_seed(config.seed, "sample"), config.prompts)
     if images is None:
         raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")
     return images

@@ -138,7 +138,11 @@ def truncate(folder: Path) -> None:
             {},
             "bin' is a pickle.*safe_serialization",
         ),
-        (rename(WEIGHTS, "unet/diffusion_pytorch_model-00001-of-00002.safetensors"), {}, "shards are not read"),
+        (
+            rename(WEIGHTS, "unet/diffusion_pytorch_model-00001-of-00002.safetensors"),
+            {},
+            "holds no unet/diffusion_pytorch_model.safetensors; save it again",
+        ),
         (lambda folder: (folder / "model_index.json").write_text("[]"), {}, "model_index.json is not a JSON object"),
         (lambda folder: (folder / "unet" / "config.json").write_text('{"act'), {}, "config.json: it is truncated"),
         (truncate, {}, "model.safetensors: it is truncated"),

@@ -149,7 +149,7 @@ def test_the_code_that_converts_a_pickle_does(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_the_file_says_what_it_lacks_or_what_lies_there_instead(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^k: '.*' holds no unet/w.safetensors \(shards are not read\)"):
+    with pytest.raises(UserError, match=r"^k: '.*' holds no unet/w.safetensors; save it again"):
         find_weights(tmp_path, "unet/w.safetensors", "k", "diffusers")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"pytorch_model.bin' is a pickle.*model.safetensors"):

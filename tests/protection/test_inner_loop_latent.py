@@ -1,0 +1,60 @@
+"""Both engines on networks that work on latents, against diffusers' and transformers' own parts, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sophon.attacker import FineTuneStrategy
+from sophon.config import ModelConfig
+from sophon.models import create, describe
+from sophon.protection.fts import ENGINES
+from sophon.protection.inner_loop import query_weights
+from sophon.tasks import DenoisingTask
+from tests.models.pipeline_reference import Reference, batch
+from tests.models.pipelines import CLASSES, folder_of
+
+STEPS, SEED, LR = 2, 7, 0.05
+GAMMA = query_weights("linear", STEPS, 1)
+PLAN = FineTuneStrategy(optimizer="sgd", lr=LR, steps=STEPS, head="kept")
+
+
+ADAPT, QUERY = [[batch(10 * part + step) for step in range(STEPS)] for part in (1, 2)]
+
+
+def meta_gradient(kind: str, model: nn.Module, *, exact: bool) -> dict[str, Tensor]:
+    """Unroll the attacker; with ``exact`` through its steps, else as if each did not depend on where it began."""
+    reference = Reference(kind)
+    start = {name: part.detach().clone().requires_grad_() for name, part in model.named_parameters()}
+    weights: dict[str, Tensor] = dict(start)
+    total = torch.zeros((), dtype=torch.float64)
+    torch.manual_seed(SEED)
+    with sdpa_kernel(SDPBackend.MATH):
+        for step in range(STEPS):
+            predicted, noise = reference.predicted(model, weights, ADAPT[step])
+            slopes = torch.autograd.grad(
+                (predicted - noise).square().mean(), list(weights.values()), create_graph=exact
+            )
+            weights = {name: part - LR * slope for (name, part), slope in zip(weights.items(), slopes, strict=True)}
+            predicted, _ = reference.predicted(model, weights, QUERY[step])
+            total = total + GAMMA[step] * predicted.square().mean()
+        return dict(zip(start, torch.autograd.grad(total, list(start.values())), strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["text", pytest.param("text-xl", marks=pytest.mark.slow), "classes"])
+def test_the_meta_gradient_is_that_of_the_pipelines_own_parts(kind: str, engine: str) -> None:
+    model, spec = create(describe(ModelConfig(weights=str(folder_of(kind)))), CLASSES)
+    model.double().train()
+    expected = meta_gradient(kind, model, exact=engine == "second_order")
+    task = DenoisingTask(spec, suppression_loss="dos", dtype=torch.float64)
+    torch.manual_seed(SEED)
+    found = ENGINES[engine](copy.deepcopy(model), PLAN, task, iter(ADAPT), iter(QUERY), GAMMA).gradients
+    assert set(found) == set(expected)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
