@@ -41,11 +41,11 @@ demo-diffusion: $(VENV)/.installed
 
 # Everything that has to hold: lint, format, types, walls and all tests.
 test: $(VENV)/.installed lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The inner loop of work: all tests but those marked slow.
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest -m 'not slow' -n 2
+	$(BIN)/pytest -m 'not slow' -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

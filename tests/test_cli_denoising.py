@@ -109,13 +109,6 @@ def test_the_protected_manifest_continues_the_references(made: Path) -> None:
     assert found["sampler_support"]["steps"] == [1, 2]
 
 
-def test_pretrain_and_protect_repeat_to_the_bit(made: Path, tmp_path: Path) -> None:
-    make(tmp_path, PRETRAIN, PROTECT)
-    for verb in ("pretrain", "protect"):
-        part = RUNS / verb / "checkpoint" / WEIGHTS
-        assert sha256(tmp_path / part) == sha256(made / part)
-
-
 # ---- the audit ------------------------------------------------------------------------------------------------------
 
 
@@ -151,19 +144,6 @@ def test_audit_json_says_which_way_is_better(made: Path) -> None:
         "an error that grew is lost"
     )
     assert "eps-MSE" in (made / RUNS / "audit" / "report.md").read_text()
-
-
-def test_an_audit_goes_on_with_what_is_missing(copied: Path) -> None:
-    folder = copied / RUNS / "audit"
-    before = tree(folder / "samples")
-    kept, *lost = sorted((folder / "attempts").iterdir())
-    content = kept.read_bytes()
-    for path in lost:
-        path.unlink()
-    make(copied, AUDIT)
-    assert kept.read_bytes() == content
-    assert len(list((folder / "attempts").iterdir())) == 3
-    assert tree(folder / "samples") == before, "the same noise, the same pictures"
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------

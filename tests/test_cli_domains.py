@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
+from sophon.auditing import runner
 from sophon.cli import conf_dir
 from sophon.config import Config, DomainConfig, plain
 from sophon.losses import SUPPRESSION_LOSSES, reads_labels
@@ -26,7 +26,6 @@ from tests.cli_helpers import (
     refusal,
     refused,
     sophon,
-    start,
     tree,
     weights_sha256,
 )
@@ -260,16 +259,23 @@ def test_report_writes_them_and_their_comparison_again(made: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_an_audit_killed_in_its_second_domain_goes_on(made: Path, tmp_path: Path) -> None:
+def test_an_audit_interrupted_in_its_second_domain_goes_on(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "copied"))
-    shutil.rmtree(folder / RUNS / "audit")
-    process = start(folder, *of_several(AUDIT))
-    first, second = (folder / RUNS / "audit" / name for name in NAMES)
-    while process.poll() is None and not list((second / "attempts").glob("*.json")):
-        time.sleep(0.1)
-    process.kill()
-    process.communicate()
+    shutil.rmtree(folder / RUNS / "audit" / "digits")
+    (folder / RUNS / "audit" / "comparison.html").unlink()
+    first, whole, calls = folder / RUNS / "audit" / NAMES[0], runner.attack, 0
+
+    def interrupting(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
     written = tree(first / "attempts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "attack", interrupting)
+        refusal(sophon(folder, *of_several(AUDIT)), 130)
     assert not (folder / RUNS / "audit" / "comparison.html").exists()
     assert sophon(folder, *of_several(AUDIT)).code == 0
     assert tree(first / "attempts") == written

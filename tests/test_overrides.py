@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophon.cli.groups import groups
@@ -42,6 +42,7 @@ letters = st.characters(exclude_categories=("Cs", "Cc"))
 words = st.text(letters).filter(lambda value: "${" not in value)
 
 
+@settings(max_examples=100)
 @given(words)
 def test_any_text_arrives_as_typed(value: str) -> None:
     if not (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):  # quoted already

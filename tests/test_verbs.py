@@ -20,7 +20,6 @@ from tests.cli_helpers import (
     PROTECT,
     RUNS,
     SMALL,
-    Result,
     load,
     refusal,
     sophon,
@@ -43,10 +42,6 @@ def copied(audited: Path, tmp_path: Path) -> Path:
 
 def manifest(folder: Path, verb: str) -> dict:
     return load(folder / RUNS / verb / "checkpoint" / "sophon.json")
-
-
-def without_seconds(summary: dict) -> dict:
-    return {key: value for key, value in summary.items() if key not in ("seconds_total", "date")}
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -180,30 +175,27 @@ def test_curves_parquet_holds_every_point(audited: Path) -> None:
 # ---- again ----------------------------------------------------------------------------------------------------------
 
 
-def run_again(copied: Path, command: tuple[str, ...]) -> Result:
+@pytest.mark.parametrize(
+    ("command", "domains", "said"),
+    [
+        (PRETRAIN, 1, "already done"),
+        (PROTECT, 2, "already done"),
+        ((*PROTECT, "domain.memory_gb=0"), 2, "already done"),  # streamed
+        (AUDIT, 2, "report.html"),
+    ],
+)
+def test_a_finished_run_comes_to_the_same_bytes_and_says_what_it_read(
+    copied: Path, command: tuple[str, ...], domains: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sophon.auditing.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     before = tree(copied)
     result = sophon(copied, *command)
     assert result.code == 0, result
     assert tree(copied) == before
-    return result
-
-
-@pytest.mark.parametrize("more", [(), ("domain.memory_gb=0",)], ids=["in memory", "streamed"])
-@pytest.mark.parametrize("command", [PRETRAIN, PROTECT])
-def test_a_finished_run_is_left_alone(copied: Path, command: tuple[str, ...], more: tuple[str, ...]) -> None:
-    assert "already done" in run_again(copied, (*command, *more)).out
-
-
-@pytest.mark.parametrize(("command", "domains"), [(PRETRAIN, 1), (PROTECT, 2), (AUDIT, 2)])
-def test_a_verb_says_what_it_has_read_of_each_domain_once(copied: Path, command: tuple[str, ...], domains: int) -> None:
-    lines = [line for line in run_again(copied, command).out.splitlines() if line.startswith("domain ")]
+    assert said in result.out
+    lines = [line for line in result.out.splitlines() if line.startswith("domain ")]
     assert len(lines) == len(set(lines)) == domains
     assert all(re.search(r"^domain \w+: \d+ classes \(.*\); images: \w+ \d+, ", line) for line in lines)
-
-
-def test_a_finished_audit_comes_to_the_same_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sophon.auditing.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
-    assert "report.html" in run_again(copied, AUDIT).out
 
 
 def test_an_audit_in_another_precision_is_another_audit(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,21 +227,6 @@ def test_report_renders_the_same_bytes_from_disk(copied: Path) -> None:
     assert result.code == 0, result
     assert tree(copied) == before
     assert load(folder / "audit.json")["verdict"]["sentence"] in result.out
-
-
-def test_an_audit_completes_what_is_missing(copied: Path) -> None:
-    folder = copied / RUNS / "audit"
-    before = load(folder / "audit.json")
-    attempts = sorted((folder / "attempts").iterdir())
-    kept = {path.name: path.read_bytes() for path in attempts[::2]}
-    for path in attempts[1::2]:
-        path.unlink()
-    (folder / "audit.json").unlink()
-    result = sophon(copied, *AUDIT)
-    assert result.code == 0, result
-    assert sorted((folder / "attempts").iterdir()) == attempts
-    assert all((folder / "attempts" / name).read_bytes() == data for name, data in kept.items())
-    assert without_seconds(load(folder / "audit.json")) == without_seconds(before)
 
 
 def test_the_same_seed_gives_the_same_weights_elsewhere(audited: Path, tmp_path: Path) -> None:

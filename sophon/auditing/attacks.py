@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sophon.attacker import FineTuneStrategy
-from sophon.auditing.adapters import add_adapters
+from sophon.auditing.lora import add_adapters
 from sophon.domains import LoadedDomain, few_shot
 from sophon.finetune import flops_per_step, loop_of
 from sophon.models import ModelSpec

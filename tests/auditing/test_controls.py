@@ -22,10 +22,7 @@ from tests.auditing.staging import (
     FRESH,
     KEPT,
     RESTRICTED,
-    SEARCH,
     attempts_of,
-    results,
-    run_all,
     staged,
 )
 from tests.tiny import tiny_spec
@@ -173,25 +170,6 @@ def test_distances_by_two_networks_are_not_the_same_attempt(tmp_path: Path) -> N
 
 
 # --- shards -------------------------------------------------------------------------------------------------------
-
-
-def test_shards_share_the_jobs_and_the_audit_without_them_finds_all_done(tmp_path: Path, attacked: list[Any]) -> None:
-    config = replace(CONFIG, search={"tuned": replace(SEARCH, trials=2, seeds=1)}, oracle="fresh")
-    every = {path.name for path in staged(tmp_path, config).jobs}
-    missing = [{path.name for path in staged(tmp_path, replace(config, shards=3, shard=n)).missing()} for n in range(3)]
-    assert set.union(*missing) == every
-    assert sum(map(len, missing)) == len(every) == 3 + 12 + 2
-    for number in range(3):
-        stage = staged(tmp_path, replace(config, shards=3, shard=number))
-        run_jobs(stage, lambda stage=stage: stage, 1, Tracker())  # type: ignore[misc]
-        assert stage.missing() == []
-    done = len(attacked)
-    whole = staged(tmp_path, config)
-    assert whole.missing() == []
-    attempts, searches = run_all(whole)
-    assert len(attacked) == done
-    other = [results(records) for records in run_all(staged(tmp_path / "unsharded", config))]
-    assert [results(attempts), results(searches)] == other
 
 
 def test_more_shards_than_jobs(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_gallery_writes_a_file_for_each_title(tmp_path):
     assert write_gallery(tmp_path, {}) == []
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.lists(st.text(max_size=6) | st.sampled_from(["a", "A", "a.", "a 2", "../x", "/"]), max_size=6, unique=True))
 def test_any_titles_get_files_of_their_own_below_the_folder(tmp_path_factory, titles):
     folder = tmp_path_factory.mktemp("gallery")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sophon.attacker import FineTuneStrategy, Operation
@@ -140,7 +140,6 @@ def named(job: Job) -> str:
     return job.identifier("p")
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(0, 50), min_size=1, max_size=6),
     st.integers(1, 3),

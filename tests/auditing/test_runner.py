@@ -16,13 +16,10 @@ from sophon.attacker import FineTuneStrategy, Operation
 from sophon.auditing import runner as module
 from sophon.auditing.runner import exposure
 from sophon.auditing.words import ROLES
-from sophon.auditing.workers import run_jobs
 from sophon.config import AttackConfig
 from sophon.domains import Batch
-from sophon.errors import UserError
 from sophon.models import adapt
 from sophon.tasks import ClassificationTask
-from sophon.tracking import Tracker
 from tests.auditing.staging import (
     CONFIG,
     FRESH,
@@ -224,15 +221,6 @@ def test_seeds_differ_by_attack_and_seed_but_not_by_role(tmp_path: Path, attacke
     assert [seed for _, seed in attacked[0:2]] == [seed for _, seed in attacked[2:4]] == [s for _, s in attacked[4:6]]
 
 
-def test_damaged_record(tmp_path: Path) -> None:
-    config = replace(CONFIG, seeds=1)
-    attempts_of(staged(tmp_path, config))
-    victim = next((tmp_path / "attempts").iterdir())
-    victim.write_text(victim.read_text()[:40])
-    with pytest.raises(UserError, match="truncated or not JSON"):
-        attempts_of(staged(tmp_path, config))
-
-
 def test_diverging_attack_is_a_record_like_any_other(tmp_path: Path) -> None:
     spec = replace(tiny_spec(), factory=lambda: tiny_net().float())
     wild = replace(FRESH, optimizer="nesterov", lr=1e38, steps=20)
@@ -244,14 +232,6 @@ def test_diverging_attack_is_a_record_like_any_other(tmp_path: Path) -> None:
         assert record["finished"] is False
         assert record["curve"][-1]["step"] < 20
         assert json.loads(json.dumps(record, allow_nan=False)) == record
-
-
-def test_tracker_is_told_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stage = staged(tmp_path, replace(CONFIG, seeds=1))
-    run_jobs(stage, lambda: stage, 1, Tracker(progress=True))
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("audit 6/6")
-    assert "fresh on scratch: " in last
 
 
 def test_an_attack_without_steps_is_the_released_model(tmp_path: Path) -> None:

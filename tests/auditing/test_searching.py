@@ -29,6 +29,7 @@ from tests.auditing.staging import (
     results,
     run_all,
     staged,
+    without_sync,
 )
 from tests.tiny import assert_same_state, state_of, tiny_spec
 
@@ -66,6 +67,9 @@ def test_records_of_a_search(tmp_path: Path, attacked: list[Any]) -> None:
     assert len(attacked) == 3 * (4 + 2)
     for role, model in stage.scene.models.items():
         assert_same_state(model, before[role])
+    assert stage.missing() == []
+    assert run_all(stage) == (attempts, searches)  # what is finished is not run again
+    assert len(attacked) == 3 * (4 + 2)
 
 
 def test_a_search_beside_named_attacks(tmp_path: Path) -> None:
@@ -131,13 +135,19 @@ def test_searches_by_another_name_or_seed_are_other_searches(tmp_path: Path) -> 
     assert len(found) == 3
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4, 5, 6])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a search gives that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_sync(patch)
+        return run_all(staged(tmp_path_factory.mktemp("whole"), SEARCHING))
+
+
+@pytest.mark.parametrize("calls", [2, 5, 6])
 def test_interrupted_at_any_attack_it_ends_the_same(
-    calls: int, tmp_path: Path, attacked: list[Any], monkeypatch: pytest.MonkeyPatch
+    calls: int, whole: Any, tmp_path: Path, attacked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the trials (the first four attacks) or of the winner's attempts (the last two)."""
-    whole = run_all(staged(tmp_path / "whole", SEARCHING))
-    attacked.clear()
     genuine: Callable[..., Any] = module.attack
 
     def stopping(*arguments: Any, **options: Any) -> Any:
@@ -146,20 +156,12 @@ def test_interrupted_at_any_attack_it_ends_the_same(
         return genuine(*arguments, **options)
 
     monkeypatch.setattr(module, "attack", stopping)
-    parts = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        run_all(staged(parts, SEARCHING))
-    assert not list(parts.glob("searches/*.json"))
-    assert len(list(parts.glob("attempts/*.json"))) == max(0, calls - 5)
+        run_all(staged(tmp_path, SEARCHING))
+    assert not list(tmp_path.glob("searches/*.json"))
+    assert len(list(tmp_path.glob("attempts/*.json"))) == max(0, calls - 5)
     monkeypatch.setattr(module, "attack", genuine)
-    assert [results(records) for records in run_all(staged(parts, SEARCHING))] == [results(part) for part in whole]
-    assert len(attacked) == 6
-
-
-def test_a_finished_search_is_not_run_again(tmp_path: Path, attacked: list[Any]) -> None:
-    first = run_all(staged(tmp_path, SEARCHING))
-    assert staged(tmp_path, SEARCHING).missing() == []
-    assert run_all(staged(tmp_path, SEARCHING)) == first
+    assert [results(records) for records in run_all(staged(tmp_path, SEARCHING))] == [results(part) for part in whole]
     assert len(attacked) == 6
 
 

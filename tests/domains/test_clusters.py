@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -98,7 +98,6 @@ def test_groups_that_lie_apart_are_found_whatever_their_labels_say() -> None:
         assert found.hashes[split] == found[split].sha256() != BANDS.hashes[split]
 
 
-@settings(max_examples=20, deadline=None)
 @given(count=st.integers(4, 40), clusters=st.integers(2, 4), seed=st.integers(0, 2**31))
 def test_every_image_belongs_to_the_nearest_mean(count: int, clusters: int, seed: int) -> None:
     """A fixed point of Lloyd's algorithm, in float64 and by brute force, and none of the clusters is empty."""

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sophon.config import DomainConfig
@@ -46,7 +46,6 @@ def keys(images: ImageSet) -> list[bytes]:
     return [image.numpy().tobytes() for image in images.images]
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(10, 60), min_size=1, max_size=4),
     val_fraction=st.floats(0.1, 0.9),
@@ -155,7 +154,6 @@ def test_the_defenders_images_are_those_of_all_domains_without_the_attackers() -
     assert {labels[key] for key in keys(restricted[1]["query"])} == {3}
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     part=st.floats(0, 1),

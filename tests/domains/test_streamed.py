@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -74,7 +74,6 @@ def test_where_images_are_kept_changes_nothing_else(domains: dict[str, LoadedDom
     assert streamed.notes[-1].startswith("decoded as they are read: ")
 
 
-@settings(max_examples=20, deadline=None)
 @given(size=st.integers(1, 30), augmentation=st.sampled_from(["none", "standard"]), seed=st.integers(0, 3))
 def test_training_batches_are_the_same(
     domains: dict[str, LoadedDomain], size: int, augmentation: str, seed: int

@@ -193,16 +193,13 @@ SAME, CLOSE = 0.0, 1e-8
 SCENARIOS: dict[str, tuple[Callable[..., Tensors], dict[str, Any], float]] = {
     **{
         f"fts {heads} {pool}": (suppressed, {"heads": heads, "pool": pool}, SAME)
-        for heads in ("kept", "fresh", "probed", "kept+fresh+probed")
-        for pool in (0, 3)
+        for heads, pool in (("kept", 0), ("probed", 3), ("kept+fresh+probed", 0), ("kept+fresh+probed", 3))
     },
-    "fts of four": (suppressed, {"heads": "kept+probed", "attackers": 4}, CLOSE),
     "fts of three": (suppressed, {"heads": "kept+fresh+probed", "attackers": 3}, CLOSE),
     "fts of four in a pool": (suppressed, {"heads": "kept+fresh+probed", "attackers": 4, "pool": 7}, CLOSE),
     "diverging": (diverging, {}, SAME),
     "ntr": (reinforced, {}, CLOSE),
     "ntr without distillation": (reinforced, {"weight": 0.0, "batch": 8}, CLOSE),
-    "ntr with an image a rank": (reinforced, {"batch": 2}, CLOSE),
     "ntr of every momentum": (reinforced, {"network": "momenta"}, CLOSE),
     "trained": (trained, {}, CLOSE),
     "trained with a pool": (trained, {"pool": True}, CLOSE),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sophon.attacker import HEADS, SIMULATED, FineTuneStrategy, fields_outside
@@ -64,7 +64,6 @@ methods = st.builds(
 # --- what can be drawn --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
 @given(samplers, lessons, st.integers(0, 2**63 - 1))
 def test_uniform_draws_are_those_of_the_sampler(config: SamplerConfig, taught: list[Found], seed: int) -> None:
     curriculum = Curriculum(StrategySampler(config), MethodConfig(name="test"))
@@ -78,7 +77,6 @@ def test_uniform_draws_are_those_of_the_sampler(config: SamplerConfig, taught: l
     assert curriculum.table() == before
 
 
-@settings(max_examples=40, deadline=None)
 @given(samplers, methods, lessons, st.integers(0, 2**63 - 1))
 def test_every_draw_lies_in_the_support_whatever_was_learnt(
     config: SamplerConfig, chosen: MethodConfig, taught: list[Found], seed: int
@@ -188,7 +186,6 @@ def test_the_table_is_the_definitions(share: float, memory: float) -> None:
             assert [curriculum.table()["head"][name] for name in HEADS] == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.randoms())
 def test_the_order_within_a_step_does_not_matter(seed: int, chance: Any) -> None:
     one, other = bandit(small(heads=list(HEADS))), bandit(small(heads=list(HEADS)))

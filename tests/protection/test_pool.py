@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -222,7 +222,6 @@ def test_only_a_kept_head_is_displaced_and_learned_from(head: str) -> None:
     assert not torch.equal(end["fc.weight"], then["fc.weight"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 4))
 def test_each_place_belongs_to_one_attacker_and_one_rank(attackers: int, more: int, size: int) -> None:
     """So two attackers of a step never meet, and a member's tensors lie on one rank; the places are spread evenly."""

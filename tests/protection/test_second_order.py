@@ -133,7 +133,7 @@ def test_every_segment_gives_the_gradient_of_one_graph(optimizer: str, scope: st
         assert_same_gradients(simulated(second_order, model, plan, segment=segment), expected)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     segment=st.integers(1, 7),
     gammas=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=6).filter(any),

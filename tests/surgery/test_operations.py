@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, GroupNorm1, LayerNorm2d
 from torch import nn
@@ -102,7 +102,6 @@ def test_prune_by_hand() -> None:
     assert torch.equal(model.bias, bias)
 
 
-@settings(deadline=None, max_examples=25)
 @given(fraction=st.floats(0, 1, exclude_min=True, exclude_max=True), seed=st.integers(0, 9))
 def test_prune_zeroes_the_smallest_of_every_layer(fraction: float, seed: int) -> None:
     model = tiny_model(seed)
@@ -139,7 +138,6 @@ def test_prune_in_channels_last_format() -> None:
 # --- shrink and perturb ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=15)
 @given(keep=st.floats(0, 1))
 def test_shrink_perturb_goes_towards_a_fresh_model(keep: float) -> None:
     model = tiny_model()

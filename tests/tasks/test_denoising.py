@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sophon.losses import DENOISING_SUPPRESSION_LOSSES
@@ -49,7 +49,6 @@ def test_noising_is_that_of_diffusers(schedule: dict[str, Any]) -> None:
     assert noised.timesteps is timesteps
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, STEPS - 1), min_size=1, max_size=6), st.integers(0, 2**31))
 def test_noising_by_the_closed_form(timesteps: list[int], seed: int) -> None:
     clean, noise = torch.randn(

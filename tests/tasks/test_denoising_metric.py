@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -110,7 +110,6 @@ def test_every_timestep_is_measured_equally_often_in_every_part_of_a_sorted_set(
         assert own.mean().item() == pytest.approx((STEPS - 1) / 2, abs=4.5)
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 80))
 def test_at_most_so_many_images_spread_over_the_whole_set(per_class: int, limit: int) -> None:
     _, timesteps, labels = triples(images_of(per_class), evaluation_images=limit)

@@ -12,7 +12,7 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from torch import Tensor, nn
 
 from sophon.attacker import LORA_LAYERS, FineTuneStrategy
-from sophon.auditing.adapters import add_adapters
+from sophon.auditing.lora import add_adapters
 from sophon.domains import ImageSet, MemoryImages
 from sophon.errors import UserError
 from sophon.finetune import fine_tune, flops_per_step
