@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
-from sophon.auditing.adapters import add_adapters
+from sophon.auditing.lora import add_adapters
 from sophon.config import ModelConfig
 from sophon.domains import Batch, MemoryImages, batches
 from sophon.errors import UserError
