@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sophon.api.common import as_loaded, measured, task_of
 from sophon.api.manifests import mechanisms_of
 from sophon.auditing.gallery import write_gallery
+from sophon.auditing.geometry import measure as measure_geometry
 from sophon.auditing.masking import Masking
 from sophon.auditing.masking import measure as measure_masking
 from sophon.auditing.scene import Scene
@@ -49,6 +50,7 @@ def context_of(audit: Audit) -> Context:
         mechanisms=mechanisms_of(audit.protected.manifest),
         intactness=Intactness.of(scene.task.metric, before, after),
         masking=_masking(audit),
+        geometry=_geometry(audit),
         config=identifying(
             as_loaded(audit.config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
         ),
@@ -61,6 +63,15 @@ def _filtered(audit: Audit) -> Iterator[tuple[str, dict[str, Any]]]:
     for role, checkpoint in zip(filtered_roles(len(audit.filtered)), audit.filtered, strict=True):
         value = measured(audit.scene.task, checkpoint.model, audit.original, "test", "filtered").value
         yield role, {**_origin(checkpoint), "original": value}
+
+
+def _geometry(audit: Audit) -> list[dict[str, Any]]:
+    config, scene = audit.config, audit.scene
+    if not config.attack.geometry:
+        return []
+    return measure_geometry(
+        scene.models, scene.spec, scene.task, audit.original, scene.restricted, derive_seed(config.seed, "geometry")
+    )
 
 
 def _masking(audit: Audit) -> Masking | None:

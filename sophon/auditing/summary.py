@@ -72,6 +72,7 @@ class Context:
         searches: contents of ``searches/*.json``.
         left_out: attacks that do not fit the models, with the reason.
         masking: None where it was not looked for.
+        geometry: a row a model, see `sophon.auditing.geometry`.
         gallery: ``title`` and ``file`` of pictures.
         feature_network: what a Frechet distance was measured with.
         config: the run's, with the model that was loaded.
@@ -90,6 +91,7 @@ class Context:
     searches: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     masking: Masking | None = None
+    geometry: list[dict[str, Any]] = field(default_factory=list)
     gallery: list[dict[str, str]] = field(default_factory=list)
     feature_network: str | None = None
     config: dict[str, Any] = field(default_factory=dict)

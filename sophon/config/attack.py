@@ -102,6 +102,7 @@ class AttackConfig:
             ``reparameterisation``, ``removal`` or what a stage of one's own says. The verdict has a line on those
             attacks that know the mechanism of the model that is audited.
         masking: how gradient masking is looked for.
+        geometry: whether the distance of the models to the reference and their frozen features are measured.
         oracle: name of a strategy that the unprotected model also suffers with ten times the data (as far as there
             are so many) for as many epochs, as the ceiling of what an attacker could have; null for none.
         reuse: run directories of other audits; what they hold of the same attempts is copied instead of run again.
@@ -122,6 +123,7 @@ class AttackConfig:
     benign: list[str] = field(default_factory=list)
     knowing: dict[str, list[str]] = field(default_factory=dict)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    geometry: bool = True
     oracle: str | None = None
     reuse: list[str] = limited([], path=True)
     shard: int = limited(0, ge=0)

@@ -17,6 +17,7 @@ from sophon.report import tables
 from sophon.report.axes import decay, recovery, shots
 from sophon.report.drawing import own
 from sophon.report.figures import curve_panels, dot_plot, search_panels
+from sophon.report.geometry import geometry
 from sophon.report.masking import masking
 from sophon.report.page import MANY, Card, Code, Drawings, Fold, Page, Part, Section, Table, folded
 from sophon.report.pictures import picture, pictures
@@ -59,6 +60,7 @@ def audit_page(folder: Path, audit: AuditReport) -> Page:
         Section("recovery", "Steps to recover", list(recovery(audit.results))),
         Section("shots", "With few images", list(shots(audit.results))),
         Section("masking", "Masking", list(masking(audit.results, audit.context.masking))),
+        Section("geometry", "Distance to the reference", list(geometry(audit))),
         Section("benign", "Benign fine-tuning", list(_benign(audit))),
         Section("controls", "Controls", list(_controls(audit))),
         Section("samples", "Samples", list(_samples(folder, audit))),
