@@ -1,4 +1,4 @@
-"""Nothing is ever pickled. (What may import what is held by import-linter: `make lint`.)"""
+"""Nothing is ever pickled, and a file fits a sitting. (What may import what is held by import-linter: `make lint`.)"""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def test_nothing_is_pickled() -> None:
                 assert not {"load", "save"} & {alias.name for alias in node.names}, f"{path}:{node.lineno}"
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert ast.literal_eval(node.value) is False, f"{path}:{node.value.lineno}"
+
+
+def test_no_file_has_more_than_300_lines() -> None:
+    files = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
+    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}

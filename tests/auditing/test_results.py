@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sophon.auditing.results import results
 from sophon.auditing.scores import State
 from sophon.auditing.table import tabulate
+from sophon.auditing.words import ROLES
 from tests.auditing.records import ACCURACY, MSE, attempt, duo, idle, oracle, searched, trio
 
 RENORMALISE = {"operation": "renormalise"}
@@ -260,13 +261,7 @@ def test_where_nothing_protects_nothing_is_masked(protected, scratch):
 EXPOSURE = {"a": "seen", "b": "longer", "c": "held_out"}
 numbers = st.floats(-1e6, 1e6).map(lambda value: round(value, 3))
 rows = st.lists(
-    st.tuples(
-        st.sampled_from("abc"),
-        st.sampled_from(["protected", "unprotected", "scratch"]),
-        st.integers(0, 3),
-        numbers,
-        numbers,
-    ),
+    st.tuples(st.sampled_from("abc"), st.sampled_from(ROLES), st.integers(0, 3), numbers, numbers),
     min_size=1,
     max_size=12,
     unique_by=lambda row: row[:3],

@@ -117,47 +117,6 @@ def test_both_yardsticks_are_in_the_sentence(protected, filtered, error, removal
     assert verdict(trio("a", protected, 80.0, 40.0)).removal is None
 
 
-KNOWING = CONTEXT.config | {"attack": {"knowing": {"b": ["removal"], "c": ["removal", "noise"]}}}
-RUN = [*trio("a", 61.0, 80.0, 60.0), *trio("b", 70.0, 80.0, 60.0, exposure="held_out")]
-
-
-@pytest.mark.parametrize(
-    ("attempts", "mechanisms", "line"),
-    [
-        (
-            RUN,
-            ["removal"],
-            "An attacker who knows how it protects (removal) gets to 70.0 % with 'b': WEAKENED, gap closed 0.50 "
-            "[0.50, 0.50].",
-        ),
-        (RUN, None, "An attacker who knows how it protects (removal) gets to 70.0 % with 'b': WEAKENED, "),
-        (
-            RUN,
-            ["removal", "suppression"],
-            " None was run against suppression; add +attack/family=[knowing_suppression].",
-        ),
-        ([*RUN, attempt("b", "filtered", 60.0)], ["removal"], "R 0.50 [0.50, 0.50]."),
-        (
-            RUN,
-            ["suppression"],
-            "An attacker who knows how it protects (suppression) was not run; add "
-            "+attack/family=[knowing_suppression].",
-        ),
-        (RUN, ["mine"], "(mine) was not run; name attacks made against mine in attack.knowing."),
-        (RUN, [], "An attacker who knows how it protects was not run; name attacks in attack.knowing."),
-        # what was simulated is nothing that an attacker who knows would do
-        (trio("b", 70.0, 80.0, 60.0), ["removal"], "(removal) was not run; "),
-        ([attempt("b", "protected", None, exposure="held_out")], ["removal"], "(removal) diverged in every attempt."),
-    ],
-)
-def test_there_is_a_line_on_the_attacker_who_knows(attempts, mechanisms, line):
-    found = audit(attempts, mechanisms=mechanisms, config=KNOWING)
-    assert line in found.verdict.knowing
-    assert found.json()["verdict"]["knowing"] == found.verdict.knowing
-    worst = found.json()["knowing"]["worst_case"]
-    assert worst is None or worst["tried"] == ["b"]
-
-
 def test_both_readings_are_printed_with_their_definitions():
     attempts = trio("centre", 89.7, 91.5, 62.7) + searched("reset", 74.4, 94.2, 87.7)
     own, same, *_ = verdict(attempts).findings
