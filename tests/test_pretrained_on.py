@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sophon.api.manifests import check_pretraining
 from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, load, own_groups, refusal, refused, sophon
 from tests.denoising_commands import CONDITIONAL
 from tests.denoising_commands import PRETRAIN as PRETRAIN_DENOISER
 from tests.denoising_commands import RUNS as DENOISER
+from tests.tiny import tiny_domain
 
 pytestmark = pytest.mark.slow  # whole commands
 
@@ -116,3 +120,11 @@ def test_what_an_audit_cannot_be_measured_against_is_refused(removed: Path, over
 def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, override: str, words: list[str]) -> None:
     message = refused(tmp_path, *PRETRAIN, *BOTH, override)
     assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize("pretrained", [{"same": ["train"]}, None])
+def test_a_reference_that_saw_the_original_domain_alone_is_let_pass_whatever_the_names(pretrained: Any) -> None:
+    domains = {"original": {"name": "same", "classes": ["a"], "hashes": {}}}
+    manifest = {"domains": domains, **({"pretrained_on": pretrained} if pretrained else {})}
+    reference: Any = SimpleNamespace(manifest=manifest, path=Path("x"))
+    check_pretraining(reference, [reference], [tiny_domain("same", ("attack",))])

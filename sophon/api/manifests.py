@@ -60,16 +60,20 @@ def check_pretraining(
     """Refuse a reference that was trained on what its attackers have, and filtered models that saw the domain."""
     for domain in restricted:
         for each in filtered:
-            if domain.name in each.manifest.get("pretrained_on", ()):
+            if domain.name in _trained_on(each):
                 raise UserError(f"filtered: '{each.path}' was trained on {domain.name}; give one that never saw it")
-        if domain.name in reference.manifest.get("pretrained_on", ()):
-            seen = reference.manifest["domains"]["restricted"]
-            hashes = {each["name"]: each["hashes"] for each in (seen if isinstance(seen, list) else [seen])}
-            if hashes[domain.name] != domain.hashes:
-                raise UserError(
-                    f"reference: it was trained on another split of {domain.name}, and so perhaps on the attacker's "
-                    "images; give domain.restricted as pretrain had it"
-                )
+        if _trained_on(reference).get(domain.name, domain.hashes) != domain.hashes:
+            raise UserError(
+                f"reference: it was trained on another split of {domain.name}, and so perhaps on the attacker's "
+                "images; give domain.restricted as pretrain had it"
+            )
+
+
+def _trained_on(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Return the hashes of the restricted domains that a checkpoint was pretrained on, by name."""
+    manifest = checkpoint.manifest
+    seen = manifest["domains"].get("restricted", []) if "pretrained_on" in manifest else []
+    return {each["name"]: each["hashes"] for each in (seen if isinstance(seen, list) else [seen])}
 
 
 def information_path(stages: Mapping[str, Mapping[str, Any]]) -> str:

@@ -52,9 +52,9 @@ def write_reports(folder: Path, audit: AuditReport) -> None:
 def audit_page(folder: Path, audit: AuditReport) -> Page:
     """Return the page of an audit whose pictures lie in ``folder``."""
     sections = [
+        Section("curves", "Curves", list(_curves(audit))),
         Section("worst", "Worst cases", list(_worst(audit))),
         Section("attacks", "Attacks", list(_attacks(audit))),
-        Section("curves", "Curves", list(_curves(audit))),
         Section("searches", "Searches", list(_searches(audit))),
         Section("decay", "Does protection wear off?", list(decay(audit.results))),
         Section("recovery", "Steps to recover", list(recovery(audit.results))),
@@ -164,6 +164,11 @@ def _curves(audit: AuditReport) -> Iterator[Part]:
     }
     if len(panels) <= MANY:
         groups = {"": [attack for group in groups.values() for attack in group]}
+    elif worst := audit.results.worst_case.get("overall"):
+        first = {*worst.same_attack.attacks.values(), *worst.own_best.attacks.values()} & set(panels)
+        yield "Those of the worst case:"
+        yield _drawings({attack: panels[attack] for attack in sorted(first)})
+        groups = {words: [attack for attack in group if attack not in first] for words, group in groups.items()}
     for exposure, group in groups.items():
         drawings = _drawings({attack: panels[attack] for attack in group})
         if group:

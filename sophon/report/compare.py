@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -24,7 +26,7 @@ from sophon.files import write_text
 from sophon.report import tables
 from sophon.report.drawing import COLOURS, HUES
 from sophon.report.figures import dots
-from sophon.report.page import Drawings, Fold, Page, Part, Section, Table, Warn
+from sophon.report.page import Drawings, Fold, Link, Page, Part, Section, Table, Warn
 from sophon.report.terms import TERMS
 
 _MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}
@@ -55,7 +57,7 @@ def write_comparison(folders: Sequence[Path], out: Path, name: str = "compare") 
         UserError: fewer than two folders, or one twice; a folder without an audit that this sophon reads; audits that
             measure different things; or a file that cannot be written.
     """
-    page = _page(_read(folders))
+    page = _page(_read(folders), out)
     path = out / f"{name}.html"
     write_text(path, page.html())
     write_text(out / f"{name}.md", page.markdown())
@@ -97,10 +99,10 @@ def _labels(folders: Sequence[Path], audits: Sequence[AuditReport]) -> list[str]
     ]
 
 
-def _page(audits: Sequence[_Compared]) -> Page:
+def _page(audits: Sequence[_Compared], out: Path) -> Page:
     everything = set.union(*(set(audit.attacks) for audit in audits))
     shared = _shared(audits)
-    verdicts = [[tables.name(audit.label), printable(str(audit.audit.verdict))] for audit in audits]
+    verdicts = [[_link(audit, out), printable(str(audit.audit.verdict))] for audit in audits]
     sections = [
         Section("audits", "Audits", [_audits_table(audits, shared), Table(["audit", "verdict"], verdicts, 2)]),
         Section("families", "Worst cases by family", list(_families(audits))),
@@ -115,6 +117,11 @@ def _page(audits: Sequence[_Compared]) -> Page:
         sections=sections,
         terms={term: TERMS[term] for term in ("gap closed", "R", "reading", "judged", "masked share", "intervals")},
     )
+
+
+def _link(audit: _Compared, out: Path) -> Link:
+    """Return an audit's name, which leads to its own report."""
+    return Link(audit.label, quote(os.path.relpath(audit.folder / "report.html", out)))
 
 
 def _shared(audits: Sequence[_Compared]) -> list[str]:

@@ -14,6 +14,18 @@ class Name(str):
     """A cell whose first line is a name that somebody gave: Markdown shows it as code."""
 
 
+class Link(Name):
+    """A name that leads somewhere: to ``href``."""
+
+    href: str
+
+    def __new__(cls, text: str, href: str) -> Link:
+        """Make the name."""
+        made = super().__new__(cls, text)
+        made.href = href
+        return made
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of text.
@@ -174,6 +186,8 @@ def escaped(text: str) -> str:
 def _cell(cell: str) -> str:
     first, *small = cell.splitlines() or [""]
     first = "`" + first.replace("`", "'").replace("|", r"\|") + "`" if isinstance(cell, Name) else escaped(first)
+    if isinstance(cell, Link):
+        first = f"[{first}]({cell.href})"
     return first + "".join(f"{' ' if line.startswith('[') else '; '}{escaped(line)}" for line in small)
 
 

@@ -69,9 +69,9 @@ def test_nothing_is_shown_of_what_was_not_measured(tmp_path):
     assert "Audit of a checkpoint" in check(page)
     assert 'class="card"' not in page
     assert re.findall(r"<h2>([^<]*)</h2>", page) == [
+        "Curves",
         "Worst cases",
         "Attacks",
-        "Curves",
         "Controls",  # that the distillation floor was not run
         "To repeat this",
         "Definitions",
@@ -87,7 +87,7 @@ def test_sections_are_there_and_named_in_the_contents(written):
     check(page)
     titles = re.findall(r"<h2>([^<]*)</h2>", page)
     assert titles == [
-        *("Worst cases", "Attacks", "Curves", "Searches", "Does protection wear off?", "Masking"),
+        *("Curves", "Worst cases", "Attacks", "Searches", "Does protection wear off?", "Masking"),
         *("Benign fine-tuning", "Controls", "To repeat this", "Definitions"),
     ]
     contents = page[page.index("<nav") : page.index("</nav>")]
@@ -171,9 +171,11 @@ def test_an_audit_of_many_attacks_is_folded_away(tmp_path):
     found = audit([attempt(f"attack{n:03}", "protected", n, exposure="held_out") for n in range(14)])
     page, _ = write(tmp_path, found)
     check(page)
-    for title, tag, count in (("All 14 attacks", "<tr>", 15), ("held out (14)", "<svg", 14)):
+    for title, tag, count in (("All 14 attacks", "<tr>", 15), ("held out (13)", "<svg", 13)):
         folded = page[page.index(f"<summary>{title}</summary>") :].partition("</details>")[0]
         assert folded.count(tag) == count
+    shown = page[page.index("Those of the worst case:") : page.index("<summary>held out")]
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", shown) == ["attack013"]
 
 
 def test_controls_alone_make_a_page(tmp_path):

@@ -56,6 +56,8 @@ def test_audits_by_hand(tmp_path, two):
     for folder in two:
         assert str(AuditReport.read(folder).verdict) in check(page)
     assert "2 audits; 2 of 2 attacks were run in all of them." in page
+    assert '<a href="../a/report.html">strong, seed 0</a>' in page
+    assert "[`weak, seed 0`](../b/report.html)" in markdown
     assert warnings(markdown) == []
     section = page[page.index('<section id="attacks"') : page.index('<section id="values"')]
     assert re.findall(r'<td class="(.*?)" style="--level: (\d+)%">', section)[:2] == [("", "10"), (" strong", "95")]
