@@ -88,6 +88,9 @@ class Reparameterise(Stage):
         "It is a lock, not a loss of knowledge: who knows of it takes it out again (sophon's surgeries `equalise`, "
         "`centre` and `renormalise`), and is then held up little more than by the unprotected model. It hinders "
         "fine-tuning for every domain alike.",
+        "It belongs to a published class, reparameterisations that keep the function "
+        "([SpecDef](https://arxiv.org/abs/2602.18868)), whose authors show that whoever knows of one restores ordinary "
+        "convergence at a cost that grows only linearly with the model.",
     )
 
     def check(self, context: Context) -> None:

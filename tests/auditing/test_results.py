@@ -113,36 +113,6 @@ def test_the_best_attack_is_chosen_on_select_not_on_test():
     assert falling.worst_case["overall"].own_best.attacks["protected"] == "b"
 
 
-# ---- removal --------------------------------------------------------------------------------------------------------
-
-
-def with_filtered(attack, *values, filtered, **more):
-    """Return a trio with filtered models besides, ``filtered`` and ``filtered_2``."""
-    roles = dict(zip(("filtered", "filtered_2"), filtered, strict=False))
-    return trio(attack, *values, **more) + [attempt(attack, role, value, **more) for role, value in roles.items()]
-
-
-def test_removal_is_measured_against_the_best_filtered_model():
-    first = with_filtered("a", 70.0, 80.0, 40.0, filtered=(60.0, 65.0))
-    found = scored(first, with_filtered("b", 60.0, 70.0, 30.0, filtered=(66.0, 40.0)))
-    assert found.roles == ["protected", "unprotected", "filtered", "filtered_2", "scratch"]
-    assert found.best_filtered == "filtered"  # 66 is more than 65
-    assert [attack.removal.value for attack in found.attacks] == pytest.approx([0.5, 2.5])
-    worst = found.worst_case["overall"]
-    assert worst.own_best.attacks["filtered_2"] == "a"
-    assert worst.own_best.removal.value == pytest.approx(10 / 14)  # 66 by the attack b
-    assert worst.same_attack.removal.value == pytest.approx(0.5)
-    assert worst.removal == worst.same_attack.removal
-    assert worst.own_best.gap_closed.value == pytest.approx(10 / 40)
-
-
-def test_without_a_filtered_model_there_is_no_removal():
-    found = scored(trio("a", 70.0, 80.0, 40.0))
-    assert found.roles == ["protected", "unprotected", "scratch"]
-    assert found.best_filtered is found.attacks[0].removal is found.worst_case["overall"].removal is None
-    assert found.worst_case["overall"].own_best.removal is None
-
-
 @pytest.mark.parametrize("present", [("protected",), ("protected", "unprotected"), ("scratch",)])
 def test_roles_that_were_not_tried_are_missing(present):
     found = scored([one for one in trio("a", 20.0, 60.0, 50.0) if one["role"] in present])

@@ -84,39 +84,6 @@ def test_one_word_and_a_sentence(attempts, word, sentence):
     assert str(found) == f"{word}: {found.sentence}"
 
 
-@pytest.mark.parametrize(
-    ("protected", "filtered", "error", "removal", "sentence"),
-    [
-        (
-            60.5,
-            60.0,
-            0.0,
-            State.HOLDS,
-            "It removes what the model had learnt of the restricted classes: fine-tuning a model that never saw the "
-            "restricted classes gets to 60.0 % (R 0.97 [0.97, 0.97]).",
-        ),
-        (70.0, 60.0, 0.0, State.WEAKENED, "It removes part of what the model had learnt of the restricted classes: "),
-        (79.5, 60.0, 0.0, State.BROKEN, "It removes nothing of what the model had learnt of the restricted classes: "),
-        (55.0, 60.0, 0.0, State.HOLDS, "gets to 60.0 % (R 1.25 (worse than filtered) [1.25, 1.25])."),
-        (79.0, 79.5, 0.0, State.UNKNOWN, "cannot be judged: unprotected is not clearly better than filtered."),
-        (70.0, 60.0, 5.0, State.UNKNOWN, "cannot be judged: the interval of R, ["),
-        (
-            70.0,
-            60.0,
-            9.0,
-            State.UNKNOWN,
-            "cannot be judged: unprotected and filtered differ by less than the error of ",
-        ),
-    ],
-)
-def test_both_yardsticks_are_in_the_sentence(protected, filtered, error, removal, sentence):
-    found = verdict([*trio("a", protected, 80.0, 40.0, error=error), attempt("a", "filtered", filtered, error=error)])
-    assert found.removal == removal
-    assert "training from scratch to 40.0 %" in found.sentence
-    assert sentence in found.sentence
-    assert verdict(trio("a", protected, 80.0, 40.0)).removal is None
-
-
 def test_both_readings_are_printed_with_their_definitions():
     attempts = trio("centre", 89.7, 91.5, 62.7) + searched("reset", 74.4, 94.2, 87.7)
     own, same, *_ = verdict(attempts).findings
