@@ -145,7 +145,7 @@ def config_of(
     Raises:
         UserError: a choice, a key or a value is not known or not allowed.
     """
-    usual = {**USUAL[kind], "attack": STANDARD[kind]}
+    usual = USUAL[kind] | ({"attack": STANDARD[kind]} if verb == "audit" else {})
     given = {group: usual[group] if choices.get(group) is None else choices[group] for group in usual}
     groups = {group: chosen(group, _plain(choice)) for group, choice in given.items()}
     domain = {"original": asdict(original), "restricted": {name: asdict(each) for name, each in restricted.items()}}

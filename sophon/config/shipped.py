@@ -55,7 +55,7 @@ def chosen(group: str, choice: str | Mapping[str, Any]) -> dict[str, Any]:
     file = Path(choice).expanduser() if choice.endswith((".yaml", ".yml")) else conf_dir() / group / f"{choice}.yaml"
     if not is_file(file, group):
         choose(group, choice, [path.stem for path in (conf_dir() / group).glob("*.yaml")])
-    composed: Any = OmegaConf.to_container(OmegaConf.create(_composed(file, group)))
+    composed: Any = _composed(file, group)
     for part in group.split("/"):
         composed = composed[part]
     return dict(composed)
@@ -67,14 +67,14 @@ def _composed(file: Path, package: str) -> dict[str, Any]:
         own: Any = OmegaConf.to_container(OmegaConf.load(file))
     except Exception as error:  # the YAML parser's own
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
-    merged: Any = OmegaConf.create()
+    merged: dict[str, Any] = {}
     defaults = own.pop("defaults", [])
     for entry in defaults if "_self_" in defaults else [*defaults, "_self_"]:
         if entry == "_self_":
             nested: Any = own
             for part in reversed(package.split(".")):
                 nested = {part: nested}
-            merged = OmegaConf.merge(merged, nested)
+            merged = _merged(merged, nested)
             continue
         [(group, names)] = entry.items() if isinstance(entry, dict) else [(".", entry)]
         group, _, at = group.partition("@")
@@ -82,9 +82,18 @@ def _composed(file: Path, package: str) -> dict[str, Any]:
         for name in [names] if isinstance(names, str) else names:
             below = folder / f"{name}.yaml"
             here = package if at == "_here_" or group == "." else _package(below)
-            merged = OmegaConf.merge(merged, _composed(below, here))
-    container: Any = OmegaConf.to_container(merged)
-    return dict(container)
+            merged = _merged(merged, _composed(below, here))
+    return merged
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge mappings, and those in them, as OmegaConf does, which takes a second for a suite's files."""
+    both = {key: _merged(one[key], other[key]) for key in one.keys() & other if _are_mappings(one[key], other[key])}
+    return {**one, **other, **both}
+
+
+def _are_mappings(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _package(file: Path) -> str:
