@@ -18,26 +18,26 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/sophon pretrain experiment=quickstart seed=$(SEED)
 	$(BIN)/sophon protect experiment=quickstart seed=$(SEED)
-	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect out=runs/quickstart/seed$(SEED)/export
 	$(BIN)/sophon audit experiment=quickstart seed=$(SEED) workers=2
 	$(BIN)/sophon report run_dir=runs/quickstart/seed$(SEED)/audit
+	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect audit=runs/quickstart/seed$(SEED)/audit out=runs/quickstart/seed$(SEED)/export
 
 # The same with a real budget, larger images, and thirty attacks.
 demo-strong: $(VENV)/.installed
 	$(BIN)/sophon pretrain experiment=quickstart_strong seed=$(SEED)
 	$(BIN)/sophon protect experiment=quickstart_strong seed=$(SEED)
-	$(BIN)/sophon export checkpoint=runs/quickstart_strong/seed$(SEED)/protect out=runs/quickstart_strong/seed$(SEED)/export
 	$(BIN)/sophon audit experiment=quickstart_strong seed=$(SEED) workers=2
 	$(BIN)/sophon report run_dir=runs/quickstart_strong/seed$(SEED)/audit
+	$(BIN)/sophon export checkpoint=runs/quickstart_strong/seed$(SEED)/protect audit=runs/quickstart_strong/seed$(SEED)/audit out=runs/quickstart_strong/seed$(SEED)/export
 
 # The same for a denoising diffusion model, which also draws images.
 demo-diffusion: $(VENV)/.installed
 	$(BIN)/sophon pretrain experiment=quickstart_diffusion seed=$(SEED)
 	$(BIN)/sophon protect experiment=quickstart_diffusion seed=$(SEED)
-	$(BIN)/sophon export checkpoint=runs/quickstart_diffusion/seed$(SEED)/protect out=runs/quickstart_diffusion/seed$(SEED)/export
 	$(BIN)/sophon sample experiment=quickstart_diffusion seed=$(SEED)
 	$(BIN)/sophon audit experiment=quickstart_diffusion seed=$(SEED)
 	$(BIN)/sophon report run_dir=runs/quickstart_diffusion/seed$(SEED)/audit
+	$(BIN)/sophon export checkpoint=runs/quickstart_diffusion/seed$(SEED)/protect audit=runs/quickstart_diffusion/seed$(SEED)/audit out=runs/quickstart_diffusion/seed$(SEED)/export
 
 # Everything that has to hold: lint, format, types, walls and all tests.
 test: $(VENV)/.installed lint

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli_helpers import REPOSITORY, sophon
+from tests.cli_helpers import AUDIT, PROTECT, REPOSITORY, SMALL, own_groups, sophon
 
 SCRIPTS = sorted((REPOSITORY / "experiments").rglob("*.py"))
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("experiments/**/*.md")])
@@ -46,6 +46,19 @@ def test_a_command_composes(page: Path, command: str) -> None:
 def test_there_are_commands_to_compose() -> None:
     assert len(COMMANDS) > 20
     assert {"README.md", "quickstart.md", "audit.md"} <= {page.name for page, _ in COMMANDS}
+
+
+@pytest.mark.slow  # whole commands
+def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
+    sizes = {"pretrain": (*SMALL[1:], "pretrain.steps=5"), "protect": PROTECT[2:], "audit": (*AUDIT[1:2], *AUDIT[3:])}
+    own_groups(tmp_path)
+    lines = commands(REPOSITORY / "README.md")
+    assert [line.split()[1] for line in lines] == ["pretrain", "protect", "audit", "export"]
+    for line in lines:
+        _, verb, *words = shlex.split(line)
+        result = sophon(tmp_path, verb, *words, *sizes.get(verb, ()))
+        assert result.code == 0, result
+    assert (tmp_path / "release/README.md").read_text().count("It rests on") == 1
 
 
 def anchors(page: Path) -> set[str]:
