@@ -184,6 +184,7 @@ LOOPS = {
     "fine_tune": "sophon.finetune.fine_tune",
     "dreambooth": "sophon.auditing.text_to_image.dreambooth",
     "textual_inversion": "sophon.auditing.text_to_image.textual_inversion",
+    "visual_prompts": "sophon.auditing.visual_prompts.visual_prompts",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import sophon
 from sophon.api.calls import audit, load, protect
+from sophon.config import ModelConfig
 from sophon.errors import UserError
+from sophon.models import describe
+from sophon.models import pipeline as folders
 from sophon.models.frozen import copy_part, part_sha256
 from sophon.tracking import Tracker
 from tests.models.pipelines import CLASSES, folder_of, made
@@ -208,6 +212,23 @@ def test_half_precision_and_shards_are_read_and_written_whole_in_float32(sharded
     opened = DiffusionPipeline.from_pretrained("release")
     assert_same_state(network(opened), state_of(result.model))
     assert_same_state(opened.vae.float(), {name: part.float() for name, part in pipeline.vae.state_dict().items()})
+
+
+def test_a_hub_id_is_fetched_whole_but_for_variants_and_single_file_checkpoints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        names = ["model_index.json", "vae/w.safetensors", "unet/w.fp16.safetensors", "v1-5.safetensors", "a/b.bin"]
+        allowed = [each for each in names if any(fnmatch(each, pattern) for pattern in allow_patterns)]
+        asked.append([each for each in allowed if not any(fnmatch(each, pattern) for pattern in ignore_patterns)])
+        return str(folder_of("text"))
+
+    monkeypatch.setattr(folders, "snapshot_download", download)
+    found = describe(ModelConfig(library="diffusers", architecture="org/model", pretrained=True))
+    assert asked == [["model_index.json"], ["model_index.json", "vae/w.safetensors"]]
+    assert found == describe(ModelConfig(weights=str(folder_of("text"))))
 
 
 def test_a_parts_hash_stays_when_it_is_copied(tmp_path: Path) -> None:

@@ -107,12 +107,15 @@ def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
     """Complete a configuration by what the folder of its weights says of the model: all but the weights themselves.
 
     Args:
-        config: the ``model`` group; without weights, or with those of a file, it is returned as it is.
+        config: the ``model`` group; without weights, or with those of a file, it is returned as it is. A latent
+            pipeline's Hub id (``pretrained``) is fetched.
         key: the configuration key that messages name.
 
     Raises:
         UserError: they are a pickle, or the folder is none of a library's own format.
     """
+    if config.library == "diffusers" and config.pretrained:
+        config, key = _fetched(config), "model.pretrained"
     if config.weights is None:
         return config
     refuse_pickle(Path(config.weights), key, config.library)
@@ -122,12 +125,28 @@ def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
     if paths.is_folder(folder / "checkpoint", key):
         folder = folder / "checkpoint"
     library = _library_of(folder, key)
-    adapter = _adapter(library, _network_of(folder) if library == "diffusers" else None)
+    network = None
+    if library == "diffusers":
+        from sophon.models import pipeline  # not above: classifiers need not wait for diffusers
+
+        network = pipeline.network_of(folder)
+    adapter = _adapter(library, network)
     adapter.weights_in(folder, key)
     try:
         return replace(adapter.describe(folder, config), library=library, weights=str(folder))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
+
+
+def _fetched(config: ModelConfig) -> ModelConfig:
+    """Fetch a latent pipeline by its Hub id, whole; others are fetched by their adapter."""
+    from sophon.models import pipeline  # not above: classifiers need not wait for diffusers
+
+    name = config.architecture
+    if "/" not in name or pipeline.network_of(pipeline.fetch(name, (pipeline.CONFIG,))) not in LATENT:
+        return config
+    folder = pipeline.fetch(name, pipeline.WHOLE)
+    return replace(config, pretrained=False, weights=str(folder))
 
 
 def _library_of(folder: Path, key: str) -> str:
@@ -145,13 +164,6 @@ def _library_of(folder: Path, key: str) -> str:
     library = settings.get("library") or ("transformers" if "model_type" in settings else "timm")
     choose(f"{key}: '{folder / 'config.json'}': library", library, LIBRARIES)
     return str(library)
-
-
-def _network_of(folder: Path) -> str | None:
-    """Name the class of the network that a pipeline trains, by its index."""
-    index = read_json(folder / "model_index.json")
-    parts = [index.get(name) for name in ("unet", "transformer")] if isinstance(index, dict) else []
-    return next((str(part[1]) for part in parts if isinstance(part, list) and len(part) == 2 and part[1]), None)
 
 
 def adapt(

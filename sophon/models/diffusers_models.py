@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 from diffusers import DDPMScheduler
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from sophon import paths
@@ -289,7 +288,4 @@ def _start(config: ModelConfig) -> Path | None:
             f"model.architecture: '{pipeline.ARCHITECTURE}' has no pretrained weights; with model.pretrained=true give "
             "the Hub id of a pipeline, such as google/ddpm-cifar10-32"
         )
-    try:
-        return Path(snapshot_download(config.architecture, allow_patterns=list(pipeline.FILES)))
-    except Exception as error:  # network, cache and Hub errors share no base class
-        raise UserError(f"model.pretrained: no pipeline '{config.architecture}': {one_line(error)}") from error
+    return pipeline.fetch(config.architecture, pipeline.FILES)

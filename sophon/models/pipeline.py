@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import snapshot_download
+
 from sophon import paths
 from sophon.config import ModelConfig
-from sophon.errors import UserError
+from sophon.errors import UserError, one_line
 from sophon.files import read_json
 from sophon.models.noise import read_schedule
 
@@ -18,6 +20,9 @@ PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "model_index.json"
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 FILES = (CONFIG, *(name for path in (WEIGHTS, UNET, SCHEDULER) for name in (path, Path(path).name)))
+# what else whole pipelines have in folders of their own, and variants of it that are not read where there is another
+WHOLE = (CONFIG, "*/*.json", "*/*.txt", "*/*.safetensors")
+VARIANTS = ("*.fp16.*", "*.non_ema.*")
 # arguments of the network that the input and the classes decide
 RESERVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
 # Models that older diffusers saved, such as google/ddpm-cifar10-32, name the layers of attention otherwise.
@@ -48,6 +53,25 @@ def within(folder: Path, name: str) -> Path:
     """Return where a pipeline keeps a file; older ones of the Hub keep them all beside the index."""
     beside = folder / Path(name).name
     return beside if paths.exists(beside) and not paths.exists(folder / name) else folder / name
+
+
+def fetch(name: str, patterns: Sequence[str]) -> Path:
+    """Fetch files of a Hub id into the cache; return the folder.
+
+    Raises:
+        UserError: there is no such id, or no way to the Hub.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(VARIANTS)))
+    except Exception as error:  # network, cache and Hub errors share no base class
+        raise UserError(f"model.pretrained: no pipeline '{name}': {one_line(error)}") from error
+
+
+def network_of(folder: Path) -> str | None:
+    """Name the class of the network that a pipeline trains, by its index."""
+    index = read_json(folder / CONFIG)
+    parts = [index.get(name) for name in ("unet", "transformer")] if isinstance(index, dict) else []
+    return next((str(part[1]) for part in parts if isinstance(part, list) and len(part) == 2 and part[1]), None)
 
 
 def current_name(name: str) -> str:

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from sophon.config import ModelConfig
 from sophon.errors import UserError
-from sophon.models import adapter_of, create, diffusers_models
+from sophon.models import adapter_of, create
+from sophon.models import pipeline as folders
 from sophon.models.partition import attention
 from tests.models.unets import CLASSES, NETWORK, PLAIN, config_of, predict, small
 
@@ -104,7 +105,7 @@ def test_a_conditional_denoiser_embeds_the_original_classes() -> None:
     ],
 )
 def test_wrong_configs_are_refused_in_one_line(changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusers_models, "snapshot_download", lambda *args, **kwargs: "nowhere")
+    monkeypatch.setattr(folders, "snapshot_download", lambda *args, **kwargs: "nowhere")
     with pytest.raises(UserError, match=message) as caught:
         create(config_of(**changes), CLASSES)
     assert "\n" not in str(caught.value)

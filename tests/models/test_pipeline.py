@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
-from sophon.models import adapter_of, diffusers_models
+from sophon.models import adapter_of
+from sophon.models import pipeline as folders
 from sophon.tensor_files import read_tensors, write_tensors
 from tests.models.unets import INPUT, NETWORK, WEIGHTS, pipeline, predict, small
 from tests.tiny import assert_same_state, state_of
@@ -78,13 +79,13 @@ def test_a_hub_id_is_fetched_once_and_started_from(
         as_the_hub_has_it(tmp_path)
     asked = []
 
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
+    def download(repository: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append(repository)
         assert all(pattern.endswith((".json", ".safetensors")) for pattern in allow_patterns)
         assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} <= set(allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr(diffusers_models, "snapshot_download", download)
+    monkeypatch.setattr(folders, "snapshot_download", download)
     module, spec = small(pretrained=True, architecture="google/ddpm", model_args={})
     assert asked == ["google/ddpm"]
     assert spec.architecture == "UNet2DModel"
@@ -95,7 +96,7 @@ def test_an_unreachable_hub_id_is_refused_in_one_line(monkeypatch: pytest.Monkey
     def offline(*args: object, **kwargs: object) -> str:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(diffusers_models, "snapshot_download", offline)
+    monkeypatch.setattr(folders, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"^model\.pretrained: no pipeline 'google/ddpm': no route to host$"):
         small(pretrained=True, architecture="google/ddpm")
 
