@@ -71,7 +71,9 @@ def removed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_audit_is_against_scratch_and_against_the_better_filtered_model(removed: Path) -> None:
-    result = sophon(removed, *AUDIT, "filtered=[a,b]")
+    attack = "{optimizer: adam, lr: 0.005, steps: 1, surgery: [{operation: interpolate}]}"
+    near = (f"+attack.strategies.near={attack}", "+attack.knowing.near=[suppression]", "attack.relative=a")
+    result = sophon(removed, *AUDIT, "filtered=[a,b]", *near)
     assert result.code == 0, result
     folder = removed / RUNS / "audit"
     found = load(folder / "audit.json")
@@ -88,6 +90,8 @@ def test_an_audit_is_against_scratch_and_against_the_better_filtered_model(remov
     for attack in found["attacks"]:
         assert list(attack["roles"]) == found["roles"]
         assert set(attack["removal"]) == set(attack["gap_closed"])
+    assert "(suppression) gets to " in found["verdict"]["knowing"]
+    assert found["knowing"]["worst_case"]["tried"] == ["near"]
     page = (folder / "report.html").read_text()
     assert "filtered_2" in page
     assert "filtered=[a/checkpoint,b/checkpoint]" in page
@@ -102,6 +106,7 @@ def test_an_audit_is_against_scratch_and_against_the_better_filtered_model(remov
     [
         (f"filtered=[{RUNS}/pretrain]", ["filtered", "was trained on fashion_shoes_bags"]),
         ("filtered=[nowhere]", ["filtered: 'nowhere' does not exist"]),
+        ("attack.relative=nowhere", ["attack.relative: 'nowhere' does not exist"]),
         ("domain.restricted.split_seed=1", ["reference: it was trained on another split of fashion_shoes_bags"]),
     ],
 )

@@ -81,7 +81,9 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
     """
     device = resolve_device(config.device)
     spec = protected.spec
-    for key, other in (("reference", reference), *(("filtered", each) for each in filtered)):
+    relative = opened(config, config.attack.relative, "attack.relative") if config.attack.relative else None
+    public = [] if relative is None else [("attack.relative", relative)]
+    for key, other in (("reference", reference), *(("filtered", each) for each in filtered), *public):
         if other.spec != spec:
             raise UserError(
                 f"{key}: its model ({other.spec.architecture}, {len(other.spec.classes)} classes) is not built as the "
@@ -118,8 +120,20 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
         "scratch": repr([spec, measured]),
         **{role: repr([each.sha256, spec, measured]) for role, each in by_role.items()},
     }
-    support = protected.manifest.get("sampler_support")
-    scenes = [Scene(models, spec, task, each, original, benign, provenance, support) for each in restricted]
+    if relative is not None:
+        provenance["relative"] = relative.sha256
+    scene = partial(
+        Scene,
+        models,
+        spec,
+        task,
+        original=original,
+        benign=benign,
+        relative=None if relative is None else relative.model.to(device),
+        provenance=provenance,
+        support=protected.manifest.get("sampler_support"),
+    )
+    scenes = [scene(each) for each in restricted]
     parts = [
         replace(config, domain=replace(config.domain, restricted={name: each}))
         for name, each in config.domain.restricted.items()
@@ -217,7 +231,7 @@ def identity_of(audit: Audit) -> dict[str, Any]:
     """Return everything that decides the results, as plain JSON data."""
     config, benign = audit.config, audit.scene.benign
     parts = identifying(config, "seed", "task", "attack")
-    for key in ("masking", "knowing", "geometry"):  # they look at what the attacks leave alone
+    for key in ("masking", "knowing", "geometry", "relative"):  # they look at what the attacks leave alone
         del parts["attack"][key]
     return {
         **parts,
@@ -225,6 +239,7 @@ def identity_of(audit: Audit) -> dict[str, Any]:
         "checkpoint": audit.protected.sha256,
         "reference": audit.reference.sha256,
         **({"filtered": [each.sha256 for each in audit.filtered]} if audit.filtered else {}),
+        **({"relative": audit.scene.provenance["relative"]} if audit.scene.relative is not None else {}),
         "restricted": audit.scene.restricted.hashes,
         **({} if benign is None else {"benign": benign.hashes}),
     }

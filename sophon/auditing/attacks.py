@@ -61,6 +61,7 @@ class Attacker:
         eval_points: points of the curve, >= 2.
         original: for surgery that trains on it.
         benign: the same.
+        relative: a public model of the same architecture, for surgery that goes towards it.
         read_test: whether to read the ``test`` split: a search does not.
         at_point: called with the model, the number of steps done and the value at every point of the curve; it must
             leave the model as it is, and may raise to give the attempt up.
@@ -83,6 +84,7 @@ class Attacker:
         eval_points: int,
         original: LoadedDomain | None = None,
         benign: LoadedDomain | None = None,
+        relative: nn.Module | None = None,
         read_test: bool = True,
         at_point: Callable[[nn.Module, int, float], None] = lambda model, step, value: None,
     ) -> None:
@@ -98,6 +100,7 @@ class Attacker:
         means = Means(
             task, spec, restricted.classes, self.images, self.generator, original, benign, strategy.batch_size
         )
+        means.relative = relative
         self.model = _prepare(model, strategy, means, seed)
         self._means, self._seed = means, seed
         self._prepared = means.flops

@@ -89,7 +89,8 @@ class Runner:
         # distances in the features of two networks do not compare
         measured = [config.eval_points, config.samples, self.frechet and [self.frechet.network, config.frechet_samples]]
         hashes = [sorted(each.hashes.items()) for each in (domain, *others) if each is not None]
-        return repr([scene.provenance.get(role, role), hashes, self.seed, measured])
+        relative = [scene.provenance["relative"]] if others and scene.relative is not None else []
+        return repr([scene.provenance.get(role, role), hashes, self.seed, measured, *relative])
 
     def missing(self) -> list[Path]:
         """Return the files of this shard's jobs that are not there yet, after taking over what other audits have."""
@@ -183,6 +184,7 @@ class Runner:
             spec=scene.spec,
             original=scene.original,
             benign=scene.benign,
+            relative=scene.relative,
             **options,
         )
 

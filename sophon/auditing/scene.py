@@ -33,6 +33,7 @@ class Scene:
         restricted: the domain that is attacked.
         original: for attackers who train on it first.
         benign: for benign transfer, and for attackers who train on it first; None without.
+        relative: a public model of the same architecture that attackers have; None without.
         provenance: by role (``scratch`` too), what identifies the model and how it is measured.
         support: of protection's sampler, from the checkpoint's manifest; None if it was not protected by sophon.
     """
@@ -43,6 +44,7 @@ class Scene:
     restricted: LoadedDomain
     original: LoadedDomain | None = None
     benign: LoadedDomain | None = None
+    relative: nn.Module | None = None
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     support: Mapping[str, Any] | None = None
 
@@ -75,6 +77,8 @@ def _check_means(operation: Operation, model: nn.Module, scene: Scene) -> None:
     given = dict(operation.arguments)
     if operation.name in NEED_FRESH and not scene.buildable:
         raise UserError(f"surgery: {operation.name} needs a model with random weights, and this one has no factory")
+    if operation.name == "interpolate" and scene.relative is None:
+        raise UserError("surgery: interpolate needs a public relative; set attack.relative")
     if given.get("domain") == "benign":
         if scene.benign is None:
             raise UserError(f"surgery: {operation.name} needs a benign domain; set domain.benign")

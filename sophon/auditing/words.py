@@ -97,6 +97,7 @@ _OPERATIONS = {
     "noise": "adding noise",
     "prune": "pruning",
     "shrink_perturb": "shrinking and perturbing",
+    "interpolate": "interpolating towards a public relative",
     "restate": "re-estimating BatchNorm statistics",
     "reset_affine": "resetting affine parameters",
     "renormalise": "re-normalising the weights",

@@ -101,6 +101,8 @@ class AttackConfig:
         knowing: by the name of an attack the mechanisms of protection that it is made against: ``suppression``,
             ``reparameterisation``, ``removal`` or what a stage of one's own says. The verdict has a line on those
             attacks that know the mechanism of the model that is audited.
+        relative: a checkpoint of the same architecture that is public, such as an earlier release or the model that the
+            reference began with: attackers go towards it by the surgery ``interpolate``. Null for none.
         masking: how gradient masking is looked for.
         geometry: whether the distance of the models to the reference and their frozen features are measured.
         oracle: name of a strategy that the unprotected model also suffers with ten times the data (as far as there
@@ -122,6 +124,7 @@ class AttackConfig:
     search: dict[str, SearchConfig] = field(default_factory=dict)
     benign: list[str] = field(default_factory=list)
     knowing: dict[str, list[str]] = field(default_factory=dict)
+    relative: str | None = limited(None, path=True)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     geometry: bool = True
     oracle: str | None = None

@@ -27,6 +27,7 @@ class Means:
         generator: on the CPU; draws the attacker's batches.
         original: the domain that the model was made for; None if the attacker does not have it.
         benign: a third domain, likewise.
+        relative: a public model of the same architecture, whatever its head; None if the attacker has none.
         batch_size: of what `train` does unless told otherwise.
         flops: spent so far.
     """
@@ -40,6 +41,7 @@ class Means:
     benign: LoadedDomain | None = None
     batch_size: int = 128
     flops: float = 0.0
+    relative: nn.Module | None = None
 
     def fresh(self, like: nn.Module) -> nn.Module:
         """Build the released architecture with random weights from torch's global generator.

@@ -126,6 +126,30 @@ def shrink_perturb(
     return model
 
 
+@torch.no_grad()
+def interpolate(
+    model: nn.Module,
+    means: Means,
+    *,
+    keep: Annotated[float, Limits("a number >= 0 and <= 1", lambda value: 0 <= value <= 1)] = 0.5,
+) -> nn.Module:
+    """Go towards a public relative: a parameter outside the head becomes keep * itself + (1 - keep) * the relative's.
+
+    Buffers stay, so running statistics no longer fit; put `restate` behind it where evaluation comes before training.
+
+    Raises:
+        UserError: the attacker has no relative.
+    """
+    if means.relative is None:
+        raise UserError("surgery: interpolate needs a public relative; set attack.relative")
+    head = means.task.head_names(model)
+    others = dict(means.relative.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in head:
+            parameter.mul_(keep).add_(others[name], alpha=1 - keep)
+    return model
+
+
 def restate(model: nn.Module, means: Means, *, batches: Count = 20) -> nn.Module:
     """Estimate the statistics of BatchNorm layers anew, as the mean over batches of the attacker's images.
 
@@ -220,6 +244,7 @@ OPERATIONS: dict[str, Callable[..., nn.Module]] = {
     "noise": noise,
     "prune": prune,
     "shrink_perturb": shrink_perturb,
+    "interpolate": interpolate,
     "restate": restate,
     "reset_affine": reset_affine,
     "renormalise": renormalise,

@@ -25,6 +25,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "noise": [{"scale": 0.1}],
     "prune": [{"fraction": 0.3}],
     "shrink_perturb": [{"keep": 0.7}],
+    "interpolate": [{"keep": 0.7}],
     "restate": [{"batches": 2}],
     "reset_affine": [{}],
     "renormalise": [{}, {"per": "channel"}],
@@ -42,22 +43,30 @@ SAME_FUNCTION = ("renormalise", "equalise")
 RUNNING = ("restate", "heal", "distil")  # the network, so that they cost something
 
 
+def with_relative(model: nn.Module, means: Means) -> tuple[nn.Module, Means]:
+    """Give the attacker a model of the same form, whose weights are half as large."""
+    means.relative = copy.deepcopy(model)
+    for parameter in means.relative.parameters():
+        parameter.data.mul_(0.5)
+    return model, means
+
+
 def classifier() -> tuple[nn.Module, Means]:
     domains = {"original": tiny_domain("original", ("train",)), "benign": wide_domain("attack")}
-    return tiny_model(), means_for(**domains)
+    return with_relative(tiny_model(), means_for(**domains))
 
 
 def small_resnet() -> tuple[nn.Module, Means]:
     model, means = resnet()
     means.original = LoadedDomain("original", CLASSES, {"train": means.images}, {})
     means.benign = LoadedDomain("benign", WIDE, {"attack": wide(means.images)}, {})
-    return model, means
+    return with_relative(model, means)
 
 
 def denoiser(*, conditional: bool = False) -> tuple[nn.Module, Means]:
     model, means = unet(conditional=conditional)
     means.original, means.benign = tiny_domain("original", ("train",)), wide_domain("attack")
-    return model, means
+    return with_relative(model, means)
 
 
 MODELS = {
@@ -111,6 +120,17 @@ def test_the_network_keeps_its_form_the_bits_repeat_and_nothing_else_changes(ope
     assert_same_state(operated([operation], kind), state)
     if kind == "classifier":
         assert bool(changed(operated([operation], kind, seed=1), state)) == (operation in DRAWING)
+
+
+def test_interpolating_goes_towards_the_relative_but_for_the_head() -> None:
+    model, means = classifier()
+    released, head = state_of(model), means.task.head_names(model)
+    result = surgery.operate(model, [Operation("interpolate", (("keep", 0.2),))], means)
+    for name, parameter in result.named_parameters():  # 0.2 + 0.8 * 0.5
+        torch.testing.assert_close(parameter.data, released[name] * (1 if name in head else 0.6))
+    means.relative = None
+    with pytest.raises(UserError, match=r"interpolate needs a public relative; set attack\.relative"):
+        surgery.operate(model, [Operation("interpolate")], means)
 
 
 @everywhere
