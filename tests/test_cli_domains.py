@@ -18,11 +18,9 @@ from sophon.losses import SUPPRESSION_LOSSES, reads_labels
 from sophon.validation import from_omegaconf
 from tests.cli_helpers import (
     AUDIT,
-    PRETRAIN,
     PROTECT,
     RUNS,
     load,
-    own_groups,
     refusal,
     refused,
     sophon,
@@ -112,11 +110,9 @@ def test_what_makes_no_domains_is_refused_in_one_line(tmp_path: Path, case: str)
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    own_groups(folder)
-    result = sophon(folder, *PRETRAIN)
-    assert result.code == 0, result
+def pretrained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("pretrained") / "copy"))
+    shutil.rmtree(folder / RUNS / "protect")
     return folder
 
 
@@ -164,9 +160,9 @@ def test_what_needs_labels_is_refused(copied: Path, overrides: tuple[str, ...], 
 
 
 @pytest.fixture(scope="module")
-def made(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def both(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which both domains were protected against and audited; never written to again."""
-    folder = Path(shutil.copytree(pretrained, tmp_path_factory.mktemp("made") / "both"))
+    folder = Path(shutil.copytree(pretrained, tmp_path_factory.mktemp("both") / "copy"))
     for command in (PROTECT, AUDIT):
         result = sophon(folder, *of_several(command))
         assert result.code == 0, result
@@ -174,8 +170,8 @@ def made(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_manifest_and_the_card_name_both(made: Path) -> None:
-    checkpoint = made / RUNS / "protect" / "checkpoint"
+def test_the_manifest_and_the_card_name_both(both: Path) -> None:
+    checkpoint = both / RUNS / "protect" / "checkpoint"
     manifest = load(checkpoint / "sophon.json")
     restricted = manifest["domains"]["restricted"]
     assert [each["name"] for each in restricted] == NAMES
@@ -188,8 +184,8 @@ def test_the_manifest_and_the_card_name_both(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_protection_goes_on_only_with_the_same_domains_in_the_same_order(made: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(made, tmp_path / "copied"))
+def test_a_protection_goes_on_only_with_the_same_domains_in_the_same_order(both: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(both, tmp_path / "copied"))
     digest = weights_sha256(folder / RUNS / "protect" / "checkpoint")
     assert "already done" in sophon(folder, *of_several(PROTECT)).out
     assert sophon(folder, *of_several(PROTECT), "run_dir=again").code == 0
@@ -202,8 +198,8 @@ def test_a_protection_goes_on_only_with_the_same_domains_in_the_same_order(made:
 
 
 @pytest.mark.slow
-def test_each_domain_has_an_audit_of_its_own_and_they_are_compared(made: Path) -> None:
-    folder = made / RUNS / "audit"
+def test_each_domain_has_an_audit_of_its_own_and_they_are_compared(both: Path) -> None:
+    folder = both / RUNS / "audit"
     assert sorted(path.name for path in folder.iterdir()) == ["comparison.html", "comparison.md", *sorted(NAMES)]
     text = (folder / "comparison.md").read_text()
     for name in NAMES:
@@ -226,15 +222,15 @@ def audited(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_audit_of_one_of_them_is_the_same_by_itself(made: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(made, tmp_path / "copied"))
+def test_the_audit_of_one_of_them_is_the_same_by_itself(both: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(both, tmp_path / "copied"))
     one = ("~domain@domain.restricted", DIGITS)
     command = [word for word in AUDIT if not word.startswith("domain.restricted.")]
     reuse = f"attack.reuse=[{RUNS / 'audit' / 'digits'}]"
     result = sophon(folder, *command, *one, "run_dir=alone", reuse)
     assert result.code == 0, result
-    alone, both = load(folder / "alone" / "audit.json"), load(folder / RUNS / "audit" / "digits" / "audit.json")
-    assert alone["attacks"] == both["attacks"]
+    alone, together = load(folder / "alone" / "audit.json"), load(folder / RUNS / "audit" / "digits" / "audit.json")
+    assert alone["attacks"] == together["attacks"]
     assert {path.name for path in (folder / "alone" / "attempts").iterdir()} == {
         path.name for path in (folder / RUNS / "audit" / "digits" / "attempts").iterdir()
     }
@@ -243,8 +239,8 @@ def test_the_audit_of_one_of_them_is_the_same_by_itself(made: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_report_writes_them_and_their_comparison_again(made: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(made, tmp_path / "copied"))
+def test_report_writes_them_and_their_comparison_again(both: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(both, tmp_path / "copied"))
     before = tree(folder)
     for name in ("comparison.md", *(f"{name}/report.md" for name in NAMES)):
         (folder / RUNS / "audit" / name).unlink()
@@ -259,8 +255,8 @@ def test_report_writes_them_and_their_comparison_again(made: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_an_audit_interrupted_in_its_second_domain_goes_on(made: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(made, tmp_path / "copied"))
+def test_an_audit_interrupted_in_its_second_domain_goes_on(both: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(both, tmp_path / "copied"))
     shutil.rmtree(folder / RUNS / "audit" / "digits")
     (folder / RUNS / "audit" / "comparison.html").unlink()
     first, whole, calls = folder / RUNS / "audit" / NAMES[0], runner.attack, 0
@@ -279,12 +275,12 @@ def test_an_audit_interrupted_in_its_second_domain_goes_on(made: Path, tmp_path:
     assert not (folder / RUNS / "audit" / "comparison.html").exists()
     assert sophon(folder, *of_several(AUDIT)).code == 0
     assert tree(first / "attempts") == written
-    assert audited(folder / RUNS / "audit") == audited(made / RUNS / "audit")
+    assert audited(folder / RUNS / "audit") == audited(both / RUNS / "audit")
 
 
 @pytest.mark.slow
-def test_nothing_is_begun_if_one_of_them_does_not_fit(made: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(made, tmp_path / "copied"))
+def test_nothing_is_begun_if_one_of_them_does_not_fit(both: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(both, tmp_path / "copied"))
     wrong = "domain.restricted.digits.classes=[zero]"
     message = refusal(sophon(folder, *of_several(AUDIT), "run_dir=new", wrong))
     assert message.startswith("domain.restricted.digits.classes: ")

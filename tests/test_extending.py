@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_helpers import SMALL, image_folder, load, make, sophon
+from tests.cli_helpers import SMALL, image_folder, load, sophon
 
 GUIDE = (Path(__file__).parents[1] / "docs/extending.md").read_text()
 EXAMPLES = {
@@ -106,13 +106,6 @@ AFTER: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    make(folder)
-    return folder / "runs"
-
-
 def run(folder: Path, line: str) -> None:
     """Run one line of a console block."""
     command, *words = shlex.split(line)
@@ -128,7 +121,7 @@ def run(folder: Path, line: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_an_example_does_what_it_says(title: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(made, tmp_path / "runs")
+    shutil.copytree(made / "runs", tmp_path / "runs")
     for language, text in EXAMPLES[title]:
         for path in re.findall(r"^# (\S+\.\w+)$", text, re.MULTILINE)[: language != "console"]:
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

@@ -40,17 +40,10 @@ def said(err: str) -> set[str]:
 TWO = (*PROTECT, "method.attackers=2", "device=cpu")
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    assert sophon(folder, *PRETRAIN).code == 0
-    return folder
-
-
 @pytest.mark.slow
-def test_torchrun_protects(pretrained: Path, tmp_path: Path) -> None:
+def test_torchrun_protects(made: Path, tmp_path: Path) -> None:
     """It writes one checkpoint, reports once, and weights that are near those of one process."""
-    reference = f"reference={pretrained / RUNS / 'pretrain'}"
+    reference = f"reference={made / RUNS / 'pretrain'}"
     process = torchrun(tmp_path, *TWO, reference, "run_dir=two")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -66,8 +59,8 @@ def test_torchrun_protects(pretrained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_is_interrupted_and_one_process_goes_on(pretrained: Path, tmp_path: Path) -> None:
-    reference = f"reference={pretrained / RUNS / 'pretrain'}"
+def test_torchrun_is_interrupted_and_one_process_goes_on(made: Path, tmp_path: Path) -> None:
+    reference = f"reference={made / RUNS / 'pretrain'}"
     long = (*TWO, reference, "run_dir=run", "method.rounds=4000", "sampler.steps=[1,1]", "guard.every=2")
     process = torchrun(tmp_path, *long)
     try:
