@@ -57,7 +57,7 @@ class Means:
 
     def classes_of(self, model: nn.Module) -> int | None:
         """Return how many classes the model's head has; None if it has no head."""
-        return self.task.adapter.classes_in(model)
+        return self.task.adapter.classes_in(model) if self.task.head_names(model) else None
 
     def relabelled(self, images: ImageSet, model: nn.Module) -> ImageSet:
         """Wrap labels around to those that the model's own head has, for uses where they only have to be allowed."""

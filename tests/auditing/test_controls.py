@@ -131,7 +131,7 @@ class Drawing(ClassificationTask):
         super().__init__(tiny_spec(), dtype=torch.float64)
         self.seeds: list[int] = []
 
-    def sample(self, model: nn.Module, count: int, seed: int) -> Tensor:  # type: ignore[override]
+    def sample(self, model: nn.Module, count: int, seed: int, *_: Any) -> Tensor:  # type: ignore[override]
         self.seeds.append(seed)
         level = int(1000 * float(model.conv1.weight.detach().abs().sum())) % 256
         return torch.full((count, 1, 6, 6), level, dtype=torch.uint8)

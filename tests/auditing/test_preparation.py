@@ -191,7 +191,7 @@ def test_the_distilled_model_is_the_one_measured_and_drawn(tmp_path: Path, monke
     detailed: list[dict[str, Tensor]] = []
 
     class Drawing(ClassificationTask):
-        def sample(self, model: nn.Module, count: int, seed: int) -> Tensor:  # type: ignore[override]
+        def sample(self, model: nn.Module, count: int, *_: Any) -> Tensor:  # type: ignore[override]
             drawn.append(model)
             return torch.zeros(count, 1, 6, 6, dtype=torch.uint8)
 
