@@ -165,6 +165,9 @@ class Descending:
     def attacker_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return (1.5 * model.a.square() + 2.5 * model.b.square()).sum()
 
+    def warm(self, batch: Batch) -> None:
+        pass
+
     def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
         return dict(model.train().named_parameters())
 
