@@ -108,7 +108,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         method=replace(UNLEARN, stages={"unlearn": {"head": "probed", "labels": 0.0, "schedule": "warmup_cosine"}}),
         task=Classifying(tiny_spec(), suppression_loss="mlac", dtype=torch.float64, distillation=0.5),
     ),
-    "unlearn, denoiser": lambda: _unet(True, method=replace(UNLEARN, rounds=2, stages={"unlearn": {}})),
+    "unlearn, denoiser": lambda: _unet(True, method=replace(UNLEARN, stages={"unlearn": {}})),
     "undo": lambda: _tiny(method=replace(UNLEARN, rounds=3, stages={"unlearn": {}, "noise": {}, "distil": {}})),
     "undo, denoiser": lambda: _unet(
         False, method=replace(UNLEARN, rounds=2, stages={"unlearn": {}, "noise": {"alpha": 0.3}, "distil": {}})
