@@ -269,7 +269,8 @@ def _cost(results: Results, context: Context) -> str:
     if kept is None:
         cost = "Intactness was not measured"
     else:
-        cost = f"On the original domain protection costs {format_difference(kept.loss.value, kept.metric)}"
+        does = "gains" if kept.loss.value < 0 else "costs"
+        cost = f"On the original domain protection {does} {format_difference(abs(kept.loss.value), kept.metric)}"
         cost += f" ({format_value(kept.after, kept.metric)} after {format_value(kept.before, kept.metric)})"
     worst, metric = results.worst_harm, results.metric
     if worst and worst.harm.low > 0 and (worst.harm.value if metric.unit == "%" else worst.sgrc) > HARM_ABOVE:

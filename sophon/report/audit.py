@@ -110,7 +110,8 @@ def _cards(audit: AuditReport) -> Iterator[Card]:
             value, *rest = tables.gap(worst.removal, str(results.best_filtered)).splitlines()
             yield Card("R, the worse reading", value, "; ".join([*rest, f"against {results.best_filtered}"]))
     if kept:
-        loss = f"{format_difference(kept.loss.value, kept.metric)} less than {format_value(kept.before, kept.metric)}"
+        than = f"{'more' if kept.after > kept.before else 'less'} than {format_value(kept.before, kept.metric)}"
+        loss = f"{format_difference(abs(kept.loss.value), kept.metric)} {than}"
         yield Card("Original domain", format_value(kept.after, kept.metric), f"{loss}; {kept.images} test images")
     if harm := results.worst_harm:
         note = f"at most: {printable(harm.attack)}"

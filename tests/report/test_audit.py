@@ -5,7 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from sophon.auditing.gallery import image_grid, write_gallery
-from sophon.auditing.summary import AuditReport
+from sophon.auditing.scores import Difference
+from sophon.auditing.summary import AuditReport, Intactness
 from sophon.errors import UserError
 from sophon.report.audit import command, experiment, table, write_reports
 from sophon.report.masking import extreme
@@ -62,6 +63,16 @@ def test_headline_cards_and_tables_agree(tmp_path):
         ("Gap closed, same attack", "0.06"),
         ("Original domain", "73.0 %"),
     ]
+
+
+def test_what_the_original_domain_gains_is_no_cost(tmp_path):
+    kept = Intactness(ACCURACY, 73.0, 73.7, Difference(-0.7, -2.0, 1.0), 9)
+    page, _ = write(tmp_path, audit(trio("a", 21.0, 60.0, 20.0), intactness=kept))
+    for words in (
+        "0.7 points more than 73.0 %",
+        "protection gains 0.7 points (73.7 % after 73.0 %)",
+    ):
+        assert words in check(page)
 
 
 def test_nothing_is_shown_of_what_was_not_measured(tmp_path):
