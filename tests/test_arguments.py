@@ -80,7 +80,10 @@ def test_arguments_that_a_users_function_takes(name: str, arguments: dict[str, A
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 
-NAMES = "reinitialise, noise, prune, shrink_perturb, restate, reset_affine, renormalise, centre, equalise, heal, distil"
+NAMES = (
+    "reinitialise, noise, prune, shrink_perturb, interpolate, restate, reset_affine, renormalise, centre, equalise, "
+    "heal, distil"
+)
 OPTIMIZERS = "sgd, momentum, nesterov, adam, adamw, adagrad, adadelta, rmsprop, kfac, muon"
 
 

@@ -178,8 +178,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(made: Path, copied
     def poisoned(self: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal losses
         losses += 1
-        # one loss in the rehearsal, then two NTR steps a round
-        return whole(self, *arguments, **options) * (float("nan") if losses > 3 else 1)
+        # one loss in the rehearsal; then in each round one in the FTS step and two NTR steps
+        return whole(self, *arguments, **options) * (float("nan") if losses > 4 else 1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ClassificationTask, "original_loss", poisoned)

@@ -73,7 +73,7 @@ def test_the_manifest_of_a_protected_checkpoint(audited: Path) -> None:
     assert reference["parent_sha256"] is None
     assert reference["method"] is reference["sampler_support"] is None
     assert found["weights_sha256"] != reference["weights_sha256"]
-    assert found["method"]["name"] == "sophon_klu"
+    assert found["method"]["name"] == "pool_anchored"
     assert found["method"] == found["config"]["method"]
     restricted = found["domains"]["restricted"]
     assert restricted["classes"] == OTHERS
@@ -142,7 +142,7 @@ def test_audit_json_compares_the_roles(audited: Path) -> None:
     assert set(summary["worst_case"]) == {"overall", "seen", "longer", "held_out"}
     protected, reference = manifest(audited, "protect"), manifest(audited, "pretrain")
     assert summary["checkpoint"]["sha256"] == protected["weights_sha256"]
-    assert summary["checkpoint"]["method"] == "sophon_klu"
+    assert summary["checkpoint"]["method"] == "pool_anchored"
     assert summary["reference"]["sha256"] == reference["weights_sha256"]
     assert summary["reference"]["method"] is None
     assert summary["support"] == protected["sampler_support"]

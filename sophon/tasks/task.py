@@ -199,12 +199,13 @@ def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[s
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in evaluation mode without gradients, and give every module its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    if training:
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            if module.training != training:  # setting an attribute of a module is slow
+                module.training = training

@@ -68,16 +68,17 @@ def not_a_loop(model: nn.Module) -> nn.Module:
 
 RATES = {"sgd": 0.3, "adagrad": 0.1, "adadelta": 1.0, "kfac": 0.3, "muon": 0.05}
 NEEDED = {"heal": {"domain": "original", "steps": 2}, "distil": {"steps": 2}}
+ALONE = [name for name in OPERATIONS if name != "interpolate"]  # that needs a relative
 ATTACKS: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name, "lr": RATES.get(name, 0.02)} for name in OPTIMIZERS},
     "nadam": {"optimizer": "torch.optim.NAdam", "lr": 0.02, "optimizer_args": {"betas": [0.8, 0.9]}},
     "kfac with arguments": {"optimizer": "kfac", "lr": 0.3, "optimizer_args": {"damping": 0.1, "trust": 1e-3}},
     "own loop": {"loop": f"{HERE}.sign_descent", "lr": 0.01},
     "own loop of another model": {"loop": f"{HERE}.wrapped", "lr": 0.01},
-    **{f"scope {name}": {"scope": name, "optimizer": "adam"} for name in SCOPES if name != "attention"},
+    **{f"scope {name}": {"scope": name, "optimizer": "adam"} for name in SCOPES if "attention" not in name},
     **{f"kfac, scope {name}": {"scope": name, "optimizer": "kfac"} for name in ("head", "last_blocks", "lora")},
     **{f"muon, scope {name}": {"scope": name, "optimizer": "muon"} for name in ("head", "lora")},
-    **{f"surgery {name}": {"surgery": [{"operation": name, **NEEDED.get(name, {})}]} for name in OPERATIONS},
+    **{f"surgery {name}": {"surgery": [{"operation": name, **NEEDED.get(name, {})}]} for name in ALONE},
     "clipped": {"max_norm": 0.1},
     "averaged": {"ema": 0.9},
     "frozen": {"batch_norm": "frozen"},

@@ -87,15 +87,22 @@ def adapted(case: Case, rank: int = 2, layers: str = "all", seed: int = 0) -> nn
 
 def sizes(model: nn.Module, rank: int, layers: str, head: str) -> dict[str, int]:
     """Work out, from the plain model, what each adapter weighs."""
-    attention = tuple(f"{name}." for name, part in model.named_modules() if type(part).__name__ == "Attention")
+    kinds = {name: type(part).__name__ for name, part in model.named_modules()}
+    attention = tuple(f"{name}." for name, kind in kinds.items() if kind == "Attention")
+    transformer = (*attention, *(f"{name}." for name, kind in kinds.items() if kind in ("Mlp", "FeedForward")))
     found = {}
     for name, layer in model.named_modules():
         linear, convolution = isinstance(layer, nn.Linear), isinstance(layer, nn.Conv2d) and layer.groups == 1
         if name == head or not (linear or convolution):
             continue
-        if {"all": True, "linears": linear, "convolutions": convolution, "attention": name.startswith(attention)}[
-            layers
-        ]:
+        chosen = {
+            "all": True,
+            "linears": linear,
+            "convolutions": convolution,
+            "attention": name.startswith(attention),
+            "transformer": name.startswith(transformer),
+        }
+        if chosen[layers]:
             outputs, inputs = layer.weight.shape[:2]
             found[name] = rank * (inputs * layer.weight[0, 0].numel() + outputs)
     return found

@@ -109,9 +109,8 @@ def test_an_unchanged_model_has_ratios_of_one() -> None:
     assert moments(found) == moments(found, "unprotected")
     assert {each.ratio for each in found.seen if each.ratio == each.ratio} == {1.0}
     assert {(each.mean, each.least, each.most) for each in found.norms} == {(1.0, 1.0, 1.0)}
-    # the mild attacker gets somewhere, and its heads are two
     fresh, later, kept, _ = (seen["loss"] for seen in moments(found).values())
-    assert later < fresh != kept
+    assert later < fresh != kept  # the mild attacker gets somewhere, and its heads are two
 
 
 def test_quantities_against_derivatives_by_autograd() -> None:

@@ -109,8 +109,8 @@ def test_test_is_read_by_the_winners_alone(tmp_path: Path, monkeypatch: pytest.M
     assert events[:began].count("tried") == 4
     assert set(events[:began]) == {"tried", "attack", "select"}
     assert "tried" not in events[began:]
-    # each winner measures it once, and looks at its details
-    assert events[began:].count("test") == 2 * 2
+    # each winner measures it once, looks at its details, and asks for the prompts of pictures
+    assert events[began:].count("test") == 2 * 3
 
 
 def test_every_role_faces_the_same_search(tmp_path: Path, attacked: list[tuple[FineTuneStrategy, int]]) -> None:

@@ -87,13 +87,17 @@ def test_training_batches_are_the_same(
     assert torch.equal(drawn[0][1], drawn[1][1])  # nothing was drawn ahead
 
 
+def held(batch: Batch, classes: tuple[str, ...]) -> MemoryImages:
+    return MemoryImages(batch.images, batch.labels, classes, batch.prompts)
+
+
 # What other rooms do with a set of images; each must come to the same on both kinds.
 OPERATIONS = {
     "take": lambda images: images.take(torch.tensor([3, 0, 3])),
     "take of take": lambda images: images.take(torch.arange(4)).take(torch.tensor([1])),
     "take nothing": lambda images: images.take(torch.arange(0)).take(torch.arange(0)),
-    "first": lambda images: MemoryImages(*images.first(3), images.classes),
-    "first of few": lambda images: MemoryImages(*images.first(999), images.classes),
+    "first": lambda images: held(images.first(3), images.classes),
+    "first of few": lambda images: held(images.first(999), images.classes),
     "relabelled": lambda images: images.relabelled(1 - images.labels, ("x", "y")),
     "few shot": lambda images: few_shot(images, 5, torch.Generator().manual_seed(0)),
     "all shots": lambda images: few_shot(images, None, torch.Generator()),

@@ -177,7 +177,7 @@ def test_factors_have_the_parameters_type_and_format() -> None:
 # --- the start -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"interpolate"}))  # needs a relative, so is no simulated one
 def test_the_start_is_the_audits_and_in_place(name: str) -> None:
     """Every operation that there is, or nobody has said how its start follows the released weights."""
     steps = {"steps": 2} if name in ("heal", "distil") else {}
