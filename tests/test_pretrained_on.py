@@ -105,6 +105,7 @@ def test_an_audit_is_against_scratch_and_against_the_better_filtered_model(remov
     ("override", "words"),
     [
         (f"filtered=[{RUNS}/pretrain]", ["filtered", "was trained on fashion_shoes_bags"]),
+        (f"filtered=[{RUNS}/protect]", ["filtered", "was trained on fashion_shoes_bags"]),
         ("filtered=[nowhere]", ["filtered: 'nowhere' does not exist"]),
         ("attack.relative=nowhere", ["attack.relative: 'nowhere' does not exist"]),
         ("domain.restricted.split_seed=1", ["reference: it was trained on another split of fashion_shoes_bags"]),
@@ -113,6 +114,11 @@ def test_an_audit_is_against_scratch_and_against_the_better_filtered_model(remov
 def test_what_an_audit_cannot_be_measured_against_is_refused(removed: Path, override: str, words: list[str]) -> None:
     message = refused(removed, *AUDIT, "run_dir=new", override)
     assert all(word in message for word in words)
+
+
+def test_a_reference_is_not_protected_with_what_its_attackers_will_have(removed: Path) -> None:
+    message = refused(removed, *PROTECT, "run_dir=new", "domain.restricted.split_seed=1")
+    assert message.startswith("reference: it was trained on another split of fashion_shoes_bags")
 
 
 @pytest.mark.parametrize(

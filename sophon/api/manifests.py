@@ -60,7 +60,8 @@ def check_pretraining(
     """Refuse a reference that was trained on what its attackers have, and filtered models that saw the domain."""
     for domain in restricted:
         for each in filtered:
-            if domain.name in _trained_on(each):
+            seen = _trained_on(each)
+            if domain.name in seen or domain.hashes in seen.values():
                 raise UserError(f"filtered: '{each.path}' was trained on {domain.name}; give one that never saw it")
         if _trained_on(reference).get(domain.name, domain.hashes) != domain.hashes:
             raise UserError(
@@ -70,9 +71,10 @@ def check_pretraining(
 
 
 def _trained_on(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return the hashes of the restricted domains that a checkpoint was pretrained on, by name."""
+    """Return the hashes of the restricted domains whose images a checkpoint was made with, by name."""
     manifest = checkpoint.manifest
-    seen = manifest["domains"].get("restricted", []) if "pretrained_on" in manifest else []
+    made_with = "pretrained_on" in manifest or manifest.get("method") is not None
+    seen = manifest["domains"].get("restricted", []) if made_with else []
     return {each["name"]: each["hashes"] for each in (seen if isinstance(seen, list) else [seen])}
 
 

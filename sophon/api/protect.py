@@ -19,7 +19,7 @@ from sophon.api.common import (
     task_of,
     with_pseudo_labels,
 )
-from sophon.api.manifests import both_splits, hashes_of, information_path, manifest_of
+from sophon.api.manifests import both_splits, check_pretraining, hashes_of, information_path, manifest_of
 from sophon.api.results import Protected
 from sophon.config import Config, GuardConfig, keyed, plain
 from sophon.domains import LoadedDomain
@@ -71,6 +71,7 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
         config.method, lambda method: task_of(replace(config, method=method), reference.spec, device, protects=True)
     )
     original, restricted = protected_domains(config, reference, plan, device)
+    check_pretraining(reference, (), restricted)
     identity = {
         **plain(config, "seed", "task", "method", "sampler", "guard"),
         **asked_precision(config),

@@ -118,7 +118,8 @@ def _recovery(rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric) -> dict[
     means = {role: _mean_curve(rows, curves, role) for role in in_order(rows["role"])}
     ends = {role: float(mean.iloc[-1]) if len(mean) else math.nan for role, mean in means.items()}
     u, s = (ends.get(role, math.nan) for role in ROLES[1:])
-    return {role: steps_to(mean, u - NO_PROTECTION_BELOW * (u - s), metric) for role, mean in means.items()}
+    level = u - NO_PROTECTION_BELOW * (u - s) if metric.sign * (u - s) > 0 else math.nan
+    return {role: steps_to(mean, level, metric) for role, mean in means.items()}
 
 
 def _mean_curve(rows: pd.DataFrame, curves: pd.DataFrame, role: str) -> pd.Series:

@@ -42,7 +42,10 @@ def forecast(runner: Runner, missing: Sequence[Path], workers: int) -> str:
     line += f", {left} of them to run" if left < total else ""
     if not missing:
         return line
-    training, measuring = _seconds(runner.scene)
+    try:
+        training, measuring = _seconds(runner.scene)
+    except FloatingPointError:  # there is nothing to go by, and the attempts will say so
+        return line
     seconds = sum(_images(runner.jobs[path]) * training for path in missing)
     seconds += sum(_measurements(runner, runner.jobs[path]) * measuring for path in missing)
     processes = min(workers, len(missing))

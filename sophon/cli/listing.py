@@ -54,7 +54,7 @@ def _meaning(group: str, name: str, searched: Sequence[str]) -> str:
     """Return the first sentence of the comment that a file begins with."""
     [path, *_] = [found for root in roots(searched) if (found := Path(root / group / f"{name}.yaml")).exists()]
     comment = ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("# @package"):
             continue
         if not line.startswith("#"):

@@ -32,7 +32,10 @@ def init(arguments: Sequence[str]) -> str:
     """
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError("init: give one folder to make, as in `sophon init my_project`")
-    folder = Path(arguments[0]).expanduser()
+    try:
+        folder = Path(arguments[0]).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"init: '{arguments[0]}' has no such home; give another folder") from error
     name = folder.name
     if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII):
         raise UserError(f"init: '{name}' is not allowed; give a name of letters, digits, _ and -, a letter first")

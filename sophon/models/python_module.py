@@ -12,7 +12,7 @@ from sophon.arguments import function_at
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models.classifier import ClassifierAdapter
-from sophon.models.common import misfit, require
+from sophon.models.common import misfit, outline, require
 from sophon.models.spec import ModelSpec
 
 _LOADING = """\
@@ -47,7 +47,8 @@ class PythonAdapter(ClassifierAdapter):
         some part with parameters cannot do that.
         """
         path = f"{type(module).__module__}:{type(module).__qualname__}"
-        factory = facts.pop("factory", None) or _resetting(module)
+        given = facts.pop("factory", None)
+        factory = given or _resetting(module)
         require(facts, "image_size", "mean", "std")
         linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
         if not linear:
@@ -60,7 +61,10 @@ class PythonAdapter(ClassifierAdapter):
         if len(classes) != part.out_features:
             raise UserError(f"classes: {len(classes)} names for {part.out_features} outputs of '{head}'; give as many")
         usual = {"architecture": path, "classes": classes, "head": head, "channels": 3}
-        return ModelSpec(**{"library": cls.library, **usual, **facts}, factory=factory)
+        spec = ModelSpec(**{"library": cls.library, **usual, **facts}, factory=factory)
+        if given is None:
+            _check_loading(cls(spec), module)
+        return spec
 
     def built(self, *, pretrained: bool = False) -> nn.Module:
         """Call the factory; its head must have as many outputs as there are classes.
@@ -80,9 +84,8 @@ class PythonAdapter(ClassifierAdapter):
             )
         return module
 
-    def _made(self) -> nn.Module | None:
-        if self.spec.factory is not None:
-            return self.spec.factory()
+    def rebuilt(self) -> nn.Module:
+        """Call what the dotted path names with ``model_args``."""
         build = function_at(self.spec.architecture, "model.architecture")
         try:
             module = build(**self.spec.model_args)
@@ -91,6 +94,11 @@ class PythonAdapter(ClassifierAdapter):
         if not isinstance(module, nn.Module):
             raise UserError(f"model.architecture: '{self.spec.architecture}' builds no torch.nn.Module")
         return module
+
+    def _made(self) -> nn.Module | None:
+        if self.spec.factory is not None:
+            return self.spec.factory()
+        return self.rebuilt()
 
     def fresh(self) -> nn.Module | None:
         """Build a model with random weights; None if it lives in memory and cannot be initialised anew."""
@@ -129,3 +137,23 @@ def _resetting(module: nn.Module) -> Callable[[], nn.Module]:
         return made.train().requires_grad_(True)
 
     return fresh
+
+
+def _check_loading(adapter: PythonAdapter, module: nn.Module) -> None:
+    """Refuse arguments that build another model than this one: a release that says so could not be loaded.
+
+    What cannot be imported or called, such as a class that lives in a function, is let pass, and so are torch's own
+    containers.
+    """
+    if type(module).__module__.startswith("torch."):
+        return
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in outline(adapter.rebuilt).state_dict().items()}
+    except UserError:
+        return
+    for name, tensor in module.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise UserError(
+                f"model_args: {adapter.spec.architecture} with {dict(adapter.spec.model_args)} builds another model "
+                f"('{name}' differs); give the arguments that this one was built with, as in model_args={{'width': 8}}"
+            )

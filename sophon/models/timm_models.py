@@ -60,7 +60,10 @@ class TimmAdapter(ClassifierAdapter):
         if not published or not type(module).__module__.startswith("timm."):
             return None
         channels, size, _ = published["input_size"]
-        arguments = {name: value for name, value in get_model_args(module).items() if name not in cls.reserved}
+        made_with = get_model_args(module)
+        if made_with.get("img_size"):  # a vision transformer of another size than the published one
+            size = made_with["img_size"] if isinstance(made_with["img_size"], int) else made_with["img_size"][0]
+        arguments = {name: value for name, value in made_with.items() if name not in cls.reserved}
         config = ModelConfig(
             library=cls.library,
             architecture=published["architecture"],

@@ -42,7 +42,8 @@ class DistilConfig:
         features: weight of the distance of the features before the head, both scaled to length one, >= 0; classifiers
             only, and a second pass through both networks.
         until: ``steps``, all rounds; or ``tolerance``, until the guard first finds the student within its tolerance.
-        optimizer: a name or a dotted path, as of `FineTuneStrategy`; its rate is ``method.ntr_lr``.
+        optimizer: a name or a dotted path, as of `FineTuneStrategy`, but for ``kfac`` and ``muon``; one of your own
+            keeps all that it remembers in its ``state_dict``. Its rate is ``method.ntr_lr``.
         weight_decay: >= 0.
         optimizer_args: the optimizer's other arguments.
     """
@@ -75,6 +76,11 @@ class Distil(Training):
             raise UserError("method.stages.distil.features: this model has no features to go by; give 0")
         if self.config.student == "fresh":
             fresh(context)
+        if self.config.optimizer in ("kfac", "muon"):  # what they remember is not in their state_dict
+            raise UserError(
+                f"method.stages.distil.optimizer: '{self.config.optimizer}' is not allowed, for a run that was "
+                "interrupted could not go on with it; give one of torch's, such as nesterov or adamw"
+            )
         check_optimizer(self._strategy(context), "method.stages.distil")
         super().check(context)
 

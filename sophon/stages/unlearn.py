@@ -75,6 +75,8 @@ class Unlearn(Training):
         model, random = copy.deepcopy(context.model), self.config.by == "random_labels"
         if random and (self.config.head != "kept" or not context.task.head_names(model)):
             raise UserError("method.stages.unlearn.by: 'random_labels' needs a model with a head, and head=kept")
+        if random and context.task.features(model, context.original["val"].first(1).images) is None:
+            raise UserError("method.stages.unlearn.by: 'random_labels' is for classifiers; give suppression_loss")
         if self.config.head == "kept" and context.task.reads_labels and not random:
             for domain in context.restricted:
                 context.task.start_head(model, "kept", domain.classes)

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -70,6 +71,16 @@ def test_a_head_is_the_last_linear_layer_unless_it_is_named() -> None:
         adapt(module, **INPUT, head="0")
     with pytest.raises(UserError, match=r"^head: the model has no linear layer"):
         adapt(nn.Conv2d(1, 3, 1), **INPUT)
+
+
+def test_a_vision_transformer_of_another_size_is_taken_at_it() -> None:
+    assert adapt(timm.create_model("test_vit", img_size=32, num_classes=3)).spec.image_size == 32
+
+
+def test_a_class_that_builds_another_model_is_refused_without_its_arguments() -> None:
+    with pytest.raises(UserError, match=r"^model_args: .*GroupNormNet with {} builds another model \('.*' differs\)"):
+        adapt(GroupNormNet(width=6), **INPUT)
+    assert adapt(GroupNormNet(width=6), **INPUT, model_args={"width": 6}).spec.model_args == {"width": 6}
 
 
 def test_a_changed_model_of_torchvision_is_a_module_like_any_other() -> None:
