@@ -155,5 +155,6 @@ def _check_loading(adapter: PythonAdapter, module: nn.Module) -> None:
         if shapes.get(name) != tuple(tensor.shape):
             raise UserError(
                 f"model_args: {adapter.spec.architecture} with {dict(adapter.spec.model_args)} builds another model "
-                f"('{name}' differs); give the arguments that this one was built with, as in model_args={{'width': 8}}"
+                f"('{name}' differs); give the arguments that this one was built with, model_args={{'width': 8}}, or "
+                "factory"
             )

@@ -47,7 +47,7 @@ def classifier(architecture: str, size: int, **arguments: object) -> Case:
         mixers, norms = [SepConv] * 2 + [Attention] * 2, [LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2
         model: nn.Module = MetaFormer(1, 3, "avg", (1,) * 4, (8, 8, 32, 32), token_mixers=mixers, norm_layers=norms)
         facts = {"classes": CLASSES, "channels": 1, "image_size": size, "mean": (0.5,), "std": (0.5,)}
-        spec = adapt(model, library="python", **facts).spec
+        spec = adapt(model, library="python", factory=lambda: copy.deepcopy(model), **facts).spec
     else:
         model = build(spec)
     with torch.no_grad():
