@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sophon report run_dir=runs/quickstart/seed$(SEED)/audit
 	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect audit=runs/quickstart/seed$(SEED)/audit out=runs/quickstart/seed$(SEED)/export
 
-# The same with a real budget, larger images, and thirty attacks.
+# The same with a real budget and thirty attacks.
 demo-strong: $(VENV)/.installed
 	$(BIN)/sophon pretrain experiment=quickstart_strong seed=$(SEED)
 	$(BIN)/sophon protect experiment=quickstart_strong seed=$(SEED)

@@ -27,6 +27,7 @@ class SamplerConfig:
         weight_decays: drawn uniformly.
         schedules: drawn uniformly.
         augmentations: drawn uniformly.
+        batch_norms: drawn uniformly: ``trained`` or ``frozen``.
         surgeries: drawn uniformly; repeat one to weigh it. Each is a list of operations on the weights as
             `FineTuneStrategy.surgery` takes it, empty for none; those of `sophon.surgery.OPERATIONS` are simulated.
     """
@@ -39,6 +40,7 @@ class SamplerConfig:
     weight_decays: list[float] = field(default_factory=lambda: [0.0])
     schedules: list[str] = field(default_factory=lambda: ["constant"])
     augmentations: list[str] = field(default_factory=lambda: ["none"])
+    batch_norms: list[str] = field(default_factory=lambda: ["trained"])
     surgeries: list[Any] = field(default_factory=lambda: [[]])
 
 
@@ -49,6 +51,7 @@ _LISTS = {
     "weight_decay": "weight_decays",
     "schedule": "schedules",
     "augmentation": "augmentations",
+    "batch_norm": "batch_norms",
 }
 
 
@@ -93,8 +96,9 @@ class StrategySampler:
         for name, key in _LISTS.items():
             for value in getattr(self.config, key):
                 check_field(f"sampler.{key}", name, value)
-        if "lora" in self.config.scopes:
-            raise UserError("sampler.scopes: 'lora' is not simulated; it is for audits")
+        for key, value in (("scopes", "lora"), ("batch_norms", "restated")):
+            if value in getattr(self.config, key):
+                raise UserError(f"sampler.{key}: '{value}' is not simulated; it is for audits")
 
     def sample(self, generator: torch.Generator) -> FineTuneStrategy:
         """Draw one strategy; ``generator`` (on the CPU) is the only source of randomness."""
@@ -108,11 +112,11 @@ class StrategySampler:
         lr = math.exp(low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64)))
         steps = self.steps(generator)
         choices = self.choices()
-        surgeries = choices.pop("surgery")
+        # last, and no draw without a choice: a sampler without these draws what it drew before there were any
+        late = {name: choices.pop(name) for name in ("surgery", "batch_norm")}
         drawn = {name: pick(values) for name, values in choices.items()}
-        # last, and no draw without a choice: a sampler without surgery draws what it drew before there was any
-        surgery = surgeries[0] if len(surgeries) == 1 else pick(surgeries)
-        return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=steps, surgery=surgery, **drawn)
+        drawn |= {name: values[0] if len(values) == 1 else pick(values) for name, values in late.items()}
+        return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=steps, **drawn)
 
     def steps(self, generator: torch.Generator) -> int:
         """Draw a number of steps."""

@@ -44,6 +44,7 @@ configs = st.builds(
     weight_decays=st.lists(st.floats(0, 0.1), min_size=1, max_size=3),
     schedules=some(SCHEDULES),
     augmentations=some(AUGMENTATIONS),
+    batch_norms=some(["trained", "frozen"]),
     surgeries=st.lists(
         st.lists(st.sampled_from([{"operation": "renormalise"}, {"operation": "noise", "scale": 0.5}]), max_size=2),
         min_size=1,
@@ -132,7 +133,16 @@ def test_surgery_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed:
         *(("sampler.steps", {"steps": limits}) for limits in ([], [5], [0, 5], [6, 5], [1, 2, 3])),
         *(
             (f"sampler.{name}", {name: []})
-            for name in ("batch_sizes", "heads", "scopes", "weight_decays", "schedules", "augmentations", "surgeries")
+            for name in (
+                "batch_sizes",
+                "heads",
+                "scopes",
+                "weight_decays",
+                "schedules",
+                "augmentations",
+                "batch_norms",
+                "surgeries",
+            )
         ),
         ("sampler.surgeries[1]", {"surgeries": [[], {"operation": "noise"}]}),
         ("sampler.surgeries[0]", {"surgeries": ["noise"]}),
@@ -140,7 +150,8 @@ def test_surgery_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed:
         ("sampler.surgeries[0][0].scale", {"surgeries": [[{"operation": "noise", "scale": [0.1]}]]}),
         ("sampler.batch_sizes", {"batch_sizes": [32, 0]}),
         ("sampler.heads", {"heads": ["kept", "new"]}),
-        ("sampler.scopes", {"scopes": ["tail"]}),
+        *(("sampler.scopes", {"scopes": [scope]}) for scope in ("tail", "lora")),
+        *(("sampler.batch_norms", {"batch_norms": [choice]}) for choice in ("melted", "restated")),
         ("sampler.weight_decays", {"weight_decays": [0.0, -0.1]}),
         ("sampler.weight_decays", {"weight_decays": [math.nan]}),
         ("sampler.schedules", {"schedules": ["step"]}),

@@ -38,9 +38,14 @@ def sophon(options: argparse.Namespace, verb: str, *overrides: str) -> int:
     return code
 
 
+def begun_from(options: argparse.Namespace) -> list[str]:
+    """Return the override that lets protection start elsewhere than at the bench's reference."""
+    return [f"reference='{options.start}'"] if options.start else []
+
+
 def protect(options: argparse.Namespace, folder: Path, seed: int, seconds: float) -> float:
     """Protect, or go on, for so much processor time; return what it took."""
-    process = start(options, "protect", f"run_dir='{folder}'", f"seed={seed}")
+    process = start(options, "protect", f"run_dir='{folder}'", f"seed={seed}", *begun_from(options))
     used = 0.0
     while process.poll() is None:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--minutes", nargs="+", type=float, default=[1, 4, 15], help="budgets")
     parser.add_argument("--row", default="pool_anchored", help="name of the runs, for other settings by --set")
+    parser.add_argument("--start", metavar="CHECKPOINT", help="protect this one, not the reference, which audits keep")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every command")
     options = parser.parse_args()
     controls = options.runs / "controls"
@@ -79,7 +85,8 @@ def main() -> None:
             if not facts.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 used = spent + protect(options, run / "protect", seed, 60 * minutes - spent)
-                code = sophon(options, "export", f"checkpoint='{run / 'protect'}'", f"out='{folder / 'export'}'")
+                paths = (f"checkpoint='{run / 'protect'}'", f"out='{folder / 'export'}'")
+                code = sophon(options, "export", *paths, *begun_from(options))
                 facts.write_text(json.dumps({"seconds": used, "exit_code": code}) + "\n")
             budget = json.loads(facts.read_text())
             spent = budget["seconds"]

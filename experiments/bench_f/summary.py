@@ -3,7 +3,8 @@
     python experiments/bench_f/summary.py runs/bench_f --row pool_anchored
 
 Gap closed of an attack is (U - P) / (U - S), of means over seeds, held to 0 .. 1, where 1 is no better than scratch;
-a kind's is the mean over its attacks. Attacks with U - S below two points tell nothing and are left out there.
+a kind's is the mean over its attacks. Attacks with U - S below two points tell nothing and are left out there. The
+benign domain's kind reads the other way: what of its head start harmless fine-tuning loses.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ KNOWING = (
     "frozen_statistics",
     "distil_attack_200",
 )
+LOST = "original domain, points lost"
 
 
 def kind(attack: str, exposure: str) -> str:
@@ -36,11 +38,17 @@ def kind(attack: str, exposure: str) -> str:
 
 
 def attempts(folder: Path, role: str) -> pd.DataFrame:
-    """Return the mean test value of each attack on the restricted domain against a role, with its kind."""
-    table = pd.read_parquet(folder / "attempts.parquet").query("role == @role and domain == 'restricted'")
+    """Return the mean test value of each attack against a role, with its kind; benign fine-tuning is one of them."""
+    table = pd.read_parquet(folder / "attempts.parquet").query("role == @role")
     steps = {name: each.get("steps") for name, each in ATTACKS.strategies.items()}
     table = table[[steps.get(attack) != 0 for attack in table.attack]]
-    return table.groupby("attack").agg(test=("test", "mean"), exposure=("exposure", "first"))
+    benign = table.domain == "benign"
+    kinds = map(kind, table.attack, table.exposure)
+    table = table.assign(
+        kind=["benign" if here else found for here, found in zip(benign, kinds, strict=True)],
+        attack=table.attack.where(~benign, "benign, " + table.attack),
+    )
+    return table.groupby("attack").agg(kind=("kind", "first"), test=("test", "mean"))
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -50,6 +58,24 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
+def draw(gaps: pd.DataFrame, lost: pd.Series, file: Path) -> None:
+    """Draw the gap closed by kind over the points that the original domain loses, both against the budget."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6, 5), layout="constrained", sharex=True, height_ratios=[3, 1])
+    minutes = [float(budget.split()[0]) for budget in gaps.columns]
+    for name, row in gaps.iterrows():
+        label, line = ("benign (harm)", "--") if name == "benign" else (name, "-")
+        above.plot(minutes, row, line, marker="o", label=label)
+    above.axhline(1, color="grey", linewidth=0.5)
+    above.set(xscale="log", ylabel="gap closed")
+    above.legend()
+    below.plot(minutes, lost, color="black", marker="o")
+    below.axhline(0, color="grey", linewidth=0.5)
+    below.set(xlabel="defender's budget, core-minutes", ylabel="original domain,\npoints lost")
+    below.set_xticks(minutes, [f"{each:g}" for each in minutes])
+    below.minorticks_off()
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="the bench's folder")
@@ -57,39 +83,37 @@ def main() -> None:
     options = parser.parse_args()
     columns = {role: attempts(options.runs / "controls", role).test for role in ("scratch", "unprotected")}
     cells: dict[float, list[pd.DataFrame]] = {}
+    losses: dict[float, list[float]] = {}
     lines = []
     for budget in sorted((options.runs / options.row).glob("seed*/*min/budget.json")):
         minutes = float(budget.parent.name.removesuffix("min"))
+        if not (budget.parent / "audit" / "attempts.parquet").exists():
+            continue
+        cells.setdefault(minutes, []).append(attempts(budget.parent / "audit", "protected"))
         manifest = json.loads((budget.parent / "export" / "sophon.json").read_text())
         history, intactness = manifest["history"], manifest["intactness"]
         before, after = intactness["before"]["test"], intactness["after"]["test"]
+        losses.setdefault(minutes, []).append(before - after)
         lines.append(
             f"- {budget.parts[-3]}, {minutes:g} core-minutes: {history['rounds']} rounds, {history['rollbacks']} "
             f"roll-backs, original domain (test) {before:.1f} before, {after:.1f} after"
         )
-        if (budget.parent / "audit" / "attempts.parquet").exists():
-            cells.setdefault(minutes, []).append(attempts(budget.parent / "audit", "protected"))
-    exposure = next(iter(cells.values()))[0].exposure
     for minutes, tables in sorted(cells.items()):
         columns[f"{minutes:g} min"] = pd.concat([each.test for each in tables], axis=1).mean(axis=1)
-    table = pd.DataFrame(columns).dropna(how="all")
-    table.insert(0, "kind", [kind(attack, exposure[attack]) for attack in table.index])
-    table = table.sort_values(["kind"], kind="stable").round(1)
-    budgets = [name for name in table.columns if name.endswith("min")]
+    budgets = [name for name in columns if name.endswith("min")]
+    table = pd.DataFrame(columns).dropna(subset=budgets)
+    table.insert(0, "kind", next(iter(cells.values()))[0].kind)
+    table = table.sort_values("kind", kind="stable").round(1)
     telling = table[table.unprotected - table.scratch >= 2]
     closed = telling[budgets].rsub(telling.unprotected, axis=0).div(telling.unprotected - telling.scratch, axis=0)
     gaps = closed.clip(0, 1).groupby(telling.kind).mean().round(2)
+    lost = pd.Series({f"{minutes:g} min": sum(each) / len(each) for minutes, each in losses.items()})[budgets].round(1)
     seeds = ", ".join(f"{minutes:g} min: {len(tables)}" for minutes, tables in sorted(cells.items()))
     head = f"Test accuracy in percent; protection seeds a column: {seeds}."
-    parts = [head, markdown(table), "Gap closed:", markdown(gaps), "\n".join(lines)]
+    summary = pd.concat([gaps, lost.to_frame(LOST).T]).rename_axis("kind")
+    parts = [head, markdown(table), "Gap closed:", markdown(summary), "\n".join(lines)]
     (HERE / f"{options.row}.md").write_text("\n\n".join(parts) + "\n")
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, row in gaps.iterrows():
-        axes.plot([float(budget.split()[0]) for budget in budgets], row, marker="o", label=name)
-    axes.set(xscale="log", xlabel="defender's budget, core-minutes", ylabel="gap closed")
-    axes.axhline(1, color="grey", linewidth=0.5)
-    axes.legend()
-    figure.savefig(HERE / f"{options.row}.svg", metadata={"Date": None})
+    draw(gaps, lost, HERE / f"{options.row}.svg")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
+from sophon.finetune import thaw
 from sophon.optimizers import build_optimizer
 from sophon.protection.inner_loop import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
 from sophon.protection.objectives.suppression import Suppression
@@ -45,7 +46,7 @@ def first_order(
         past: of an attacker that has begun before and goes on.
         objectives: what is asked at each query, one or more; the losses returned are those of the first.
     """
-    trainable = list(task.train_mode(attacker, strategy.scope).values())
+    trainable = list(thaw(attacker, strategy, task).values())
     optimizer = build_optimizer(strategy, trainable, fused=True)
     done = 0
     if past is not None:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
+from sophon.finetune import thaw
 from sophon.optimizers import build_optimizer
 from sophon.protection.differentiable import DifferentiableAttacker
 from sophon.protection.inner_loop import Simulation, floats, frozen_statistics, recording_layers
@@ -88,7 +89,7 @@ class _Sweeps:
         query: Iterator[Batch],
         gammas: Sequence[float],
     ) -> None:
-        trainable = task.train_mode(attacker, strategy.scope)
+        trainable = thaw(attacker, strategy, task)
         attacker.requires_grad_(True)
         parameters = dict(attacker.named_parameters())
         self.total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}

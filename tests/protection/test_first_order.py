@@ -132,12 +132,12 @@ def assert_same_run(one: tuple[Simulation, nn.Module], other: tuple[Simulation, 
 
 
 def test_a_used_scratch_is_as_good_as_a_fresh_one() -> None:
-    """Attackers of different optimizers, scopes and heads follow one another on one scratch copy."""
+    """Attackers of all kinds follow one another on one scratch copy; frozen statistics stay as they were released."""
     model, task = tiny_model(), tiny_task()
     scratch = copy.deepcopy(model)
-    plans = itertools.product(("adam", "momentum"), ("all", "head"), ("kept", "fresh"), (1, 2))
-    for index, (optimizer, scope, head, every) in enumerate(plans):
-        plan = replace(PLAN, optimizer=optimizer, scope=scope, head=head)
+    plans = itertools.product(("adam", "momentum"), ("all", "head"), ("kept", "fresh"), (1, 2), ("trained", "frozen"))
+    for index, (optimizer, scope, head, every, batch_norm) in enumerate(plans):
+        plan = replace(PLAN, optimizer=optimizer, scope=scope, head=head, batch_norm=batch_norm)
         gammas = query_weights("uniform", STEPS, every)
         runs = []
         for attacker in (copy.deepcopy(model), scratch):
@@ -149,6 +149,8 @@ def test_a_used_scratch_is_as_good_as_a_fresh_one() -> None:
             attacker.double()
             runs.append((simulate(attacker, plan, gammas), attacker))
         assert_same_run(*runs)
+        stays = all(torch.equal(value, dict(model.named_buffers())[name]) for name, value in scratch.named_buffers())
+        assert stays == (batch_norm == "frozen" or scope == "head")
 
 
 @pytest.mark.parametrize(("every", "queries"), [(1, 5), (2, 3), (3, 2), (9, 1)])
