@@ -1,8 +1,7 @@
-"""`FineTuneStrategy`, the one vocabulary of an attacker, and whether protection has seen one.
+"""`FineTuneStrategy`, the one vocabulary of an attacker.
 
 The protection samples strategies and simulates them; the audit takes strategies from its configuration and runs them.
-Because both speak of the same dataclass, whether an attack was seen during protection is a question with an answer:
-`fields_outside` compares a strategy, field by field, with the support that the checkpoint's manifest stores.
+Because both speak of the same dataclass, `sophon.held_out` can say whether protection has seen an attack.
 
 Help and refusals read this module: it does not wait for torch.
 """
@@ -258,36 +257,5 @@ def check_field(key: str, name: str, value: Any) -> None:
         raise UserError(f"{key}: {value} is not allowed; it must be {allowed}")
 
 
-# How long an attacker probes before it fine-tunes has no counterpart in the simulation, whose probed head is the
-# defender's own: it does not decide whether an attack was seen.
-_NOT_SAMPLED = ("probe_steps", "probe_lr")
-
-
 # What decides only where the scope asks for it.
 OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_rank": ("lora",), "lora_layers": ("lora",)}
-
-
-def fields_outside(support: Mapping[str, Any], strategy: FineTuneStrategy) -> tuple[str, ...]:
-    """Name the fields in which ``strategy`` lies outside ``support`` (see `StrategySampler.support`).
-
-    An empty tuple means that the strategy was seen: protection could have drawn it. ``("steps",)`` means the seen kind
-    of attacker, only longer (or shorter) than any that was simulated.
-    """
-    outside = []
-    given, usual = strategy.plain(), FineTuneStrategy().plain()
-    ranges = support["optimizer"]
-    if strategy.optimizer not in ranges:
-        outside.append("optimizer")
-    elif not ranges[strategy.optimizer][0] * (1 - 1e-9) <= strategy.lr <= ranges[strategy.optimizer][1] * (1 + 1e-9):
-        outside.append("lr")
-    if not support["steps"][0] <= strategy.steps <= support["steps"][1]:
-        outside.append("steps")
-    for part in dataclasses.fields(strategy):
-        if part.name in ("optimizer", "lr", "steps", *_NOT_SAMPLED):
-            continue
-        if strategy.scope not in OF_SCOPE.get(part.name, (strategy.scope,)):
-            continue
-        # an older checkpoint does not name a field that came later: its attackers all had the default
-        if given[part.name] not in support.get(part.name, (usual[part.name],)):
-            outside.append(part.name)
-    return tuple(outside)

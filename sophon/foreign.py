@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from sophon import models, paths
+from sophon.checkpoint import Checkpoint
 from sophon.config import ModelConfig
 from sophon.errors import UserError
-from sophon.export import Checkpoint
 from sophon.models.weights import weights_sha256
 
 _ALLOWED = "a folder of sophon, timm, transformers or diffusers, or a .safetensors state dict"

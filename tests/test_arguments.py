@@ -12,7 +12,7 @@ from torch import nn
 from sophon import surgery
 from sophon.attacker import Operation
 from sophon.errors import UserError
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from tests.surgery.surgical import means_for
 from tests.tiny import tiny_model
 

@@ -13,15 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sophon import attacker
-from sophon.attacker import (
-    SCHEDULES,
-    FineTuneStrategy,
-    Operation,
-    fields_outside,
-    learning_rate,
-)
+from sophon.attacker import SCHEDULES, FineTuneStrategy, Operation, learning_rate
 from sophon.domains import AUGMENTATIONS
 from sophon.errors import UserError
+from sophon.held_out import fields_outside
 from sophon.sampler import SamplerConfig, StrategySampler
 
 

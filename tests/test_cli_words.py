@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from sophon.auditing.card import facts
+from sophon.checkpoint import write_checkpoint
 from sophon.cli.groups import choices
 from sophon.cli.listing import LISTS
-from sophon.export import write_checkpoint
 from tests.auditing.records import audit, trio
 from tests.cli_helpers import SMALL, load, refusal, refused, sophon
 from tests.models.test_adapter_contract import CASES
-from tests.test_export import MANIFEST, model_of
+from tests.test_checkpoint import MANIFEST, model_of
 
 
 @pytest.mark.parametrize("word", LISTS)

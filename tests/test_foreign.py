@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
+from sophon.checkpoint import Checkpoint, is_ours, write_checkpoint
 from sophon.config import ModelConfig
 from sophon.errors import UserError
-from sophon.export import Checkpoint, is_ours, write_checkpoint
 from sophon.files import read_json, sha256_file, write_json
 from sophon.foreign import open_foreign
 from sophon.models import ModelSpec, create

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sophon.protection.ntr import NTR
-from sophon.protection.state import STATE_FILE, read_state
+from sophon.protection.resume import STATE_FILE, read_state
 from sophon.tasks import ClassificationTask
 from tests.cli_helpers import (
     AUDIT,

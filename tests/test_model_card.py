@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sophon.auditing.card import facts
-from sophon.export import write_checkpoint
+from sophon.checkpoint import write_checkpoint
 from sophon.files import read_json
 from tests.auditing.records import audit, idle, trio
 from tests.models.test_adapter_contract import CASES
-from tests.test_export import DOMAINS, MANIFEST, model_of
+from tests.test_checkpoint import DOMAINS, MANIFEST, model_of
 
 PRETRAIN = {
     **MANIFEST,

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from sophon.export import write_checkpoint
+from sophon.checkpoint import write_checkpoint
 from tests.cli_helpers import refused, sophon
 from tests.models.test_adapter_contract import CASES
-from tests.test_export import MANIFEST, model_of
+from tests.test_checkpoint import MANIFEST, model_of
 
 REPO = "pets/cats"
 PUSH = ("push", "checkpoint=release", f"repo={REPO}")

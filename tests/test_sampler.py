@@ -12,16 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon.attacker import (
-    HEADS,
-    SCHEDULES,
-    SCOPES,
-    SIMULATED,
-    Operation,
-    fields_outside,
-)
+from sophon.attacker import HEADS, SCHEDULES, SCOPES, SIMULATED, Operation
 from sophon.domains import AUGMENTATIONS
 from sophon.errors import UserError
+from sophon.held_out import fields_outside
 from sophon.sampler import SamplerConfig, StrategySampler
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sophon.protection.state import STATE_FILE, read_state
+from sophon.protection.resume import STATE_FILE, read_state
 from tests.cli_helpers import (
     ATTACKS,
     AUDIT,

@@ -38,9 +38,9 @@ from sophon.config import ModelConfig
 from sophon.domains import Batch
 from sophon.models import create
 from sophon.optimizers import build_optimizer
-from sophon.protection.first_order import first_order
 from sophon.protection.inner_loop import query_weights
-from sophon.protection.second_order import second_order
+from sophon.protection.meta_gradient.first_order import first_order
+from sophon.protection.meta_gradient.second_order import second_order
 from sophon.tasks import TASKS, Task, kind_of
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

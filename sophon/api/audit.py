@@ -28,11 +28,11 @@ from sophon.auditing.runner import Frechet, Runner
 from sophon.auditing.scene import Scene
 from sophon.auditing.words import filtered_roles
 from sophon.auditing.workers import run_jobs
+from sophon.checkpoint import Checkpoint
 from sophon.config import Config, keyed, plain
 from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
-from sophon.export import Checkpoint
 from sophon.paths import explained
 from sophon.tracking import Tracker
 

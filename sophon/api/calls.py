@@ -20,12 +20,12 @@ from sophon.api.contained import contained
 from sophon.api.inputs import Choice, Data, Model, checkpoint_of, config_of, domain_of, domains_by_name, in_memory
 from sophon.api.protect import Protection
 from sophon.api.results import Audited, Protected
+from sophon.checkpoint import Checkpoint, read_checkpoint
 from sophon.config import Config
 from sophon.devices import resolve_device
 from sophon.errors import UserError
-from sophon.export import Checkpoint, read_checkpoint
 from sophon.paths import exists
-from sophon.protection.state import STATE_FILE, read_state
+from sophon.protection.resume import STATE_FILE, read_state
 from sophon.run_folder import run_folder
 from sophon.tasks import kind_of
 from sophon.tracking import Tracker

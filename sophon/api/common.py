@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sophon.auditing.words import format_value
+from sophon.checkpoint import Checkpoint, is_ours, read_checkpoint
 from sophon.config import Config, DomainConfig, keyed, plain
 from sophon.domains import LoadedDomain, classes_of_all, load_original, load_restricted, with_clusters
 from sophon.domains.names import few
 from sophon.errors import UserError
-from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.foreign import described, open_foreign
 from sophon.models import ModelSpec
 from sophon.paths import exists

@@ -16,9 +16,9 @@ from sophon.auditing.masking import Masking
 from sophon.auditing.masking import measure as measure_masking
 from sophon.auditing.scene import Scene
 from sophon.auditing.words import filtered_roles
+from sophon.checkpoint import Checkpoint, package_versions
 from sophon.config import Config, plain
 from sophon.devices import resolve_device
-from sophon.export import Checkpoint, package_versions
 from sophon.seeds import derive_seed
 
 if TYPE_CHECKING:  # scores need libraries that take long to load, and that no attack uses

@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from sophon import models
+from sophon.checkpoint import Checkpoint, is_ours, read_checkpoint
 from sophon.config import Config, DomainConfig, ModelConfig
 from sophon.config.shipped import STANDARD, USUAL, chosen
 from sophon.domains import Domain
 from sophon.domains.sources import class_names
 from sophon.errors import UserError, one_line
-from sophon.export import Checkpoint, is_ours, read_checkpoint
 from sophon.files import sha256_file
 from sophon.foreign import open_foreign
 from sophon.models import AdaptedModel, ModelSpec

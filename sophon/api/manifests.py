@@ -10,10 +10,10 @@ from torch import nn
 from sophon import __version__
 from sophon.api.common import measured
 from sophon.auditing.words import format_value
+from sophon.checkpoint import Checkpoint
 from sophon.config import Config, plain
 from sophon.domains import LoadedDomain
 from sophon.errors import UserError
-from sophon.export import Checkpoint
 from sophon.tasks import Task
 
 

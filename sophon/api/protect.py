@@ -21,15 +21,15 @@ from sophon.api.common import (
 )
 from sophon.api.manifests import both_splits, check_pretraining, hashes_of, information_path, manifest_of
 from sophon.api.results import Protected
+from sophon.checkpoint import Checkpoint
 from sophon.config import Config, GuardConfig, keyed, plain
 from sophon.domains import LoadedDomain
 from sophon.errors import UserError
-from sophon.export import Checkpoint
 from sophon.losses import SUPPRESSION_LOSSES, reads_labels
 from sophon.protection.context import Context
 from sophon.protection.distributed import ALONE, Ranks
+from sophon.protection.resume import Position
 from sophon.protection.runner import Planned, Runner
-from sophon.protection.state import Position
 from sophon.sampler import StrategySampler
 from sophon.stages import plan_of
 from sophon.tasks import Task

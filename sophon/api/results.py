@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sophon.export import write_checkpoint
+from sophon.checkpoint import write_checkpoint
 from sophon.files import write_text
 
 if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long to load, and that no attack uses

@@ -10,19 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from sophon.auditing.scores import (
-    NO_PROTECTION_BELOW,
-    Gap,
-    Score,
-    Spread,
-    align,
-    gap_closed,
-    score,
-    sgrc,
-    signed_rfd,
-    spread,
-    steps_to,
-)
+from sophon.auditing.gap_closed import NO_PROTECTION_BELOW, Gap, gap_closed
+from sophon.auditing.scores import Score, Spread, align, score, sgrc, signed_rfd, spread, steps_to
 from sophon.auditing.words import ROLES, Record, in_order
 from sophon.tasks import Metric
 
@@ -46,7 +35,7 @@ class Attack:
         attack: its name.
         strategy: the protected model's, as plain data; of a search, roles have their own.
         trials: of the search that found it; 0 without.
-        exposure: one of `sophon.auditing.words.EXPOSURES`.
+        exposure: one of `sophon.held_out.EXPOSURES`.
         outside: in what it lies outside of what protection simulated.
         roles: by role, of those that were tried.
         gap_closed: of this attack, against scratch.

@@ -19,7 +19,7 @@ from sophon.finetune import flops_per_step, loop_of
 from sophon.models import ModelSpec
 from sophon.seeds import derive_seed, seed_all
 from sophon.surgery import operate, restate
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from sophon.tasks import Measured, Task
 
 

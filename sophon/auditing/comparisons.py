@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sophon.auditing.attack_scores import Attack
-from sophon.auditing.scores import NO_PROTECTION_BELOW, Gap
+from sophon.auditing.gap_closed import NO_PROTECTION_BELOW, Gap
 
 # Surgery that takes scale away and leaves the function as it is. Resetting affine parameters does not: what an attack
 # loses by that says nothing about masking.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sophon.auditing.scores import Gap, State
+from sophon.auditing.gap_closed import Gap, State
 from sophon.auditing.summary import AuditReport
 from sophon.auditing.verdict import format_gap
 from sophon.config import GateConfig

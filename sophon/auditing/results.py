@@ -30,8 +30,9 @@ from sophon.auditing.scores import (
     wide,
 )
 from sophon.auditing.table import Attempts
-from sophon.auditing.words import EXPOSURES, FILTERED, ORACLE, ROLES, in_order
+from sophon.auditing.words import FILTERED, ORACLE, ROLES, in_order
 from sophon.auditing.worst_case import Reading, WorstCase, worst_case
+from sophon.held_out import EXPOSURES
 from sophon.tasks import Metric
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sophon.attacker import FineTuneStrategy, fields_outside
+from sophon.attacker import FineTuneStrategy
 from sophon.auditing.attacks import Outcome, attack
 from sophon.auditing.gallery import image_grid
 from sophon.auditing.plan import ORACLE_SPLITS, Attempt, Job, Plan, Search, oracle_data
@@ -21,6 +21,7 @@ from sophon.auditing.words import ORACLE, format_value
 from sophon.config import AttackConfig
 from sophon.domains import LoadedDomain, joined
 from sophon.files import read_json, write_bytes, write_json
+from sophon.held_out import exposure, fields_outside
 from sophon.models import build
 from sophon.paths import exists
 from sophon.seeds import derive_seed, seed_all
@@ -287,10 +288,3 @@ def with_more_data(restricted: LoadedDomain) -> LoadedDomain:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def exposure(outside: tuple[str, ...] | None) -> str:
-    """Say whether protection could have drawn an attack: ``seen``, ``longer`` (but for its length) or ``held_out``."""
-    if outside is None:
-        return "held_out"
-    return "seen" if not outside else "longer" if outside == ("steps",) else "held_out"

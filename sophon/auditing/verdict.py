@@ -6,20 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sophon.auditing.gap_closed import NO_PROTECTION_BELOW, Gap, State
 from sophon.auditing.knowing import Knowing, not_run
 from sophon.auditing.results import Results
-from sophon.auditing.scores import NO_PROTECTION_BELOW, Gap, State
-from sophon.auditing.words import (
-    EXPOSURES,
-    ROLES,
-    counted,
-    describe,
-    format_difference,
-    format_value,
-    listed,
-    operation_in_words,
-)
+from sophon.auditing.words import ROLES, counted, describe, format_difference, format_value, listed, operation_in_words
 from sophon.auditing.worst_case import Reading, WorstCase
+from sophon.held_out import EXPOSURES
 
 if TYPE_CHECKING:
     from sophon.auditing.summary import Context

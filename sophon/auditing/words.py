@@ -18,10 +18,6 @@ ROLES = ("protected", "unprotected", "scratch")
 FILTERED = "filtered"
 # A control beside them: the unprotected model, fine-tuned with ten times the data.
 ORACLE = "oracle"
-# Within the support that protection sampled attackers from; outside it only in the number of steps; anything else.
-EXPOSURES = ("seen", "longer", "held_out")
-
-EXPOSURE_WORDS = {"seen": "seen", "longer": "longer", "held_out": "held out"}
 
 
 def filtered_roles(count: int) -> list[str]:

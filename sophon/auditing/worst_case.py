@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sophon.auditing.scores import Gap, Score, State, gap_closed
+from sophon.auditing.gap_closed import Gap, State, gap_closed
+from sophon.auditing.scores import Score
 from sophon.auditing.words import in_order
 from sophon.tasks import Metric
 

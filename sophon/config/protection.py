@@ -35,7 +35,7 @@ class MethodConfig:
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
             twice: ``segment`` >= K is fastest and needs the most.
         window: second order: inner steps that a query's derivative follows back at most, >= 0, in blocks counted from
-            the last step (see `sophon.protection.second_order`); null for all of them, which is exact.
+            the last step (see `sophon.protection.meta_gradient.second_order`); null for all of them, which is exact.
         rounds: how many alternations.
         fts_steps: FTS steps a round (l_FTS of the paper), >= 1.
         ntr_steps: NTR steps a round (l_NTR).

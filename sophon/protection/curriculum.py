@@ -182,7 +182,7 @@ def _place(name: str, arms: Sequence[Arm], strategy: FineTuneStrategy) -> int | 
     lr = math.log(strategy.lr)
     for place, arm in enumerate(arms):
         optimizer, low, high = arm.value
-        # as in `sophon.attacker.fields_outside`, a rate at an end of the range may lie outside by rounding
+        # as in `sophon.held_out.fields_outside`, a rate at an end of the range may lie outside by rounding
         if strategy.optimizer == optimizer and low - 1e-9 <= lr <= high + 1e-9:
             return place
     return None

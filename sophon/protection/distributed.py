@@ -27,7 +27,7 @@ from torch import Tensor
 from sophon.devices import resolve_device
 from sophon.domains import Batch
 from sophon.errors import GuardError, UserError
-from sophon.protection.batch_norm import WholeBatch
+from sophon.protection.sync_batch_norm import WholeBatch
 
 T = TypeVar("T")
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
 from sophon.errors import UserError
-from sophon.protection.attackers import Attackers
 from sophon.protection.context import Context
 from sophon.protection.curriculum import Curriculum
-from sophon.protection.first_order import PLAIN, first_order
 from sophon.protection.inner_loop import Objective, Past, Simulation, query_weights
+from sophon.protection.meta_gradient.first_order import PLAIN, first_order
+from sophon.protection.meta_gradient.second_order import second_order
 from sophon.protection.optimizer_state import defenders_adam, set_gradient
-from sophon.protection.pool import Member, Pool
-from sophon.protection.second_order import second_order
-from sophon.protection.starts import Factors
+from sophon.protection.persistent_attackers import Member, Pool
+from sophon.protection.simulated_attackers import Attackers
+from sophon.protection.simulated_surgery import Factors
 from sophon.seeds import derive_seed, seed_torch
 
 ENGINES: dict[str, Callable[..., Simulation]] = {"first_order": first_order, "second_order": second_order}

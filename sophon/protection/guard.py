@@ -13,8 +13,8 @@ from torch.profiler import record_function
 from sophon.config import GuardConfig
 from sophon.errors import GuardError, UserError
 from sophon.protection.context import Context
+from sophon.protection.resume import Position
 from sophon.protection.stage import Stage
-from sophon.protection.state import Position
 
 
 class Guard:

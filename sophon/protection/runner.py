@@ -18,8 +18,8 @@ from sophon.config import GuardConfig, MethodConfig
 from sophon.protection.context import Context
 from sophon.protection.guard import Guard, copied
 from sophon.protection.profiling import profiled
+from sophon.protection.resume import STATE_FILE, Position, State, read_state, write_state
 from sophon.protection.stage import Remembered, Stage
-from sophon.protection.state import STATE_FILE, Position, State, read_state, write_state
 from sophon.seeds import derive_seed
 from sophon.tasks import Task
 from sophon.tracking import Tracker

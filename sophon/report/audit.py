@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from sophon.auditing.summary import AuditReport, Context
 from sophon.auditing.table import trials_table
-from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, Record, format_difference, format_value, printable
+from sophon.auditing.words import Record, format_difference, format_value, printable
 from sophon.files import write_text
+from sophon.held_out import EXPOSURE_WORDS, EXPOSURES
 from sophon.report import tables
 from sophon.report.axes import decay, recovery, shots
 from sophon.report.drawing import own

@@ -19,10 +19,11 @@ from sophon.auditing.attack_scores import Attack
 from sophon.auditing.results import Results
 from sophon.auditing.scores import Score
 from sophon.auditing.summary import AuditReport
-from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, format_difference, known, printable
+from sophon.auditing.words import format_difference, known, printable
 from sophon.auditing.worst_case import WorstCase, worst_case
 from sophon.errors import UserError
 from sophon.files import write_text
+from sophon.held_out import EXPOSURE_WORDS, EXPOSURES
 from sophon.report import tables
 from sophon.report.drawing import COLOURS, HUES
 from sophon.report.figures import dots

@@ -13,7 +13,8 @@ from scipy import stats
 from sophon.auditing.attack_scores import Attack
 from sophon.auditing.scores import Score, align, wide
 from sophon.auditing.table import Attempts
-from sophon.auditing.words import EXPOSURE_WORDS, EXPOSURES, in_order
+from sophon.auditing.words import in_order
+from sophon.held_out import EXPOSURE_WORDS, EXPOSURES
 from sophon.report.drawing import COLOURS, MARKERS, STYLE, dashes, label_ends, own, shorten, svg
 from sophon.tasks import Metric
 

@@ -9,20 +9,14 @@ from collections.abc import Sequence
 import pandas as pd
 
 from sophon.auditing.attack_scores import Attack, Roles
+from sophon.auditing.gap_closed import Gap
 from sophon.auditing.results import Results
-from sophon.auditing.scores import Difference, Gap, Score
+from sophon.auditing.scores import Difference, Score
 from sophon.auditing.summary import AuditReport
 from sophon.auditing.table import MEASURED, Attempts
-from sophon.auditing.words import (
-    EXPOSURE_WORDS,
-    EXPOSURES,
-    Record,
-    describe,
-    format_number,
-    known,
-    printable,
-)
+from sophon.auditing.words import Record, describe, format_number, known, printable
 from sophon.auditing.worst_case import WorstCase
+from sophon.held_out import EXPOSURE_WORDS, EXPOSURES
 from sophon.report.page import Name, Table
 from sophon.tasks import Metric
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sophon.auditing.scores import HOLDS_FROM, MIDDLE, NO_PROTECTION_BELOW
+from sophon.auditing.gap_closed import HOLDS_FROM, MIDDLE, NO_PROTECTION_BELOW
 from sophon.auditing.verdict import READINGS
 
 TERMS = {

@@ -19,8 +19,8 @@ from sophon.protection.fts import FTS, FTSStep, engine_of
 from sophon.protection.ntr import NTR
 from sophon.protection.objectives import objectives_of
 from sophon.protection.optimizer_state import optimizer_state, restore_optimizer
+from sophon.protection.simulated_surgery import check_simulated
 from sophon.protection.stage import Constraint, Information, Remembered, Row, Stage, under
-from sophon.protection.starts import check_simulated
 
 
 class Alternate(Stage):

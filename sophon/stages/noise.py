@@ -24,7 +24,7 @@ from sophon.protection.stage import Information, Row, Stage
 from sophon.protection.training import fresh
 from sophon.ranges import limited
 from sophon.seeds import derive_seed, seed_torch
-from sophon.surgery.statistics import reestimated
+from sophon.surgery.batch_norm_statistics import reestimated
 
 STATISTICS = 20  # batches that running statistics are estimated from
 

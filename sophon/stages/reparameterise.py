@@ -45,8 +45,8 @@ from sophon.protection.context import Context
 from sophon.protection.stage import Constraint, Information, Row, Stage
 from sophon.ranges import limited
 from sophon.seeds import derive_seed
+from sophon.surgery.channel_statistics import channel_moments
 from sophon.surgery.equalise import reader, scale_channels
-from sophon.surgery.moments import channel_moments
 from sophon.surgery.renormalise import norms, rescale
 from sophon.tasks import Task
 from sophon.tasks.task import evaluating

@@ -32,7 +32,7 @@ from sophon.protection.stage import Information, Remembered, Row, under
 from sophon.protection.training import Training
 from sophon.ranges import limited
 from sophon.seeds import derive_seed, seed_torch
-from sophon.surgery.statistics import held
+from sophon.surgery.batch_norm_statistics import held
 from sophon.tasks import evaluating
 
 

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sophon import domains
 from sophon.arguments import Limits
-from sophon.surgery.means import Means
-from sophon.surgery.moments import channel_moments
+from sophon.surgery.attacker_means import Means
+from sophon.surgery.channel_statistics import channel_moments
 from sophon.surgery.renormalise import ScaleFree, scale_free
 from sophon.tasks.task import evaluating
 

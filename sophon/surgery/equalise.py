@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon.models.channels import Channels, channels, norm_behind, scale
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from sophon.surgery.renormalise import ScaleFree, norms, rescale
 
 

@@ -25,11 +25,11 @@ from sophon.attacker import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.models.partition import owned
+from sophon.surgery.attacker_means import Means
+from sophon.surgery.batch_norm_statistics import reestimated
 from sophon.surgery.centre import centre
 from sophon.surgery.equalise import equalise
-from sophon.surgery.means import Means
 from sophon.surgery.renormalise import NORMS, renormalise
-from sophon.surgery.statistics import reestimated
 
 Count = Annotated[int, Limits("a whole number >= 1", lambda value: value >= 1)]
 Rate = Annotated[float, Limits("a finite number > 0", lambda value: value > 0)]

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from sophon.tasks.task import evaluating
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # with timm's, which are subclasses

@@ -8,13 +8,13 @@ from typing import Any
 
 from sophon.api.common import default, reference_of, required, say_domains
 from sophon.api.protect import last_good, prepare
+from sophon.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.config import Config, GuardConfig, MethodConfig
 from sophon.devices import resolve_device
 from sophon.errors import UserError
-from sophon.export import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.files import read_json
 from sophon.paths import exists
-from sophon.protection.state import STATE_FILE
+from sophon.protection.resume import STATE_FILE
 from sophon.run_folder import owned_place
 from sophon.sampler import SamplerConfig
 from sophon.verbs.protect import say_released

@@ -22,11 +22,11 @@ from sophon.api.common import (
     warn,
 )
 from sophon.api.manifests import both_splits, figures, hashes_of, manifest_of
+from sophon.checkpoint import write_checkpoint
 from sophon.config import Config, keyed, plain
 from sophon.devices import resolve_device
 from sophon.domains import ImageSet, LoadedDomain, classes_of_all, defenders_images, load_original
 from sophon.errors import UserError
-from sophon.export import write_checkpoint
 from sophon.finetune import check, loop_of, rehearse
 from sophon.models import ModelSpec, create, describe, resize_head
 from sophon.models.weights import load_state

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sophon.api.common import default, required
+from sophon.checkpoint import read_checkpoint
 from sophon.config import Config
 from sophon.errors import UserError, one_line
-from sophon.export import read_checkpoint
 from sophon.paths import entries
 
 

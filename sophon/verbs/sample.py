@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sophon.api.common import default, required, run_dir, task_of
 from sophon.auditing.gallery import image_grid
+from sophon.checkpoint import read_checkpoint
 from sophon.config import Config
 from sophon.devices import resolve_device
 from sophon.errors import UserError
-from sophon.export import read_checkpoint
 from sophon.files import write_bytes
 from sophon.run_folder import owned
 from sophon.seeds import derive_seed

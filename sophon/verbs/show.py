@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sophon.api.common import default, required
+from sophon.checkpoint import Checkpoint, read_checkpoint
 from sophon.config import Config
-from sophon.export import Checkpoint, read_checkpoint
 
 
 def show(config: Config) -> None:

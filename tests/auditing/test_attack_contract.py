@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from sophon.attacker import LOOPS, OPTIMIZERS, SCOPES, FineTuneStrategy, fields_outside
+from sophon.attacker import LOOPS, OPTIMIZERS, SCOPES, FineTuneStrategy
 from sophon.auditing.attacks import Outcome, attack
 from sophon.auditing.plan import Plan
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import Batch, ImageSet, batches
 from sophon.errors import UserError
 from sophon.finetune import OnStep
+from sophon.held_out import fields_outside
 from sophon.optimizers import build_optimizer
 from sophon.surgery import OPERATIONS
 from sophon.tasks import Task

@@ -2,8 +2,8 @@
 
 import pytest
 
+from sophon.auditing.gap_closed import State
 from sophon.auditing.results import results
-from sophon.auditing.scores import State
 from sophon.auditing.table import tabulate
 from tests.auditing.records import attempt, audit, trio
 

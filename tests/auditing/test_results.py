@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sophon.auditing.gap_closed import State
 from sophon.auditing.results import results
-from sophon.auditing.scores import State
 from sophon.auditing.table import tabulate
 from sophon.auditing.words import ROLES
 from tests.auditing.records import ACCURACY, MSE, attempt, duo, idle, oracle, searched, trio

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy, Operation
 from sophon.auditing import runner as module
-from sophon.auditing.runner import exposure
 from sophon.auditing.words import ROLES
 from sophon.config import AttackConfig
 from sophon.domains import Batch
+from sophon.held_out import exposure
 from sophon.models import adapt
 from sophon.tasks import ClassificationTask
 from tests.auditing.staging import (

@@ -5,20 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon.auditing.scores import (
-    Gap,
-    Score,
-    Spread,
-    State,
-    align,
-    gap_closed,
-    harm,
-    score,
-    sgrc,
-    signed_rfd,
-    spread,
-    steps_to,
-)
+from sophon.auditing.gap_closed import Gap, State, gap_closed
+from sophon.auditing.scores import Score, Spread, align, harm, score, sgrc, signed_rfd, spread, steps_to
 from tests.auditing.records import ACCURACY, MSE
 
 CANNOT = State.UNKNOWN

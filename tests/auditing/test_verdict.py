@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from sophon.auditing.gap_closed import State
 from sophon.auditing.masking import Masking, Norms
-from sophon.auditing.scores import Difference, State
+from sophon.auditing.scores import Difference
 from sophon.auditing.summary import Intactness
 from tests.auditing.records import CONTEXT, MSE, attempt, audit, duo, searched, trio
 

@@ -19,8 +19,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sophon.checkpoint import read_checkpoint, write_checkpoint
 from sophon.config import ModelConfig
-from sophon.export import read_checkpoint, write_checkpoint
 from sophon.models import LIBRARIES, ModelAdapter, ModelSpec, adapt, adapter_of, create, describe, resize_head
 from sophon.models.diffusers_models import DiffusersAdapter
 from sophon.models.partition import owned

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from sophon.attacker import FineTuneStrategy
-from sophon.protection import attackers as making
 from sophon.protection import fts as fts_module
+from sophon.protection import simulated_attackers as making
 from sophon.protection.fts import ENGINES
 from sophon.protection.inner_loop import Simulation
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch
-from sophon.protection.first_order import PLAIN, first_order
 from sophon.protection.inner_loop import (
     Simulation,
 )
+from sophon.protection.meta_gradient.first_order import PLAIN, first_order
 from sophon.protection.objectives.clamp import Clamp
 from sophon.protection.objectives.condition import Condition
 from sophon.protection.objectives.suppression import Suppression

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon.attacker import HEADS, SIMULATED, FineTuneStrategy, fields_outside
+from sophon.attacker import HEADS, SIMULATED, FineTuneStrategy
 from sophon.config import Config, MethodConfig
 from sophon.errors import UserError
+from sophon.held_out import fields_outside
 from sophon.protection.curriculum import RECENT, TEMPERATURE, Curriculum
 from sophon.ranges import check
 from sophon.sampler import SamplerConfig, StrategySampler

@@ -15,7 +15,7 @@ import torch
 
 from sophon.errors import UserError
 from sophon.protection.distributed import ALONE, Ranks, join
-from sophon.protection.state import STATE_FILE, read_state
+from sophon.protection.resume import STATE_FILE, read_state
 from sophon.tensor_files import read_tensors, write_tensors
 from tests.cli_helpers import REPOSITORY
 from tests.protection.scenarios import (

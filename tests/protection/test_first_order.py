@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sophon.attacker import SIMULATED, FineTuneStrategy, learning_rate
 from sophon.optimizers import build_optimizer
-from sophon.protection.first_order import first_order
 from sophon.protection.inner_loop import Past, Simulation, frozen_statistics, query_weights
+from sophon.protection.meta_gradient.first_order import first_order
 from sophon.tasks import ClassificationTask
 from tests.tiny import CLASSES, TinyNet, state_of, tiny_batches, tiny_model, tiny_spec, tiny_task
 
@@ -235,7 +235,7 @@ CHILD = """
 import copy, itertools, sys, torch
 from sophon.domains import Batch
 from sophon.models import ModelSpec, build
-from sophon.protection.first_order import first_order
+from sophon.protection.meta_gradient.first_order import first_order
 from sophon.protection.inner_loop import query_weights
 from sophon.attacker import FineTuneStrategy
 from sophon.optimizers import build_optimizer

@@ -12,10 +12,10 @@ from torch.func import functional_call
 
 from sophon.attacker import SIMULATED, FineTuneStrategy, learning_rate
 from sophon.optimizers import build_optimizer
-from sophon.protection.first_order import first_order
 from sophon.protection.fts import ENGINES
 from sophon.protection.inner_loop import GAMMAS, query_weights
-from sophon.protection.second_order import second_order
+from sophon.protection.meta_gradient.first_order import first_order
+from sophon.protection.meta_gradient.second_order import second_order
 from tests.tiny import tiny_batches, tiny_model, tiny_task
 
 STEPS = 4

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.optimizers import build_optimizer
-from sophon.protection import differentiable
 from sophon.protection.fts import ENGINES
 from sophon.protection.inner_loop import Simulation, query_weights
+from sophon.protection.meta_gradient import differentiable
 from tests.tiny import tiny_batches, tiny_denoising, tiny_unet
 
 STEPS = 3

@@ -15,7 +15,6 @@ from sophon.config import MethodConfig
 from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.losses import ill_conditioning
-from sophon.protection.first_order import PLAIN, first_order
 from sophon.protection.fts import engine_of
 from sophon.protection.inner_loop import (
     Objective,
@@ -23,6 +22,7 @@ from sophon.protection.inner_loop import (
     Simulation,
     frozen_statistics,
 )
+from sophon.protection.meta_gradient.first_order import PLAIN, first_order
 from sophon.protection.objectives import objectives_of
 from sophon.protection.objectives.clamp import Clamp
 from sophon.protection.objectives.condition import Condition

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.attacker import SIMULATED, FineTuneStrategy, learning_rate
 from sophon.optimizers import build_optimizer
-from sophon.protection.differentiable import DifferentiableAttacker, innerloop
-from sophon.protection.first_order import first_order
 from sophon.protection.inner_loop import Simulation, frozen_statistics, query_weights
-from sophon.protection.second_order import second_order
+from sophon.protection.meta_gradient.differentiable import DifferentiableAttacker, innerloop
+from sophon.protection.meta_gradient.first_order import first_order
+from sophon.protection.meta_gradient.second_order import second_order
 from sophon.tasks import Task
 from tests.tiny import (
     TinyNet,

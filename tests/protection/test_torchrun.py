@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from sophon.protection.resume import STATE_FILE, read_state
 from sophon.protection.runner import Runner
-from sophon.protection.state import STATE_FILE, read_state
 from tests.cli_helpers import PRETRAIN, PROTECT, RUNS, load, refusal, sophon
 from tests.protection.scenarios import (
     SIZE,

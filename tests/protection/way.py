@@ -12,7 +12,6 @@ from torch.func import functional_call
 from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
 from sophon.optimizers import build_optimizer
-from sophon.protection.first_order import first_order
 from sophon.protection.inner_loop import (
     Objective,
     Past,
@@ -20,6 +19,7 @@ from sophon.protection.inner_loop import (
     frozen_statistics,
     query_weights,
 )
+from sophon.protection.meta_gradient.first_order import first_order
 from tests.tiny import tiny_batches, tiny_model, tiny_task
 
 STEPS, EVERY = 4, 2

@@ -18,8 +18,8 @@ from torch import nn
 
 from sophon.errors import GuardError, UserError
 from sophon.protection.context import Context
+from sophon.protection.resume import STATE_FILE
 from sophon.protection.stage import Row, Stage
-from sophon.protection.state import STATE_FILE
 from tests.protection.staged import METHOD, Scripted, rows, runner
 from tests.tiny import assert_same_state, state_of, tiny_model
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sophon.config import ModelConfig
 from sophon.domains import ImageSet, LoadedDomain, MemoryImages
 from sophon.models import ModelSpec, create
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from sophon.tasks import ClassificationTask
 from tests.tiny import (
     CLASSES,

@@ -16,7 +16,7 @@ from sophon.attacker import Operation
 from sophon.domains import LoadedDomain
 from sophon.errors import UserError
 from sophon.surgery import operations as surgery
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from tests.surgery.surgical import WIDE, changed, means_for, resnet, unet, wide, wide_domain
 from tests.tiny import CLASSES, assert_same_state, state_of, tiny_domain, tiny_images, tiny_model
 

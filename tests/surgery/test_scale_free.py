@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from sophon.domains import Batch
 from sophon.models import adapt
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from sophon.surgery.renormalise import Per, norms, renormalise, scale_free
 from sophon.tasks import ClassificationTask
 from tests.surgery.surgical import changed, means_for, outputs

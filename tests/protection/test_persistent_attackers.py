@@ -19,10 +19,10 @@ from sophon.attacker import OPTIMIZERS, SIMULATED, FineTuneStrategy
 from sophon.config import MethodConfig
 from sophon.domains import Batch, ImageSet, LoadedDomain
 from sophon.errors import UserError
-from sophon.protection import attackers as making
+from sophon.protection import simulated_attackers as making
 from sophon.protection.distributed import Ranks
 from sophon.protection.fts import FTS
-from sophon.protection.pool import Pool
+from sophon.protection.persistent_attackers import Pool
 from sophon.ranges import check
 from sophon.sampler import SamplerConfig
 from sophon.tasks import ClassificationTask

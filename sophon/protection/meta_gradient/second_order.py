@@ -22,8 +22,8 @@ from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
 from sophon.finetune import thaw
 from sophon.optimizers import build_optimizer
-from sophon.protection.differentiable import DifferentiableAttacker
 from sophon.protection.inner_loop import Simulation, floats, frozen_statistics, recording_layers
+from sophon.protection.meta_gradient.differentiable import DifferentiableAttacker
 from sophon.tasks import Task
 
 # A tensor that the objective depends on, and the objective's gradient with respect to it; None where there is none.

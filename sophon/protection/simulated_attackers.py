@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch, batches
 from sophon.protection.context import Context
-from sophon.protection.first_order import first_order
-from sophon.protection.starts import Factors, start
+from sophon.protection.meta_gradient.first_order import first_order
+from sophon.protection.simulated_surgery import Factors, start
 from sophon.seeds import derive_seed, seed_torch
 from sophon.surgery import Means
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from sophon import __version__, models, paths
-from sophon.config import MethodConfig
 from sophon.errors import UserError, choose
 from sophon.files import atomic_directory, read_json, sha256_file, write_json, write_text
+from sophon.model_card import model_card
 from sophon.models import ModelSpec
-from sophon.models.adapter import Card
 from sophon.models.weights import refuse_pickle, require_finite
 
 FORMAT_VERSION = 1
@@ -75,7 +72,7 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
             "weights_sha256": sha256_file(folder / adapter.weights),
         }
         write_json(folder / _MANIFEST, complete)
-        write_text(folder / _CARD, _model_card(spec, complete))
+        write_text(folder / _CARD, model_card(spec, complete))
 
 
 def package_versions() -> dict[str, str]:
@@ -144,57 +141,3 @@ def _spec(path: Path, manifest: Any, key: str) -> ModelSpec:
         raise UserError(f"{key}: '{path / _MANIFEST}' does not describe a model; export it again") from error
     choose(f"{key}: '{path / _MANIFEST}': library", spec.library, models.LIBRARIES)
     return spec
-
-
-def _model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sophon"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["cell"] = lambda value: " ".join(str(value).replace("|", "\\|").split())
-    environment.filters["figure"] = lambda value, unit: f"{value:.2f}" if unit == "%" else f"{value:.4g}"
-    card, domains = models.adapter_of(spec).card(), manifest.get("domains") or {}
-    usual = asdict(MethodConfig())
-    parts = {
-        "metadata": _metadata(spec, card, manifest),
-        "settings": {name: value for name, value in (manifest.get("method") or {}).items() if usual.get(name) != value},
-        "audits": manifest.get("audits") or [],
-    }
-    template = environment.get_template("model_card.md.j2")
-    return template.render(spec=spec, card=card, manifest=manifest, domains=domains, **parts) + "\n"
-
-
-def _metadata(spec: ModelSpec, card: Card, manifest: Mapping[str, Any]) -> str:
-    """Return the card's YAML header: what the Hub reads, with the figures of intactness and audits as `model-index`."""
-    audits, intactness = manifest.get("audits") or [], manifest.get("intactness") or {}
-    original = (manifest.get("domains") or {}).get("original") or {"name": "original"}
-    measured = [(original["name"], intactness.get("metric", "accuracy"), intactness.get("after", {}).get("test"), "")]
-    for audit in audits:
-        attack = f"after the worst attack ({audit['attack']})"
-        measured.append((audit["restricted"], audit["metric"], audit["value"], attack))
-        measured.append((audit["restricted"], "gap closed", audit["gap_closed"], attack))
-        measured.append((audit["restricted"], "removal", audit["removal"], "against a filtered model"))
-    holds = bool(audits) and all(audit["word"] == "HOLDS" for audit in audits)
-    results = [
-        EvalResult(
-            task_type=card.pipeline_tag,
-            dataset_type=domain,
-            dataset_name=domain,
-            dataset_split="test",
-            metric_type=metric,
-            metric_name=f"{metric} {when}".strip(),
-            metric_value=value,
-        )
-        for domain, metric, value, when in measured
-        if value is not None
-    ]
-    tags = [card.pipeline_tag, spec.library, "sophon", *(["non-fine-tunable"] if holds else [])]
-    data = ModelCardData(
-        library_name=spec.library,
-        pipeline_tag=card.pipeline_tag,
-        license="other",
-        tags=tags,
-        model_name=manifest.get("name") or spec.architecture,
-        eval_results=results or None,
-    )
-    text: str = data.to_yaml()
-    return text

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
+from sophon.checkpoint import FORMAT_VERSION, read_checkpoint, write_checkpoint
 from sophon.errors import UserError
-from sophon.export import FORMAT_VERSION, read_checkpoint, write_checkpoint
 from sophon.files import read_json, sha256_file, write_json
 from sophon.models import ModelSpec, adapter_of
 from sophon.tensor_files import read_tensors, write_tensors

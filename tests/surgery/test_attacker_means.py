@@ -13,7 +13,7 @@ from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.finetune import flops_per_step
 from sophon.models import adapter_of
-from sophon.surgery.means import Means
+from sophon.surgery.attacker_means import Means
 from tests.auditing.staging import BENIGN, FRESH, ORIGINAL, RESTRICTED
 from tests.tiny import (
     CLASSES,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sophon.attacker import Operation, operations_from
 from sophon.errors import UserError
-from sophon.protection.starts import check_simulated, start
+from sophon.protection.simulated_surgery import check_simulated, start
 from sophon.surgery import OPERATIONS, Means, operate
 from tests.surgery.surgical import fresh_state, means_for, resnet, unet
 from tests.tiny import assert_same_state, state_of, tiny_domain, tiny_model
