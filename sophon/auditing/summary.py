@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from sophon.auditing import scores
+from sophon.auditing import gap_closed, scores
 from sophon.auditing.knowing import Knowing, knowing_of
 from sophon.auditing.masking import Masking, Norms, Seen
 from sophon.auditing.results import Results, results
@@ -129,9 +129,9 @@ class AuditReport:
                 "attempts": len(self.attempts.table),
                 "seconds_total": float(self.attempts.table["seconds"].sum()),
                 "thresholds": {
-                    "holds_from": scores.HOLDS_FROM,
-                    "no_protection_below": scores.NO_PROTECTION_BELOW,
-                    "middle": scores.MIDDLE,
+                    "holds_from": gap_closed.HOLDS_FROM,
+                    "no_protection_below": gap_closed.NO_PROTECTION_BELOW,
+                    "middle": gap_closed.MIDDLE,
                     "harm_above": HARM_ABOVE,
                 },
                 **{each.name: getattr(self.results, each.name) for each in fields(self.results)},
