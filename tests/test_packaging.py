@@ -25,6 +25,7 @@ def test_wheel_carries_configuration_data_and_licences(tmp_path: Path) -> None:
         "sophon/templates/model_card.md.j2",
         "sophon/report/templates/page.html.j2",
         "sophon/report/templates/page.css.j2",
+        "sophon/report/templates/colours.css.j2",
     ):
         assert path in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

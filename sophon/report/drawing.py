@@ -11,6 +11,7 @@ import re
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -110,6 +111,13 @@ def svg(figure: Figure, description: str) -> str:
     # A size in points would override the page's layout; the viewBox keeps the proportions.
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": printable(description)}
     return ET.tostring(root, encoding="unicode")
+
+
+def standalone(drawing: str) -> str:
+    """Return what `svg` returned as the text of a file, which brings the report's colours, light and dark."""
+    colours = files("sophon.report").joinpath("templates/colours.css.j2").read_text()
+    style = f"<style>{colours}svg {{ background: var(--page); font-family: sans-serif; }}</style>"
+    return re.sub("(<svg )([^>]*>)", rf'\1xmlns="http://www.w3.org/2000/svg" \2\n{style}', drawing, count=1)
 
 
 def _from_page(attributes: dict[str, str], prefix: str) -> None:

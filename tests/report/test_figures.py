@@ -1,9 +1,11 @@
 import re
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 
 from sophon.auditing.table import tabulate, trials_table
+from sophon.report.drawing import standalone
 from sophon.report.figures import band, curve_panels, dot_plot, search_panels
 from tests.auditing.records import ACCURACY, MSE, attempt
 from tests.report.reports import SEARCHES, small
@@ -35,6 +37,9 @@ def test_panels_share_their_axis_and_leave_out_the_empty():
     assert ">scratch</text>" in panels["high"]
     assert re.findall(r">(protected|unprotected|scratch)</text>", panels["low"]) == ["protected"]
     assert curve_panels(attempts, [], ACCURACY) == {}
+    alone = ET.fromstring(standalone(panels["high"]))
+    assert [alone.tag.rpartition("}")[2], alone[0].tag.rpartition("}")[2]] == ["svg", "style"]
+    assert set(re.findall(r"var\((--\w+)\)", standalone(panels["high"]))) <= set(re.findall(r"--\w+", alone[0].text))
 
 
 def test_dot_plot_names_groups_and_attacks():
