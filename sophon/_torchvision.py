@@ -13,10 +13,12 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from sophon.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +30,37 @@ _SCHEMAS = (
 _declared: list[torch.library.Library] = []  # a Library unregisters its schemas when it is collected
 
 
-class _OnFirstImport:
-    """A finder that finds nothing, but declares what torchvision needs when somebody looks for it."""
+class OnFirstImport:
+    """A finder of torchvision alone: it declares what its import needs, and says which pair does not work."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            _declare_operators()
-        return None
+        if name != "torchvision":
+            return None
+        sys.meta_path.remove(self)
+        _declare_operators()
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def explained(module: ModuleType) -> None:
+                try:
+                    execute(module)
+                except Exception as error:  # whatever the first thing that torch lacks leads to
+                    from importlib.metadata import version
+
+                    pair = f"torchvision {version('torchvision')} beside torch {version('torch')}"
+                    raise UserError(
+                        f"{pair} cannot be imported ({one_line(error)}); install a matching pair"
+                    ) from error
+
+            spec.loader.exec_module = explained  # type: ignore[method-assign]
+        return spec
 
 
 def mend_on_import() -> None:
     """Let the first ``import torchvision`` of this process succeed."""
     if "torchvision" not in sys.modules:
-        sys.meta_path.insert(0, _OnFirstImport())
+        sys.meta_path.insert(0, OnFirstImport())
 
 
 def _declare_operators() -> None:

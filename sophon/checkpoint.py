@@ -33,7 +33,7 @@ class Checkpoint:
         spec: its architecture and input.
         manifest: what ``sophon.json`` holds.
         path: the checkpoint's folder.
-        sha256: of the weights file.
+        sha256: of the weights file, or `ModelSpec.sha256` of it.
     """
 
     model: nn.Module
@@ -121,7 +121,7 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     with torch.random.fork_rng(devices=[]):
         model = models.build(spec)
     adapter.load_weights(model, weights, key=key)
-    return Checkpoint(model.eval(), spec, manifest, path, sha256)
+    return Checkpoint(model.eval(), spec, manifest, path, spec.sha256(sha256))
 
 
 def _require(path: Path, name: str, key: str) -> None:

@@ -61,7 +61,7 @@ def open_foreign(path: str | Path, model: ModelConfig, classes: Sequence[str], k
             module, spec = models.create(described(path, model, key), classes)
         sha256 = weights_sha256(models.adapter_of(spec).weights_in(Path(path)))
     manifest = {"foreign": True, "name": Path(path).name, "model": spec.plain(), "weights_sha256": sha256}
-    return Checkpoint(module.eval(), spec, manifest, Path(path), sha256)
+    return Checkpoint(module.eval(), spec, manifest, Path(path), spec.sha256(sha256))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -25,11 +26,16 @@ def from_omegaconf(config: DictConfig) -> Config:
     """
     try:
         data: Any = OmegaConf.to_container(config, resolve=True)
-        if isinstance(data.get("domain"), dict) and isinstance(data["domain"].get("restricted"), dict):
-            data["domain"]["restricted"] = _by_name(data["domain"]["restricted"])
+        if isinstance(domain := data.get("domain"), dict):
+            for role in ("original", "benign"):
+                if isinstance(domain.get(role), dict) and domain[role].get("name", MISSING) == MISSING:
+                    domain[role]["name"] = role
+            if isinstance(domain.get("restricted"), dict):
+                domain["restricted"] = _by_name(domain["restricted"])
         # merged anew: a key appended with `+` has slipped past the types of the composed configuration
         merged = OmegaConf.merge(_schema(Config), data)
         for key in sorted(OmegaConf.missing_keys(merged)):
+            key = re.sub(_ALONE, "", key) if len(merged.domain.restricted) == 1 else key
             raise UserError(f"{key}: missing; give a value")
         typed = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -49,6 +55,10 @@ def from_omegaconf(config: DictConfig) -> Config:
     if size != "1" and typed.verb != "protect":
         raise UserError(f"{typed.verb}: runs as one process, but WORLD_SIZE is {size}; only protect spreads over ranks")
     return typed
+
+
+# the name that a restricted domain has in the typed configuration, but not on the command line if it is the only one
+_ALONE = r"(?<=^domain\.restricted\.)[^.]*\."
 
 
 @cache
@@ -73,7 +83,7 @@ def _by_name(given: dict[str, Any]) -> dict[str, Any]:
     if named and one.items() <= vars(DomainConfig()).items():
         return named
     if name == MISSING:
-        raise UserError("domain.restricted.name: missing; give a value")
+        one["name"] = name = "restricted"
     return {name: one, **named}
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import sophon
 from sophon.api.calls import audit, load, protect
+from sophon.api.inputs import checkpoint_of
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models import describe
@@ -178,6 +179,10 @@ def test_a_frozen_part_that_was_changed_since_is_refused() -> None:
     protection = run("pipeline").protection
     changed_weights(Path("pipeline"))
     checkpoint = protection.reference
+    other = checkpoint_of("pipeline", ORIGINAL, "reference")
+    assert other.sha256 != checkpoint.sha256, "another autoencoder makes another model of the same network"
+    with pytest.raises(UserError, match=r"^reference: its vae is another one than the checkpoint's"):
+        audit(checkpoint, other, ORIGINAL, RESTRICTED, attacks=ATTACKS, settings=SETTINGS)
     with pytest.raises(UserError, match="vae' is not what the model was described with"):
         audit(checkpoint, checkpoint, ORIGINAL, RESTRICTED, attacks=ATTACKS, settings=SETTINGS)
 

@@ -37,10 +37,10 @@ def config(verb: str, **values: Any) -> Config:
         ),
         (
             config("pretrain"),
-            ["domain@domain.original=cifar10_folder"],
+            ["domain@domain.original=folder"],
             [],
             [
-                "next: sophon protect domain@domain.original=cifar10_folder",
+                "next: sophon protect domain@domain.original=folder",
                 "with domain@domain.restricted=NAME for what it must not be fine-tuned for; now it is shoes",
             ],
         ),

@@ -126,6 +126,7 @@ def test_odd_values_arrive_in_what_would_run() -> None:
         ("sampler.optimizers={sgd: [0.1, 0.2]}", "sampler.optimizers", {"sgd": [0.1, 0.2]}),
         ("attack.strategies={one: {lr: 0.1}}", "attack.strategies", {"one": {"lr": 0.1}}),
         ("++sampler.optimizers={}", "sampler.optimizers", {}),
+        ("method.objectives.suppression.weight=2.0", "method.objectives.suppression", {"weight": 2.0}),
     ],
 )
 def test_a_mapping_replaces(override: str, key: str, value: object) -> None:

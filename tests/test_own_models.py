@@ -30,9 +30,9 @@ RUN = (
     "tracking.progress=false",
     "threads=1",
     "name=mine",
-    "domain@domain.original=cifar10_folder",
+    "domain@domain.original=folder",
     "domain.original.root=original",
-    "domain@domain.restricted=objects_a",
+    "domain@domain.restricted=folder",
     "domain.restricted.root=restricted",
     "domain.restricted.classes=null",
 )

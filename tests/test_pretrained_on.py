@@ -116,9 +116,12 @@ def test_what_an_audit_cannot_be_measured_against_is_refused(removed: Path, over
     assert all(word in message for word in words)
 
 
-def test_a_reference_is_not_protected_with_what_its_attackers_will_have(removed: Path) -> None:
-    message = refused(removed, *PROTECT, "run_dir=new", "domain.restricted.split_seed=1")
-    assert message.startswith("reference: it was trained on another split of fashion_shoes_bags")
+@pytest.mark.parametrize("name", ["fashion_shoes_bags", "renamed"])
+def test_a_reference_is_not_protected_with_what_its_attackers_will_have(removed: Path, name: str) -> None:
+    message = refused(
+        removed, *PROTECT, "run_dir=new", "domain.restricted.split_seed=1", f"domain.restricted.name={name}"
+    )
+    assert message.startswith(f"reference: it was trained on another split of {name}")
 
 
 @pytest.mark.parametrize(

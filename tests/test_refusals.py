@@ -28,7 +28,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [
     (PRETRAIN, ("domain.original.per_class=1",), ["domain.original.val_fraction"]),
     (PRETRAIN, ("device=abacus",), ["device", "abacus", "cpu"]),
     (PRETRAIN, ("device=cuda:99",), ["device", "cuda:99"]),
-    (PROTECT, (THREE,), ["'kept'", "5", "3"]),
+    (PROTECT, (THREE, "sampler.heads=[kept]"), ["'kept'", "5", "3"]),
     (PROTECT, ("domain@domain.original=mnist_digits",), ["domain.original", "10 classes", "5", "t_shirt"]),
     (PROTECT, ("domain.original.classes=[trouser,t_shirt,pullover,dress,coat]",), ["domain.original", "trouser"]),
     (PROTECT, ("method.suppression_loss=magic",), ["method.suppression_loss", "magic", "klu"]),

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import module_from_spec
 from pathlib import Path
 
+import pytest
+
+from sophon._torchvision import OnFirstImport
+from sophon.errors import UserError
 from sophon.verbs import VERBS
 from tests.cli_helpers import REPOSITORY
 
@@ -62,3 +67,16 @@ def test_a_verb_waits_for_no_library_before_it_knows_which_it_needs(tmp_path: Pa
     [packages] = loaded(tmp_path, f"{imports}\nimport sys\nprint(*sys.modules, file=sys.stderr)")
     assert "torch" in packages
     assert not packages & LIBRARIES
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    finder = OnFirstImport()
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    spec = finder.find_spec("torchvision", [str(tmp_path)])
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(
+        UserError, match=r"^torchvision .* beside torch .* cannot be imported \(operator .*\); install a m"
+    ):
+        spec.loader.exec_module(module_from_spec(spec))

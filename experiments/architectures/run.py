@@ -93,7 +93,7 @@ def examine(architecture: str, folder: Path) -> dict[str, str]:
     common = (
         "name=x", "model=resnet18", f"model.library={library}", f"model.architecture={architecture}",
         f"++model.model_args={model_args}", f"model.image_size={size}", "tracking=disabled", "threads=1",
-        *(f"domain@domain.{role}=cifar10_folder" for role in ("original", "restricted")),
+        *(f"domain@domain.{role}=folder" for role in ("original", "restricted")),
         *(f"domain.{role}.root={role}" for role in ("original", "restricted")),
     )  # fmt: skip
     steps = {

@@ -84,6 +84,10 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
     relative = opened(config, config.attack.relative, "attack.relative") if config.attack.relative else None
     public = [] if relative is None else [("attack.relative", relative)]
     for key, other in (("reference", reference), *(("filtered", each) for each in filtered), *public):
+        if differing := [name for name, part in spec.frozen.items() if other.spec.frozen.get(name) != part]:
+            raise UserError(
+                f"{key}: its {differing[0]} is another one than the checkpoint's; give the same pipeline, unprotected"
+            )
         if other.spec != spec:
             raise UserError(
                 f"{key}: its model ({other.spec.architecture}, {len(other.spec.classes)} classes) is not built as the "

@@ -25,7 +25,7 @@ from sophon.errors import UserError, one_line
 from sophon.files import sha256_file
 from sophon.foreign import open_foreign
 from sophon.models import AdaptedModel, ModelSpec
-from sophon.models.weights import require_finite
+from sophon.models.weights import load_state
 from sophon.paths import exists
 from sophon.validation import from_omegaconf
 
@@ -106,15 +106,15 @@ def in_memory(model: nn.Module, spec: ModelSpec, manifest: Mapping[str, Any], ke
     """Return a model in memory as a checkpoint that holds a copy of it; its hash is that of the file that it would be.
 
     Raises:
-        UserError: a weight is not finite; the message names ``key``.
+        UserError: a weight is not finite, or the model takes no plain tensors; the message names ``key``.
     """
-    require_finite(model, key)
     module = copy.deepcopy(model).cpu().eval().requires_grad_(True)  # what its owner froze is trained and attacked, too
+    load_state(module, dict(module.state_dict()), key)
     with tempfile.TemporaryDirectory() as folder:
         adapter = models.adapter_of(spec)
         adapter.save(module, Path(folder))
         sha256 = sha256_file(Path(folder) / adapter.weights)
-    return Checkpoint(module, spec, dict(manifest), Path(key), sha256)
+    return Checkpoint(module, spec, dict(manifest), Path(key), spec.sha256(sha256))
 
 
 def config_of(

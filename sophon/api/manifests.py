@@ -60,22 +60,28 @@ def check_pretraining(
     """Refuse a reference that was trained on what its attackers have, and filtered models that saw the domain."""
     for domain in restricted:
         for each in filtered:
-            seen = _trained_on(each)
-            if domain.name in seen or domain.hashes in seen.values():
+            if _splits_seen(each, domain):
                 raise UserError(f"filtered: '{each.path}' was trained on {domain.name}; give one that never saw it")
-        if _trained_on(reference).get(domain.name, domain.hashes) != domain.hashes:
+        if any(hashes != domain.hashes for hashes in _splits_seen(reference, domain)):
             raise UserError(
                 f"reference: it was trained on another split of {domain.name}, and so perhaps on the attacker's "
                 "images; give domain.restricted as pretrain had it"
             )
 
 
-def _trained_on(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return the hashes of the restricted domains whose images a checkpoint was made with, by name."""
+def _splits_seen(checkpoint: Checkpoint, domain: LoadedDomain) -> list[dict[str, str]]:
+    """Return the hashes of a restricted domain's splits, as a checkpoint was made with them; the domain may be renamed.
+
+    Whatever the splits, the test images are the same.
+    """
     manifest = checkpoint.manifest
     made_with = "pretrained_on" in manifest or manifest.get("method") is not None
     seen = manifest["domains"].get("restricted", []) if made_with else []
-    return {each["name"]: each["hashes"] for each in (seen if isinstance(seen, list) else [seen])}
+    return [
+        each["hashes"]
+        for each in (seen if isinstance(seen, list) else [seen])
+        if each["name"] == domain.name or each["hashes"]["test"] == domain.hashes["test"]
+    ]
 
 
 def information_path(stages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -96,10 +102,14 @@ def information_path(stages: Mapping[str, Mapping[str, Any]]) -> str:
     sentence = f"The released weights began as random ones in the stage {later[0]} and were trained on original {reads}"
     answers = "outputs and features" if any("features" in stages[name]["teacher"] for name in later) else "outputs"
     readers = [name for name in later if stages[name]["restricted"]]
-    if readers:
+    compared = [name for name in later if "weights" in stages[name]["teacher"]]
+    if readers or compared:
+        too = f", and on restricted images in the stage {' and '.join(readers)}" if readers else ""
+        ways = ", or through those" if readers else ""
+        ways += f", or through the unprotected weights, which the stage {compared[0]} reads" if compared else ""
         return (
-            f"{sentence}, and on restricted images in the stage {' and '.join(readers)}: what they hold of the "
-            f"restricted domain went through a teacher's {answers} on original images, or through those."
+            f"{sentence}{too}: what they hold of the restricted domain went through a teacher's {answers} on original "
+            f"images{ways}."
         )
     return (
         f"{sentence} alone: what they hold of the restricted domain went through a teacher's {answers} on original "

@@ -72,6 +72,8 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
     )
     original, restricted = protected_domains(config, reference, plan, device)
     check_pretraining(reference, (), restricted)
+    if any(planned.stage.simulates for planned in plan):
+        config = _with_heads_that_fit(config, plan[0].task, reference.model, restricted, ranks)
     identity = {
         **plain(config, "seed", "task", "method", "sampler", "guard"),
         **asked_precision(config),
@@ -84,6 +86,22 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
         require_float32(planned.stage.float32, planned.task)
         planned.stage.check(replace(context, task=planned.task, method=planned.method))
     return Protection(config, reference, plan, context, identity)
+
+
+def _with_heads_that_fit(
+    config: Config, task: Task, model: nn.Module, restricted: Sequence[LoadedDomain], ranks: Ranks
+) -> Config:
+    """Leave ``kept`` out of the simulated heads, and say so, if a domain has more or fewer classes than the model."""
+    heads, outputs = config.sampler.heads, task.adapter.classes_in(model)
+    others = [head for head in heads if head != "kept"]
+    misfit = next((each for each in restricted if outputs and len(each.classes) != outputs), None)
+    if misfit is None or not others or others == heads:
+        return config
+    if ranks.rank == 0:
+        print(
+            f"sampler.heads: 'kept' is left out; {misfit.name} has {len(misfit.classes)} classes, the model {outputs}"
+        )
+    return replace(config, sampler=replace(config.sampler, heads=others))
 
 
 def protected_domains(

@@ -78,8 +78,10 @@ def verdict(results: Results, context: Context, knowing: Knowing) -> Verdict:
         _wearing_off(results) if worst.state in (State.HOLDS, State.WEAKENED) else "",
         _cost(results, context),
     ]
-    sentence = " ".join(filter(None, (_sentence(worst, results), _removal(worst, results))))
-    removal = worst.removal.state if worst.removal else None
+    removal, sentence = worst.removal.state if worst.removal else None, _sentence(worst, results)
+    if removal is not None:
+        both = f"Against scratch it is {worst.state}, against a model that never saw the restricted classes {removal}."
+        sentence = " ".join(filter(None, (both, sentence, _removal(worst, results, context))))
     told = [each for each in findings if each]
     return Verdict(worst.state, removal, sentence, _knowing(knowing, results), basis(results), told)
 
@@ -103,7 +105,7 @@ def _sentence(worst: WorstCase, results: Results) -> str:
     }[worst.state]
 
 
-def _removal(worst: WorstCase, results: Results) -> str:
+def _removal(worst: WorstCase, results: Results, context: Context) -> str:
     """Say what the protected model keeps of what it had learnt, measured against a model that never learnt it."""
     gap, role = worst.removal, results.best_filtered
     if gap is None or role is None:
@@ -114,11 +116,17 @@ def _removal(worst: WorstCase, results: Results) -> str:
         return f"Whether it removes what the model had learnt of the restricted classes cannot be judged: {why}."
     got = "fine-tuning a model that never saw the restricted classes gets to "
     got += format_value(reading.roles[role].mean, results.metric)
-    return {
+    told = {
         State.BROKEN: f"It removes nothing of what the model had learnt of the restricted classes: {got}",
         State.WEAKENED: f"It removes part of what the model had learnt of the restricted classes: {got}",
         State.HOLDS: f"It removes what the model had learnt of the restricted classes: {got}",
     }[gap.state] + f" (R {format_gap(gap, role)})."
+    kept, original = context.intactness, context.filtered.get(role, {}).get("original")
+    if gap.value > 1 and kept and original is not None and kept.metric.sign * (original - kept.after) > 0:
+        values = [format_value(value, kept.metric) for value in (kept.after, original)]
+        told += f" On the original domain it has {values[0]}, that model {values[1]}: "
+        told += "its features may just be less trained."
+    return told
 
 
 def _knowing(knowing: Knowing, results: Results) -> str:

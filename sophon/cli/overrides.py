@@ -157,6 +157,7 @@ def _kind_at(key: str, node: object) -> type | None:
 def _is_open(config: DictConfig, key: str) -> bool:
     """Return whether ``key`` is one of what stands in the configuration under a name of the user's."""
     parent, _, last = key.rpartition(".")
-    known = find(key)
+    known, around = find(key), find(parent)
     named = known is not None and ANY in known.name and known.name.rpartition(".")[2] == last
-    return named and OmegaConf.select(config, parent) is not None
+    of_a_stage = around is not None and ANY in around.name and around.type is Any  # or of an objective: they check it
+    return (named or of_a_stage) and OmegaConf.select(config, parent) is not None

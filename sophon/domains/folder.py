@@ -44,7 +44,8 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
         folders = [path.name for path in entries(root, key) if is_folder(path, key)] if is_folder(root, key) else []
         only = f", only {escaped(few(folders))}" if folders else ""
         raise UserError(
-            f"{key}: there is no folder {missing} in {root}{only}; give root/train/CLASS and root/test/CLASS"
+            f"{key}: there is no folder {missing} in {root}{only}; give root/train/CLASS/IMAGE and "
+            f"root/test/CLASS/IMAGE, or {METADATA_FILES[0]} in root/train and in root/test"
         )
     train, test = _Side(root / "train", key), _Side(tests[0], key)
     if config.labels == "none" and not train.folders:

@@ -17,9 +17,9 @@ from sophon import paths
 from sophon.errors import UserError, one_line
 from sophon.files import read_json, sha256_file
 from sophon.models.common import imported, quiet
+from sophon.models.pipeline import CONFIG
 from sophon.models.weights import PICKLES, refuse_pickle
 
-_INDEX = "model_index.json"
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # what a part's folder may hold of use; a half-precision variant is read where there is nothing else
@@ -43,7 +43,7 @@ class FrozenParts:
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        return dict(read_json(self._folder / _INDEX))
+        return dict(read_json(self._folder / CONFIG))
 
     @property
     def _encoders(self) -> list[str]:

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
-from sophon.files import read_json, write_text
+from sophon.files import write_text
 from sophon.models.adapter import Card
 from sophon.models.common import check_input
 from sophon.models.frozen import AUTOENCODERS, TEXT_ENCODERS, FrozenParts, check_part, copy_part, part_sha256
 from sophon.models.noise import read_schedule
 from sophon.models.partition import Block
-from sophon.models.pipeline import SCHEDULER, key_of
+from sophon.models.pipeline import CONFIG, SCHEDULER, key_of, read_settings
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import find_weights, load_state, read_state
 from sophon.tensor_files import write_tensors
 
-_INDEX = "model_index.json"
 LOADING = """\
 from diffusers import DiffusionPipeline
 
@@ -36,7 +35,7 @@ class TextToImageAdapter:
     """The `UNet2DConditionModel` of Stable Diffusion 1.x, 2.x or XL; nothing of it belongs to a domain."""
 
     kind = "denoising"
-    settings = _INDEX
+    settings = CONFIG
     part, network = "unet", "UNet2DConditionModel"
     weights = "unet/diffusion_pytorch_model.safetensors"
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -57,7 +56,7 @@ class TextToImageAdapter:
                 "the folder of its pipeline"
             )
         folder, where = Path(config.weights), f"{key_of(config)}: '{config.weights}'"
-        index = _read(where, folder / _INDEX)
+        index = read_settings(where, folder, CONFIG)
         cls._check_index(where, index)
         network, size, channels = cls._network(where, folder)
         asked = (config.image_size, config.channels)
@@ -69,7 +68,7 @@ class TextToImageAdapter:
         frozen = [name for name in frozen if name not in (cls.part, "scheduler")]
         for name in frozen:
             check_part(folder / name, where)
-        scheduler = _read(where, folder / SCHEDULER)
+        scheduler = read_settings(where, folder, SCHEDULER)
         schedule = read_schedule(f"{where}: {Path(SCHEDULER).name}", index["scheduler"][1], scheduler)
         spec = ModelSpec(
             library="diffusers",
@@ -82,7 +81,7 @@ class TextToImageAdapter:
             model_args=network,
             scheduler=schedule | {"clip_sample": False},  # latents may lie outside -1 .. 1
             frozen={name: part_sha256(folder / name) for name in frozen},
-            files={name: (folder / name).read_text() for name in (_INDEX, SCHEDULER)},
+            files={name: (folder / name).read_text() for name in (CONFIG, SCHEDULER)},
             folder=str(folder),
         )
         adapter = cls(spec)
@@ -107,7 +106,7 @@ class TextToImageAdapter:
     @classmethod
     def _network(cls, where: str, folder: Path) -> tuple[dict[str, Any], int, int]:
         """Return the network's arguments, and the size and the channels of the images that the pipeline makes."""
-        settings, vae = (_read(where, folder / name / "config.json") for name in (cls.part, "vae"))
+        settings, vae = (read_settings(where, folder, f"{name}/config.json") for name in (cls.part, "vae"))
         network = {name: value for name, value in settings.items() if not name.startswith("_")}
         latent, size = vae.get("latent_channels", 4), network.get("sample_size")
         if not isinstance(size, int):
@@ -256,12 +255,3 @@ class TextToImageAdapter:
             f"Images: {images}; latents: {latents}. Noise schedule: {steps} steps; the network predicts `{predicted}`.",
             f"Only the `{self.part}` was trained; released as they were: {frozen}.",
         )
-
-
-def _read(where: str, path: Path) -> dict[str, Any]:
-    if not paths.is_file(path):
-        raise UserError(f"{where} holds no {path.parent.name}/{path.name}; give the folder of a whole pipeline")
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"{where}: {path.name} is not a JSON object; give a pipeline that diffusers saved")
-    return settings

@@ -67,6 +67,21 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"model.pretrained: no pipeline '{name}': {one_line(error)}") from error
 
 
+def read_settings(where: str, folder: Path, name: str) -> dict[str, Any]:
+    """Read one of a pipeline's JSON files.
+
+    Raises:
+        UserError: it is not there or no object; the message begins with ``where``.
+    """
+    path = within(folder, name)
+    if not paths.is_file(path):
+        raise UserError(f"{where} holds no {name}; give the folder of a whole diffusers pipeline")
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: {name} is not a JSON object; give a pipeline that diffusers saved")
+    return settings
+
+
 def network_of(folder: Path) -> str | None:
     """Name the class of the network that a pipeline trains, by its index."""
     index = read_json(folder / CONFIG)
@@ -95,7 +110,7 @@ def describe(folder: Path, config: ModelConfig) -> ModelConfig:
         UserError: the folder holds no network's configuration, or one without a size in pixels.
     """
     where = f"'{folder}'"
-    network = _read_settings(where, within(folder, UNET))
+    network = read_settings(where, folder, UNET)
     size, channels = network.get("sample_size"), network.get("in_channels", 3)
     if isinstance(size, list) and len(set(size)) == 1:
         size = size[0]
@@ -129,9 +144,9 @@ def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> Pipeline:
         UserError: the folder is no pipeline of an `ARCHITECTURE` with DDPM's noise, or not of what is asked for.
     """
     where = f"{key_of(config)}: '{folder}'"
-    index = _read_settings(where, folder / CONFIG)
+    index = read_settings(where, folder, CONFIG)
     _check_index(where, index)
-    network = _read_settings(where, within(folder, UNET))
+    network = read_settings(where, folder, UNET)
     size = network.get("sample_size")
     channels = network.get("in_channels", 3), network.get("out_channels", 3)
     if channels != (config.channels,) * 2 or size not in (config.image_size, [config.image_size] * 2):
@@ -143,7 +158,7 @@ def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> Pipeline:
     settings = {name: value for name, value in network.items() if not name.startswith("_") and name not in RESERVED}
     if network.get("num_class_embeds"):
         settings["num_class_embeds"] = classes
-    scheduler = _read_settings(where, within(folder, SCHEDULER))
+    scheduler = read_settings(where, folder, SCHEDULER)
     schedule = read_schedule(f"{where}: {Path(SCHEDULER).name}", index["scheduler"][1], scheduler)
     return Pipeline(settings, schedule, {name: within(folder, name).read_text() for name in (CONFIG, SCHEDULER)})
 
@@ -171,14 +186,3 @@ def _check_classes(where: str, network: Mapping[str, Any], config: ModelConfig, 
         )
     if config.class_conditional and not embedded:
         raise UserError(f"model.class_conditional: true, but {where} has no classes; leave it out")
-
-
-def _read_settings(where: str, path: Path) -> dict[str, Any]:
-    if not paths.is_file(path):
-        raise UserError(
-            f"{where} holds no {path.name}; give the folder of a diffusers pipeline, or a .safetensors file"
-        )
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"{where}: {path.name} is not a JSON object; give a pipeline that diffusers saved")
-    return settings

@@ -24,6 +24,15 @@ from {module} import {name}
 model = {name}({arguments}).eval()
 model.load_state_dict(load_file("PATH/model.safetensors"))"""
 
+# of what only its owner can build: a Sequential, a class inside a function or a script, a changed model of a library
+_LOADING_UNNAMED = """\
+import torch
+from safetensors.torch import load_file
+
+model = ...  # a {name} that its author built; no import builds it, so ask for that code
+model.eval()
+model.load_state_dict(load_file("PATH/model.safetensors"))"""
+
 
 class PythonAdapter(ClassifierAdapter):
     """A classifier that is no library's: ``architecture`` is the dotted path of what builds it with ``model_args``."""
@@ -111,10 +120,18 @@ class PythonAdapter(ClassifierAdapter):
         return self.spec.head
 
     def loading(self) -> str:
-        """Return the lines that build it by its dotted path."""
+        """Return the lines that build it by its dotted path, where that builds it."""
         module, _, name = self.spec.architecture.replace(":", ".").rpartition(".")
+        if module == "__main__" or not self._is_built_by_its_path():
+            return _LOADING_UNNAMED.format(name=name)
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.spec.model_args.items())
         return _LOADING.format(module=module, name=name, arguments=arguments)
+
+    def _is_built_by_its_path(self) -> bool:
+        try:
+            return self.spec.head in dict(outline(self.rebuilt).named_modules())
+        except UserError:
+            return False
 
 
 def unbuildable() -> nn.Module:

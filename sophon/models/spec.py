@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -52,6 +53,12 @@ class ModelSpec:
     def plain(self) -> dict[str, Any]:
         """Return the fields as plain JSON data, but for the factory and the folder, which are of this process."""
         return {name: value for name, value in asdict(self).items() if name not in ("factory", "folder")}
+
+    def sha256(self, weights: str) -> str:
+        """Return what identifies the whole model: the sha256 of its weights, with those of frozen parts if any."""
+        if not self.frozen:
+            return weights
+        return hashlib.sha256(repr([weights, sorted(self.frozen.items())]).encode()).hexdigest()
 
     def config(self) -> ModelConfig:
         """Return the ``model`` group that describes this model; it names no weights."""

@@ -148,7 +148,8 @@ def load_state(
         module.load_state_dict(tensors)
     except Exception as error:  # a module may ask for what only a pickle holds, as torchvision's MNASNet does
         raise UserError(
-            f"{where}: the model does not take plain tensors ({one_line(error)}); choose another"
+            f"{where}: the model cannot be loaded from plain tensors, which is what safetensors files hold "
+            f"({one_line(error)}); choose another architecture"
         ) from error
 
 

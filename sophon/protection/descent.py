@@ -53,13 +53,14 @@ class Descent:
         self.name = name
         self.terms = terms
         self.optimizer = optimizer
+        self._rates = [group["lr"] for group in optimizer.param_groups]
 
-    def descend(self, steps: int, rate: Callable[[int], float], *key: object) -> float:
+    def descend(self, steps: int, factor: Callable[[int], float], *key: object) -> float:
         """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
 
         Args:
             steps: how many.
-            rate: the learning rate at step 0 .. steps - 1.
+            factor: on the learning rate of each of the optimizer's parameter groups, at step 0 .. steps - 1.
             key: what the batches depend on besides the seed.
 
         Raises:
@@ -68,8 +69,8 @@ class Descent:
         streams, parameters = self._begin(key)
         total = 0.0
         for step in range(steps):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate(step)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * factor(step)
             loss, gradients = self._gradients(streams, parameters)
             for name, parameter in parameters.items():
                 set_gradient(parameter, gradients[name])

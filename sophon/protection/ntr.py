@@ -40,9 +40,8 @@ class NTR(Descent):
         Raises:
             UserError: the loss is not finite.
         """
-        full = self.context.method.ntr_lr * factor
         return self.descend(
-            steps, lambda step: full * (0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0), *key
+            steps, lambda step: factor * (0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0), *key
         )
 
     def _loss(self, model: nn.Module, part: Batch) -> Tensor:

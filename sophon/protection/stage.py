@@ -44,7 +44,8 @@ class Information:
         restricted: what it read of the restricted domains, likewise.
         teacher: whose answers it learnt on those images: ``none``; ``reference``, the unprotected model's; or ``stage
             before``, those of what the last stage within the guard's tolerance released; with ``, features too`` where
-            its features were learnt besides its outputs.
+            its features were learnt besides its outputs, and ``, weights too`` or ``, weights alone`` where its
+            weights were read.
     """
 
     start: str = "given"

@@ -22,7 +22,7 @@ from sophon.seeds import derive_seed
 class Training(Stage):
     """A round is ``ntr_steps`` steps on `terms` with `optimizer`.
 
-    The rate is ``ntr_lr`` along ``schedule``, which counts the steps of all rounds of the stage.
+    The optimizer's rates follow ``schedule``, which counts the steps of all rounds of the stage.
     """
 
     def terms(self, context: Context) -> Sequence[Term]:
@@ -53,7 +53,7 @@ class Training(Stage):
         """Take the steps of a round."""
         method, steps = context.method, context.ntr_steps
         schedule, whole = SCHEDULES[method.schedule], max(1, method.rounds * steps)
-        return {"loss": self.work.descend(steps, lambda i: method.ntr_lr * schedule(number * steps + i, whole), number)}
+        return {"loss": self.work.descend(steps, lambda i: schedule(number * steps + i, whole), number)}
 
     def roll_back(self) -> None:
         """Forget the optimizers' states."""

@@ -62,8 +62,9 @@ class Distance(Training):
             return {**row, "distance": float(distance(context.model, context.reference))}
 
     def information(self, context: Context) -> Information:
-        """Return that original images alone were read."""
-        return Information(restricted=(), teacher="reference" if context.method.distillation else "none")
+        """Return that original images and the reference's weights were read."""
+        read = "weights too" if context.method.distillation else "weights alone"
+        return Information(restricted=(), teacher=f"reference, {read}")
 
 
 def distance(model: nn.Module, reference: nn.Module) -> Tensor:

@@ -52,6 +52,9 @@ class Reinitialise(Stage):
     def check(self, context: Context) -> None:
         """Raise a `UserError` if the model cannot be built anew, or has fewer blocks."""
         super().check(context)
+        if self.config.which == "agreeing" and context.task.reads_labels:
+            for domain in context.restricted:
+                context.task.start_head(context.model, "kept", domain.classes)
         self._masks(context)
         fresh(context)
 

@@ -212,6 +212,6 @@ class ClassificationTask:
         if outputs != len(classes):
             raise UserError(
                 f"head: 'kept' needs as many classes as the model has, but the model has {outputs} and the restricted "
-                f"domain {len(classes)}; use head fresh or probed (sampler.heads=[fresh,probed]), "
+                f"domain {len(classes)}; use head fresh or probed, "
                 f"or choose {outputs} of its classes"
             )

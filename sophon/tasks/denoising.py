@@ -290,6 +290,6 @@ class DenoisingTask:
         elif count and count != len(classes):
             raise UserError(
                 f"head: 'kept' needs as many classes as the model has, but the model has {count} and the restricted "
-                f"domain {len(classes)}; use head fresh or probed (sampler.heads=[fresh,probed]), "
+                f"domain {len(classes)}; use head fresh or probed, "
                 f"or choose {count} of its classes"
             )

@@ -46,7 +46,24 @@ def test_both_yardsticks_are_in_the_sentence(protected, filtered, error, removal
     assert found.removal == removal
     assert "training from scratch to 40.0 %" in found.sentence
     assert sentence in found.sentence
+    assert found.sentence.startswith(f"Against scratch it is {found.word}, against a model that never saw the ")
+    assert f" restricted classes {removal}. " in found.sentence
     assert verdict(trio("a", protected, 80.0, 40.0)).removal is None
+
+
+@pytest.mark.parametrize(
+    ("protected", "original", "said"),  # the protected model has 73.0 there
+    [
+        (55.0, 75.0, "it has 73.0 %, that model 75.0 %: its features may just be less trained."),
+        (55.0, 72.0, ""),
+        (60.5, 75.0, ""),
+    ],
+)
+def test_removal_above_one_by_less_trained_features_is_said(protected, original, said):
+    attempts = [*trio("a", protected, 80.0, 40.0), attempt("a", "filtered", 60.0)]
+    sentence = verdict(attempts, filtered={"filtered": {"original": original}}).sentence
+    assert sentence.endswith(said)
+    assert ("less trained" in sentence) == bool(said)
 
 
 def with_filtered(attack, *values, filtered, **more):

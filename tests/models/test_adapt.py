@@ -90,6 +90,20 @@ def test_a_changed_model_of_torchvision_is_a_module_like_any_other() -> None:
     assert (of.library, of.head, of.channels, of.mean) == ("python", "fc.1", 3, (0.5, 0.5, 0.5))
 
 
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (GroupNormNet(), "model = GroupNormNet().eval()"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(256, 3)),
+            "model = ...  # a Sequential that its author built",
+        ),
+    ],
+)
+def test_the_card_says_how_to_build_it_or_that_only_its_author_can(module: nn.Module, line: str) -> None:
+    assert line in adapter_of(adapt(module, **INPUT).spec).card().loading
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 PLAIN = {"library": "timm", "architecture": "resnet18", "image_size": 32}

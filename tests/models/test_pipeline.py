@@ -133,7 +133,7 @@ def truncate(folder: Path) -> None:
         (edit("scheduler/scheduler_config.json", _class_name="ScoreSdeVeScheduler"), {}, "scheduler ScoreSdeVeSched"),
         (edit("scheduler/scheduler_config.json", prediction_type="flow"), {}, "scheduler_config.json.prediction_type"),
         (rename("model_index.json", "index.json"), {}, "^model.weights: .* holds no model_index.json; give the folder"),
-        (rename("scheduler/scheduler_config.json", "x"), {}, "^model.weights: .* holds no scheduler_config.json"),
+        (rename("scheduler/scheduler_config.json", "x"), {}, "^model.weights: .* holds no scheduler/scheduler_config"),
         (
             rename(WEIGHTS, "unet/diffusion_pytorch_model.bin"),
             {},

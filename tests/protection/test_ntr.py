@@ -15,13 +15,14 @@ from sophon.config import MethodConfig
 from sophon.domains import batches
 from sophon.errors import UserError
 from sophon.losses import distillation, well_conditioning
+from sophon.protection.descent import Descent, Term
 from sophon.protection.inner_loop import Objective
 from sophon.protection.ntr import NTR
 from sophon.protection.objectives.condition import Condition
 from sophon.protection.optimizer_state import defenders_adam, set_gradient
 from sophon.seeds import derive_seed
 from sophon.tasks import ClassificationTask, Task
-from tests.protection.staged import context, training
+from tests.protection.staged import ORIGINAL, context, training
 from tests.tiny import (
     assert_same_state,
     state_of,
@@ -96,6 +97,15 @@ def test_annealing_and_factor_last_for_one_run() -> None:
     assert ntr.optimizer.param_groups[0]["lr"] == 0.5 * METHOD.ntr_lr
     ntr.run(1, 3)
     assert ntr.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
+
+
+def test_each_group_of_parameters_keeps_its_own_rate() -> None:
+    at = context(tiny_model(1))
+    first, *others = at.model.parameters()
+    adam = torch.optim.Adam([{"params": [first], "lr": 1e-4}, {"params": others}], lr=1e-3)
+    term = Term(ORIGINAL["train"], 4, "method.ntr_batch_size", at.task.original_loss)
+    Descent(at, "mine", [term], adam).descend(2, lambda step: 0.5)
+    assert [group["lr"] for group in adam.param_groups] == [0.5e-4, 0.5e-3]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.8])

@@ -24,7 +24,7 @@ from sophon.stages.reinitialise import Reinitialise, ReinitialiseConfig
 from sophon.stages.unlearn import Unlearn, UnlearnConfig
 from sophon.tasks import ClassificationTask
 from tests.protection.staged import METHOD, ORIGINAL, RESTRICTED, Scripted, context, rows, runner
-from tests.tiny import assert_same_state, state_of, tiny_denoising, tiny_model, tiny_spec, tiny_unet
+from tests.tiny import assert_same_state, state_of, tiny_denoising, tiny_model, tiny_spec, tiny_task, tiny_unet
 
 BATCH = Batch(RESTRICTED["query"].in_memory().images, RESTRICTED["query"].in_memory().labels)
 
@@ -176,6 +176,13 @@ def test_refusals(stages: dict[str, Any], changes: dict[str, Any], words: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_agreeing_gradients_of_a_loss_that_reads_labels_need_an_output_a_class() -> None:
+    domain = replace(RESTRICTED, classes=("a", "b", "c", "d"))
+    at = context(tiny_model(), tiny_task("negative_ce"), restricted=[domain])
+    with pytest.raises(UserError, match=r"^head: 'kept' needs as many classes as the model has, but the model has 3"):
+        Reinitialise(ReinitialiseConfig(which="agreeing")).check(at)
+
+
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
@@ -210,6 +217,10 @@ FRESH, READS = Information("fresh", ("images",), (), "stage before"), Informatio
         ({"unlearn": READS, "distil": FRESH}, "trained on original images alone: what they hold"),
         ({"distil": FRESH, "mine": replace(FRESH, start="given", original=("labels",))}, "original images and labels"),
         ({"distil": FRESH, "alternate": READS}, "and on restricted images in the stage alternate"),
+        (
+            {"distil": FRESH, "distance": replace(FRESH, start="given", teacher="reference, weights alone")},
+            "or through the unprotected weights, which the stage distance reads",
+        ),
     ],
 )
 def test_the_information_path_in_words(stages: dict[str, Information], words: str) -> None:
