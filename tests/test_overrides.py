@@ -136,21 +136,6 @@ def test_a_mapping_replaces(override: str, key: str, value: object) -> None:
     assert config == value
 
 
-def test_a_search_of_ones_own_is_a_mapping() -> None:
-    search = composed("+attack.search.mine={trials: 3, optimizers: {sgd: [0.1, 1.0]}}", "attack.search.mine.seeds=1")
-    assert {key: search["attack"]["search"]["mine"][key] for key in ("trials", "seeds", "sampler", "optimizers")} == {
-        "trials": 3,
-        "seeds": 1,
-        "sampler": "tpe",
-        "optimizers": {"sgd": [0.1, 1.0]},
-    }
-
-
-def test_a_mapping_of_declared_keys_leaves_the_others_at_their_defaults() -> None:
-    masking = composed("attack=quickstart", "attack.masking={steps: 3}")["attack"]["masking"]
-    assert masking == {"heads": ["fresh", "kept"], "steps": 3, "batches": 2}
-
-
 def test_later_overrides_add_to_a_mapping_that_replaced() -> None:
     config = composed("sampler.optimizers={sgd: [0.1, 0.2]}", "+sampler.optimizers.adam=[0.1,0.1]")
     assert config["sampler"]["optimizers"] == {"sgd": [0.1, 0.2], "adam": [0.1, 0.1]}

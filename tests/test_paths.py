@@ -68,17 +68,3 @@ def test_a_folder_that_may_not_be_searched(tree: Path, ask: Callable, monkeypatc
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(UserError, match=rf"^cannot read {re.escape(str(tree))}: Permission denied$"):
         ask(tree)
-
-
-def test_entries_are_sorted(tree: Path) -> None:
-    assert [path.name for path in paths.entries(tree)] == ["broken", "file", "folder", "link", "loop"]
-
-
-def test_explained_leaves_other_errors_alone(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), paths.explained(tmp_path, "read"):
-        raise KeyError
-    with (
-        pytest.raises(UserError, match=r"^a.b: cannot write .*: no such file or folder$"),
-        paths.explained(tmp_path, "write", "a.b"),
-    ):
-        (tmp_path / "none").read_bytes()

@@ -16,12 +16,12 @@ from sophon.api.common import doubt, measured
 from sophon.api.protect import lost_on_test
 from sophon.attacker import FineTuneStrategy
 from sophon.config import GuardConfig
-from sophon.domains import ImageSet, LoadedDomain, MemoryImages
+from sophon.domains import ImageSet, LoadedDomain
 from sophon.errors import UserError
 from sophon.finetune import rehearse
 from sophon.models import ModelSpec, build
 from sophon.models.weights import load_state
-from sophon.tasks import ClassificationTask, Task
+from sophon.tasks import Task
 from tests.tiny import (
     CLASSES,
     SIZE,
@@ -119,20 +119,6 @@ def test_a_loss_of_the_callers_is_what_is_rehearsed() -> None:
     rehearse(tiny_unet(), strategy(), tiny_denoising(), IMAGES, "k")
 
 
-@pytest.mark.parametrize(("architecture", "size", "larger"), [("googlenet", 32, None), ("inception_v3", 75, 300)])
-def test_auxiliary_heads_are_no_obstacle_but_may_need_larger_images(
-    architecture: str, size: int, larger: int | None
-) -> None:
-    spec = ModelSpec("torchvision", architecture, CLASSES, 3, size, (0.5,) * 3, (0.25,) * 3, {"init_weights": False})
-    images = MemoryImages(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), CLASSES)
-    model, task = build(spec), ClassificationTask(spec)
-    if larger is None:
-        rehearse(model, strategy(), task, images, "k")
-        return
-    with pytest.raises(UserError, match=rf"model.image_size: {size} is too small .* {larger} works"):
-        rehearse(model, strategy(), task, images, "k")
-
-
 def kinds() -> list[tuple[nn.Module, Task]]:
     return [(tiny_model(), tiny_task()), (tiny_unet(), tiny_denoising())]
 
@@ -182,12 +168,6 @@ def test_a_model_that_guesses_is_doubted_and_one_that_knows_is_not() -> None:
         swapped.fc.weight.copy_(model.fc.weight.roll(1, 0))
         swapped.fc.bias.copy_(model.fc.bias.roll(1, 0))
     assert doubt(tiny_task(), swapped, domain, "reference") is not None
-
-
-def test_chance_is_the_commonest_class_within_the_binomial_error() -> None:
-    labels = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)
-    images = MemoryImages(torch.zeros(12, 1, SIZE, SIZE, dtype=torch.uint8), labels, CLASSES)
-    assert tiny_task().chance(images) == pytest.approx((50.0, 100 * math.sqrt(0.25 / 12), 12))
 
 
 def test_a_denoiser_that_predicts_nothing_is_doubted() -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 
 from sophon.errors import UserError
 from sophon.files import read_json
-from sophon.locks import lock
 from sophon.run_folder import owned, owned_place, run_folder
 
 IDENTITY: dict[str, Any] = {"seed": 1, "model": {"architecture": "resnet18", "args": [1, 2]}}
@@ -166,25 +164,6 @@ def test_threads_of_one_process_are_two_owners(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("sophon.locks._PATIENCE", 0.1)
     with owned(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"), owned(tmp_path):
         pass
-
-
-def test_who_waits_comes_next_and_locks_never_overlap(tmp_path: Path) -> None:
-    inside, overlaps, rounds = [], [], 25
-
-    def work() -> None:
-        for _ in range(rounds):
-            with lock(tmp_path / "lock", wait=True):
-                inside.append(1)
-                overlaps.append(len(inside))
-                inside.pop()
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert overlaps == [1] * 4 * rounds
-    assert not (tmp_path / "lock").exists()
 
 
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

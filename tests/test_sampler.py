@@ -66,14 +66,6 @@ def test_draws_lie_in_the_support(config: SamplerConfig, seed: int) -> None:
         assert config.steps[0] <= strategy.steps <= config.steps[1]
 
 
-@given(configs, st.integers(0, 2**63 - 1))
-def test_draws_depend_on_the_generator_alone(config: SamplerConfig, seed: int) -> None:
-    sampler = StrategySampler(config)
-    first = sampler.sample(seeded(seed))
-    torch.manual_seed(seed % 1000)
-    assert StrategySampler(replace(config)).sample(seeded(seed)) == first
-
-
 def test_rates_are_log_uniform() -> None:
     sampler, generator = StrategySampler(small(optimizers={"adam": [1e-5, 1e-1]})), seeded()
     exponents = torch.tensor([math.log10(sampler.sample(generator).lr) for _ in range(4000)])
@@ -112,18 +104,11 @@ def test_surgery_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed:
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
-        ("sampler.optimizers", {"optimizers": {}}),
-        ("sampler.optimizers", {"optimizers": {"adam": None}}),
-        *(("sampler.optimizers", {"optimizers": {name: [0.1, 0.2]}}) for name in ("lion", "kfac", "torch.optim.NAdam")),
+        *(("sampler.optimizers", {"optimizers": bad}) for bad in ({}, {"adam": None}, {"lion": [0.1, 0.2]})),
         *(
             ("sampler.optimizers.adam", {"optimizers": {"adam": limits}})
-            for limits in ([], [0.1], [0.1, 0.2, 0.3], [0.0, 0.1], [-0.1, 0.1], [0.2, 0.1])
+            for limits in ([], [0.1], [0.1, 0.2, 0.3], [0.0, 0.1], [0.2, 0.1], [math.nan, 1.0], [0.1, math.inf])
         ),
-        *(
-            ("sampler.optimizers.adam", {"optimizers": {"adam": limits}})
-            for limits in ([math.nan, 1.0], [0.1, math.nan])
-        ),
-        ("sampler.optimizers.adam", {"optimizers": {"adam": [0.1, math.inf]}}),
         *(("sampler.steps", {"steps": limits}) for limits in ([], [5], [0, 5], [6, 5], [1, 2, 3])),
         *(
             (f"sampler.{name}", {name: []})

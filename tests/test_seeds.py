@@ -6,7 +6,7 @@ import torch
 
 from sophon.devices import resolve_device
 from sophon.errors import UserError
-from sophon.seeds import derive_seed, seed_all, seed_torch
+from sophon.seeds import derive_seed, seed_all
 
 
 def test_derived_seeds_are_pinned_distinct_and_in_range():
@@ -49,10 +49,3 @@ def test_devices(monkeypatch):
 def test_unknown_devices_are_refused(name):
     with pytest.raises(UserError, match=f"device: '{name}' is not known; allowed: auto, cpu, cuda"):
         resolve_device(name)
-
-
-def test_seed_torch_draws_what_torch_manual_seed_draws():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    seed_torch(5)
-    assert torch.equal(torch.rand(3), expected)

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sophon import cli  # noqa: F401  (tells Hydra the schema)
-from sophon.config.shipped import STANDARD, USUAL, chosen, conf_dir
+from sophon.config.shipped import chosen, conf_dir
 from sophon.errors import UserError
 
 PLAIN = ["guard=relative", "method=mlac", "pretrain=adam_ema", "sampler=tar", "task=denoising"]
@@ -25,12 +25,6 @@ def test_a_choice_is_composed_as_by_hydra(choice: str) -> None:
     # the schema adds its defaults, the file's own keys are all there
     assert OmegaConf.to_container(composed) == OmegaConf.to_container(OmegaConf.merge(composed, ours))
     assert ours.get("strategies", {}).keys() == composed.get("strategies", {}).keys()
-
-
-def test_what_is_usual_exists() -> None:
-    for kind, usual in USUAL.items():
-        for group, choice in {**usual, "attack": STANDARD[kind]}.items():
-            assert chosen(group, choice)
 
 
 @pytest.mark.parametrize(

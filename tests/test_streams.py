@@ -19,8 +19,13 @@ sys.exit(7)
 """
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1:strict"])
-@pytest.mark.parametrize("to", ["read", "/dev/full", "broken pipe", "closed"])
+@pytest.mark.parametrize(
+    ("to", "encoding"),
+    [
+        *(("read", each) for each in ("ascii", "latin-1:strict")),
+        *((to, "ascii") for to in ("/dev/full", "broken pipe", "closed")),
+    ],
+)
 def test_the_exit_code_is_that_of_the_work(tmp_path: Path, encoding: str, to: str) -> None:
     script = tmp_path / "talk.py"
     script.write_text(TALK)

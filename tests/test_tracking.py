@@ -122,21 +122,6 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsy
     ]
 
 
-def test_many_steps_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
-    with Tracker(progress=True).progress("audit", 8) as advance:
-        clock[0] = 20.0
-        advance(steps=4)
-    assert capsys.readouterr().err == "audit 4/8, 20 s, ETA 20 s\n"
-
-
-def test_nothing_left_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(progress=True).progress("audit", 3, done=3):
-        pass
-    assert capsys.readouterr().err == ""
-
-
 def test_bar_on_a_terminal() -> None:
     tracker, screen = Tracker(progress=True), io.StringIO()
     tracker._console = Console(file=screen, force_terminal=True, width=120)
@@ -157,9 +142,3 @@ def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tracker.log({"loss": 0.5}, 1)
     tracker.close()
     assert list(tmp_path.rglob("*.wandb"))
-
-
-def test_a_long_line_stays_one_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "left out: " + "word " * 60 + "end"
-    Tracker(progress=True).say(line)
-    assert capsys.readouterr().err == f"{line}\n"

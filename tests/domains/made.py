@@ -1,4 +1,4 @@
-"""The same images, as every source has them."""
+"""The same images, as every source has them; small image files of any kind; and what loading them gives."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
 from sophon.config import DomainConfig
-from sophon.domains import Domain, LoadedDomain, load_restricted
+from sophon.domains import Domain, LoadedDomain, load_restricted, load_source
+from sophon.domains.sources import Loaded
+from sophon.errors import UserError
 
 SIDE = 28
 COUNTS = {"train": 24, "test": 6}
@@ -88,19 +91,30 @@ def write_folder(root: Path) -> DomainConfig:
     return write_files(root, lambda side, number, label: f"{side}/{label}/{number:02}.png")
 
 
-def write_listed(root: Path, write: Callable[[Path, list[dict[str, Any]]], None]) -> DomainConfig:
-    config = write_files(root, lambda side, number, label: f"{side}/all/{number:02}.png")
+def write_listed(
+    root: Path, write: Callable[[Path, list[dict[str, Any]]], None], *, labels: bool = True, captions: bool = False
+) -> DomainConfig:
+    """Write images with a list beside them; classes are in the list, or else in the folders' names."""
+
+    def name(number: int, label: int) -> str:
+        return f"{'all' if labels else label}/{number:02}.png"
+
+    config = write_files(root, lambda side, number, label: f"{side}/{name(number, label)}")
     for side in COUNTS:
-        rows = [
-            {"file_name": f"all/{number:02}.png", "label": int(label)} for number, label in enumerate(pixels(side)[1])
-        ]
+        rows: list[dict[str, Any]] = []
+        for number, label in enumerate(pixels(side)[1]):
+            rows.append({"file_name": name(number, label)})
+            if labels:
+                rows[-1]["label"] = int(label)
+            if captions:
+                rows[-1]["text"] = f"{side} {number}"
         write(root / side, rows)
     return config
 
 
 def write_csv(folder: Path, rows: list[dict[str, Any]]) -> None:
     with (folder / "metadata.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ["file_name", "label"])
+        table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
 
@@ -139,3 +153,31 @@ def of(make: Callable[[str], Any], **settings: Any) -> Callable[[Path], DomainCo
 
 def loaded(config: DomainConfig, memory_gb: float = 1.0, load: Any = load_restricted) -> LoadedDomain:
     return load(config, image_size=SIDE, channels=1, where="it", memory_gb=memory_gb)
+
+
+def save_image(path: Path, color: object, size: tuple[int, int] = (8, 8), mode: str = "RGB", **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **options)  # type: ignore[arg-type]
+
+
+def write_pets(root: Path, train: int = 4, test: int = 2) -> DomainConfig:
+    """Write two classes, cat and dog; the red channel is 10 times the label plus the image's number."""
+    for side, count in (("train", train), ("test", test)):
+        for label, name in enumerate(("cat", "dog")):
+            for number in range(count):
+                save_image(root / side / name / f"{number}.png", (10 * label + number, 50, 100))
+    return DomainConfig(name="pets", source="imagefolder", root=str(root))
+
+
+def load(config: DomainConfig, image_size: int = 8, channels: int = 3) -> Loaded:
+    return load_source(config, image_size=image_size, channels=channels, where="domain.original")
+
+
+def refused(config: DomainConfig, image_size: int = 8, channels: int = 3) -> str:
+    """Return the one line with which loading is refused."""
+    with pytest.raises(UserError) as caught:
+        load(config, image_size, channels)
+    message = str(caught.value)
+    message.encode()  # can be printed
+    assert message.isprintable()
+    return message

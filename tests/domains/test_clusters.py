@@ -121,20 +121,6 @@ def test_the_same_seed_gives_the_same_clusters_and_draws_nothing_from_the_global
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_features_are_asked_for_in_batches_and_without_gradients() -> None:
-    sizes = []
-    weight = torch.ones(1, requires_grad=True, dtype=torch.float64)
-
-    def features(images: Tensor) -> Tensor:
-        sizes.append(len(images))
-        assert not torch.is_grad_enabled()
-        return pixels(images) * weight
-
-    clustered(tiny_bands("many", SPLITS, per_class=100), features)
-    assert max(sizes) <= 250
-    assert sum(sizes) == 900
-
-
 def test_more_clusters_than_images_tell_apart_are_refused() -> None:
     alike = MemoryImages(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64), ("any",))
     for clusters, images in ((2, alike), (37, BANDS["adapt"])):

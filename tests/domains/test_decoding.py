@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
 from sophon.config import DomainConfig
-from sophon.domains.decoding import eight_bit, open_image, to_tensor
+from sophon.domains.decoding import open_image
 from sophon.domains.part import UnreadableError
-from tests.domains.pictures import load, refused, save_image, write_pets
+from tests.domains.made import load, refused, save_image, write_pets
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -29,15 +26,13 @@ def pets(tmp_path: Path) -> DomainConfig:
     return write_pets(tmp_path)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_their_camera_was(orientation: int, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = Image.fromarray(noise(6, 4, 3))
-    stored.save(tmp_path / "x.png", exif=exif)
-    with Image.open(tmp_path / "x.png") as image:
-        expected = ImageOps.exif_transpose(image)
-    assert np.array_equal(open_image(str(tmp_path / "x.png")), expected)
+def test_images_are_turned_as_their_camera_was(tmp_path: Path) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(noise(6, 4, 3)).save(tmp_path / "x.png", exif=exif)
+        with Image.open(tmp_path / "x.png") as image:
+            assert np.array_equal(open_image(str(tmp_path / "x.png")), ImageOps.exif_transpose(image))
 
 
 @pytest.mark.parametrize("block", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\x7f", b""])
@@ -82,11 +77,6 @@ def test_the_first_frame_is_read(tmp_path: Path) -> None:
     for suffix in ("gif", "webp", "tif", "png"):
         frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
         assert open_image(str(tmp_path / f"x.{suffix}")).getpixel((0, 0))[0] > 240  # type: ignore[index]
-
-
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "PA", "RGBX"])
-def test_other_colour_spaces_become_rgb(mode: str) -> None:
-    assert eight_bit(Image.new(mode, (2, 2))).mode == "RGB"
 
 
 @pytest.mark.parametrize(
@@ -138,37 +128,6 @@ def test_an_unreadable_image_is_named_or_left_out(pets: DomainConfig, tmp_path: 
     assert f"left out: 1 unreadable (first: the image {path} cannot be read: " in notes.texts()[0]
 
 
-def test_a_class_of_unreadable_images_is_refused(pets: DomainConfig, tmp_path: Path) -> None:
-    for path in (tmp_path / "test" / "dog").iterdir():
-        path.write_bytes(b"")
-    assert "there is no test image of 'dog'" in refused(replace(pets, skip_unreadable=True))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(
-            struct.error("unpack"),
-            zlib.error("invalid"),
-            IndexError("list"),
-            MemoryError(),
-            KeyError(7),
-            OverflowError(),
-        ),
-        *(Image.DecompressionBombError("bomb"), Image.DecompressionBombWarning("bomb"), RecursionError("deep\nstack")),
-    ],
-    ids=repr,
-)
-def test_whatever_a_decoder_raises_is_an_unreadable_image(
-    error: Exception, pets: DomainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: ImageFile.ImageFile) -> None:
-        raise error
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    assert f"{pets.root}/train/cat/0.png cannot be read: " in refused(pets)
-
-
 @given(
     st.binary(max_size=200), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\x00", b"\xff\xd8\xff"])
 )
@@ -181,13 +140,6 @@ def test_any_bytes_are_an_image_or_unreadable(
         assert open_image(str(path)).mode in ("L", "RGB")
     except UnreadableError as error:
         assert str(error).isprintable()  # noqa: PT017
-
-
-@pytest.mark.parametrize(("channels", "expected"), [(3, [0, 50, 100]), (1, [41])])
-def test_colour_becomes_luminance(channels: int, expected: list[int]) -> None:
-    found = to_tensor(Image.new("RGB", (4, 4), (0, 50, 100)), (channels, 4, 4))
-    assert found.dtype == torch.uint8
-    assert found[:, 0, 0].tolist() == expected
 
 
 def test_sizes_may_differ(pets: DomainConfig, tmp_path: Path) -> None:

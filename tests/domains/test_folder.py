@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from sophon.config import DomainConfig
 from sophon.domains import load_restricted
-from tests.domains.pictures import load, refused, save_image, write_pets
+from tests.domains.made import load, refused, save_image, write_pets
 
 REDS = [10 * label + number for label in range(2) for number in range(4)]
 
@@ -45,10 +45,7 @@ ODDITIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "video": (lambda train: (train / "dog" / "clip.mpeg").touch(), "1 .mpeg"),
     "document": (lambda train: (train / "dog" / "page.eps").touch(), "1 .eps"),
     "list beside the classes": (lambda train: (train / "list.csv").touch(), "1 .csv"),
-    "image beside the classes": (
-        lambda train: save_image(train / "0.png", (1, 1, 1)),
-        "1 beside the class folders",
-    ),
+    "image beside the classes": (lambda train: save_image(train / "0.png", (1, 1, 1)), "1 beside the class folders"),
     "link to the side": (lambda train: (train / "cat" / "all").symlink_to(train), "1 link to a folder above"),
     "link to the class": (lambda train: (train / "cat" / "again").symlink_to("."), "1 link to a folder above"),
     "link out of the root": (lambda train: (train / "up").symlink_to("/"), "1 link to a folder above"),
@@ -69,10 +66,6 @@ def test_what_is_no_data_is_left_out_and_said(name: str, pets: DomainConfig) -> 
     assert train.classes == ("cat", "dog")
     assert train.images[:, 0, 0, 0].tolist() == REDS
     assert any(text.startswith("left out: ") and said in text for text in notes.texts())
-
-
-def test_nothing_is_said_of_a_folder_that_is_used_whole(pets: DomainConfig) -> None:
-    assert load(pets).notes.texts() == []
 
 
 def test_a_folder_behind_two_links_is_read_once(pets: DomainConfig, tmp_path: Path) -> None:
@@ -113,10 +106,8 @@ def test_order_is_that_of_torchvision(tmp_path: Path) -> None:
     [
         (["0", "1", "10", "2"], "ImageFolder: 0, 1, 10, 2; by number it would be 0, 1, 2, 10"),
         (["class9", "class10"], "ImageFolder: class10, class9; by number it would be class9, class10"),
-        (["1", "2"], None),
-        (["-1", "0"], None),
         (["-1", "-2"], "ImageFolder: -1, -2; by number it would be -2, -1"),
-        (["run-1", "run-2"], None),
+        (["-1", "0"], None),
         (["01", "02", "10"], None),
         (["b", "a10"], None),
     ],
@@ -134,7 +125,7 @@ def test_numbers_in_another_order_than_their_own_are_told(names: list[str], said
     assert load(replace(config, classes=sorted(names))).notes.texts() == []
 
 
-@pytest.mark.parametrize("suffix", [".jfif", ".JPG", ".gif", ".avif", ".webp", ".bmp", ".tif", ".ppm", ".jp2", ".tga"])
+@pytest.mark.parametrize("suffix", [".jfif", ".JPG", ".avif", ".webp", ".tif", ".ppm"])
 def test_what_pillow_reads_is_read(suffix: str, pets: DomainConfig, tmp_path: Path) -> None:
     path = tmp_path / "train" / "cat" / f"9{suffix}"
     path.parent.mkdir(exist_ok=True)
@@ -168,21 +159,10 @@ def test_an_accent_is_the_same_in_either_spelling(tmp_path: Path, pets: DomainCo
     assert "in two spellings; rename one" in refused(pets)
 
 
-def test_names_of_any_language_are_kept(tmp_path: Path, pets: DomainConfig) -> None:
-    for side in ("train", "test"):
-        (tmp_path / side / "cat").rename(tmp_path / side / "猫 и кот")
-    assert load(pets).train.classes == ("dog", "猫 и кот")
-
-
 @pytest.mark.parametrize("name", ["val", "valid"])
 def test_other_names_of_the_test_folder(pets: DomainConfig, name: str) -> None:
     (Path(pets.root) / "test").rename(Path(pets.root) / name)
     assert len(load(pets).test) == 4
-
-
-def test_test_is_preferred_to_val(pets: DomainConfig) -> None:
-    save_image(Path(pets.root) / "val" / "other" / "0.png", (0, 0, 0))
-    assert load(pets).test.classes == ("cat", "dog")
 
 
 def test_only_what_is_kept_is_decoded(pets: DomainConfig) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,41 +14,29 @@ from sophon.domains import Batch, Domain, LoadedDomain, batches, few_shot
 from sophon.domains.streamed import joined
 from sophon.errors import UserError
 from sophon.protection.distributed import Ranks
-from tests.domains.made import COUNTS, Table, loaded, of, pictures, pixels, write_files, write_folder
+from tests.domains.made import (
+    COUNTS,
+    Table,
+    loaded,
+    of,
+    pictures,
+    pixels,
+    write_csv,
+    write_folder,
+    write_jsonl,
+    write_listed,
+)
 
 CAPTIONS = {image.tobytes(): f"{side} {number}" for side in COUNTS for number, image in enumerate(pixels(side)[0])}
-
-
-def written(kind: str, label: bool) -> Callable[[Path], DomainConfig]:
-    def write(root: Path) -> DomainConfig:
-        config = write_files(root, lambda side, number, label: f"{side}/{label}/{number:02}.png")
-        for side in COUNTS:
-            rows = [
-                {"file_name": f"{name}/{number:02}.png", "text": f"{side} {number}", "label": int(name)}
-                for number, name in enumerate(pixels(side)[1])
-            ]
-            if not label:
-                for row in rows:
-                    del row["label"]
-            with (root / side / f"metadata.{kind}").open("w", newline="") as file:
-                if kind == "csv":
-                    table = csv.DictWriter(file, list(rows[0]))
-                    table.writeheader()
-                    table.writerows(rows)
-                else:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-        return config
-
-    return write
 
 
 def table(side: str, **columns: list[int]) -> Table:
     return Table(image=pictures(side), text=[f"{side} {number}" for number in range(COUNTS[side])], **columns)
 
 
-WITH_CAPTIONS = {
-    "metadata.csv": written("csv", label=True),
-    "metadata.jsonl without labels": written("jsonl", label=False),
+WITH_CAPTIONS: dict[str, Any] = {
+    "metadata.csv": partial(write_listed, write=write_csv, captions=True),
+    "metadata.jsonl without labels": partial(write_listed, write=write_jsonl, captions=True, labels=False),
     "Hugging Face": of(lambda side: table(side, label=pixels(side)[1].tolist())),
     "Hugging Face without labels": of(table),
 }
@@ -103,17 +90,16 @@ def test_prompts_are_part_of_a_splits_hash_where_there_are_any(tmp_path: Path) -
     assert len(set(hashes)) == 3
 
 
-REFUSED = {
-    "another field": ({"prompt": "a {colour} {class}"}, "{colour} is not allowed"),
-    "a class withheld": ({"prompt": "a {class}", "labels": "none"}, "the defender has no classes"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_prompt_that_cannot_be_filled_in_is_refused(name: str, tmp_path: Path) -> None:
-    settings, said = REFUSED[name]
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompt": "a {colour} {class}"}, "{colour} is not allowed"),
+        ({"prompt": "a {class}", "labels": "none"}, "the defender has no classes"),
+    ],
+)
+def test_a_prompt_that_cannot_be_filled_in_is_refused(settings: dict[str, str], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        DomainConfig(name="x", source="imagefolder", **settings).validate("domain.restricted")
+        DomainConfig(name="x", source="imagefolder", **settings).validate("domain.restricted")  # type: ignore[arg-type]
     assert said in str(caught.value)
 
 

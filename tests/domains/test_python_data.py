@@ -17,18 +17,7 @@ from sophon.config import DomainConfig
 from sophon.domains import Domain, load_original
 from sophon.domains.python_data import as_image
 from sophon.errors import UserError
-from tests.domains.made import (
-    COUNTS,
-    SIDE,
-    Pairs,
-    Table,
-    loaded,
-    of,
-    pictures,
-    pixels,
-    write_csv,
-    write_listed,
-)
+from tests.domains.made import COUNTS, SIDE, Pairs, Table, loaded, of, pictures, pixels, write_csv, write_listed
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
 

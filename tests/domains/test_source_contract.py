@@ -50,10 +50,7 @@ SOURCES: dict[str, Callable[[Path], DomainConfig]] = {
     ),
     "paths": lambda root: Domain(
         *(
-            (
-                [str(path) for path in sorted(Path(write_folder(root / side).root).glob(f"{side}/*/*"))],
-                pixels(side)[1],
-            )
+            ([str(path) for path in sorted(Path(write_folder(root / side).root).glob(f"{side}/*/*"))], pixels(side)[1])
             for side in COUNTS
         ),
         name="x",

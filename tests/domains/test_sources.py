@@ -16,27 +16,14 @@ from sophon.config import DomainConfig
 from sophon.domains import SOURCES, Domain, bundled
 from sophon.errors import UserError
 from sophon.ranges import check
-from tests.domains import pictures
+from tests.domains import made
 
 DIGITS = DomainConfig(name="digits", source="bundled", dataset="mnist", per_class=5, test_per_class=2)
 FRACTIONS = DIGITS.fractions
-load, refused = (partial(function, image_size=28, channels=1) for function in (pictures.load, pictures.refused))
+load, refused = (partial(function, image_size=28, channels=1) for function in (made.load, made.refused))
 
 
 # --- bundled
-
-
-@pytest.mark.parametrize(
-    ("dataset", "train", "test"), [("fashion_mnist", 700, 200), ("mnist", 400, 100)], ids=["fashion_mnist", "mnist"]
-)
-def test_bundled_sets_are_whole_and_balanced(dataset: str, train: int, test: int) -> None:
-    loaded = load(DomainConfig(name="x", source="bundled", dataset=dataset))
-    for images, count in ((loaded.train, train), (loaded.test, test)):
-        assert images.images.shape == (10 * count, 1, 28, 28)
-        assert images.images.dtype == torch.uint8
-        assert images.labels.dtype == torch.int64
-        assert torch.bincount(images.labels).tolist() == [count] * 10
-        assert len(images.classes) == 10
 
 
 def test_bundled_files_are_small_and_documented_with_their_hashes() -> None:

@@ -24,7 +24,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 KINDS = ("text", "text-xl", "classes")
 CLASSES = ("cat", "dog", "owl")
-PROMPTS = ("a photo of a cat", "a photo of a dog")
 UNET = {
     "sample_size": 4,
     "block_out_channels": (4, 8),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from sophon.models import ModelSpec, adapter_of, build
 from sophon.models.partition import Block, attention, owned, partition
-from tests.models.test_timm_and_torchvision import spec_of
+from tests.models.test_libraries import spec_of
 from tests.tiny import tiny_spec
 
 
@@ -46,16 +45,6 @@ def blocks(model: nn.Module, spec: ModelSpec) -> list[Block]:
     return adapter_of(spec).blocks(model)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_every_tensor_outside_the_head_is_in_one_block(name: str) -> None:
-    model, spec = made(name)
-    found, head = blocks(model, spec), adapter_of(spec).head
-    for tensor in dict(chain(model.named_parameters(), model.named_buffers())):
-        holders = [block for block in found if owned([tensor], block)]
-        assert len(holders) == (not tensor.startswith(f"{head}.")), tensor
-    assert all(any(owned([name for name, _ in model.named_parameters()], block)) for block in found)
-
-
 @pytest.mark.parametrize("name", [name for name in SPECS if name not in ("tiny", "vit_b_16 of torchvision")])
 def test_images_meet_the_blocks_in_order(name: str) -> None:
     """A later block never runs before an earlier one has begun."""
@@ -83,16 +72,6 @@ def test_blocks_by_name(name: str, expected: list[tuple[str, ...]]) -> None:
     assert blocks(*made(name))[: len(expected)] == expected
 
 
-def test_what_follows_the_last_stage_belongs_to_it_or_stands_alone() -> None:
-    assert blocks(*made("vgg13_bn"))[10:] == [("pre_logits",)]
-    assert blocks(*made("caformer"))[-2:] == [("stages.3.blocks.2", "head.norm"), ("head.fc.fc1", "head.fc.norm")]
-    assert blocks(*made("vit"))[-1] == ("blocks.5", "norm")
-
-
-def test_the_libraries_agree_on_a_resnet() -> None:
-    assert blocks(*made("resnet18")) == blocks(*made("resnet18 of torchvision"))
-
-
 def test_blocks_are_found_however_deep_they_lie() -> None:
     inner = nn.Module()
     inner.encoder = nn.Module()
@@ -116,12 +95,6 @@ def test_what_has_no_matrix_of_its_own_joins_another(
     layers = make()
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2))
     assert partition(model, str(len(layers) + 1)) == expected
-
-
-def test_owned_reads_whole_names() -> None:
-    names = ["layer1.1.weight", "layer1.10.weight", "layer1.1", "layer1", "xlayer1.1.weight"]
-    assert owned(names, ("layer1.1",)) == {"layer1.1.weight", "layer1.1"}
-    assert owned(names, ()) == set()
 
 
 def test_attention_is_found_by_its_class() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
@@ -38,15 +37,6 @@ def test_a_conditional_pipeline_brings_its_classes(tmp_path: Path) -> None:
     module, spec = small(weights=str(tmp_path))
     assert torch.equal(predict(module, 2), predict(unet, 2))
     assert spec.model_args["num_class_embeds"] == 3
-
-
-@pytest.mark.parametrize("sampler", [DDIMScheduler, EulerDiscreteScheduler])
-def test_the_noise_of_another_sampler_is_read_without_its_own_settings(tmp_path: Path, sampler: type) -> None:
-    pipeline(tmp_path, sampler(num_train_timesteps=6, beta_start=0.01, prediction_type="v_prediction"))
-    _, spec = small(weights=str(tmp_path))
-    found = {name: spec.scheduler[name] for name in ("num_train_timesteps", "beta_start", "prediction_type")}
-    assert found == {"num_train_timesteps": 6, "beta_start": 0.01, "prediction_type": "v_prediction"}
-    assert spec.scheduler.keys() <= DDPMScheduler().config.keys()
 
 
 def test_a_state_dict_alone_fits_the_configured_network(tmp_path: Path) -> None:
@@ -134,11 +124,7 @@ def truncate(folder: Path) -> None:
         (edit("scheduler/scheduler_config.json", prediction_type="flow"), {}, "scheduler_config.json.prediction_type"),
         (rename("model_index.json", "index.json"), {}, "^model.weights: .* holds no model_index.json; give the folder"),
         (rename("scheduler/scheduler_config.json", "x"), {}, "^model.weights: .* holds no scheduler/scheduler_config"),
-        (
-            rename(WEIGHTS, "unet/diffusion_pytorch_model.bin"),
-            {},
-            "bin' is a pickle.*safe_serialization",
-        ),
+        (rename(WEIGHTS, "unet/diffusion_pytorch_model.bin"), {}, "bin' is a pickle.*safe_serialization"),
         (
             rename(WEIGHTS, "unet/diffusion_pytorch_model-00001-of-00002.safetensors"),
             {},
@@ -160,10 +146,9 @@ def test_pipelines_that_do_not_fit_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_foreign_weights_change_nothing(tmp_path: Path) -> None:
-    pipeline(tmp_path, block_out_channels=[8, 24])
-    module, spec = small()
-    before = state_of(module)
-    with pytest.raises(UserError, match=r"^reference: .*model\.safetensors does not fit the model: "):
-        adapter_of(spec).load_weights(module, tmp_path, key="reference")
-    assert_same_state(module, before)
+def test_a_conditional_denoiser_embeds_the_original_classes() -> None:
+    module, spec = small(class_conditional=True)
+    assert spec.model_args.items() >= {**NETWORK, "num_class_embeds": 3}.items()
+    assert adapter_of(spec).head == "class_embedding"
+    assert not torch.equal(predict(module, 0), predict(module, 2))
+    assert "num_class_embeds" not in NETWORK

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sophon.errors import UserError
 from sophon.models.weights import FLOATS, find_weights, load_state, read_state, refuse_pickle
@@ -36,12 +36,6 @@ def test_any_floating_precision_becomes_the_models_own(dtype: torch.dtype) -> No
     load_state(model, given, "x")
     assert all(part.dtype in (torch.float32, torch.int64) for part in model.state_dict().values())
     assert_same_state(model, {name: part.to(model.state_dict()[name].dtype) for name, part in given.items()})
-
-
-def test_whole_numbers_of_any_width_count() -> None:
-    model = TinyNet()
-    load_state(model, {**state_of(model), "bn1.num_batches_tracked": torch.tensor(7, dtype=torch.int32)}, "x")
-    assert model.bn1.num_batches_tracked == 7
 
 
 @pytest.mark.parametrize(
@@ -87,14 +81,6 @@ def test_what_no_training_leaves_is_refused_and_changes_nothing(change: Callable
     assert_same_state(model, before)
 
 
-def test_a_bool_buffer_takes_nothing_else() -> None:
-    model = nn.Module()
-    model.register_buffer("mask", torch.ones(2, dtype=torch.bool))
-    load_state(model, {"mask": torch.tensor([True, False])}, "x")
-    with pytest.raises(UserError, match="'mask' is of type uint8, not bool"):
-        load_state(model, {"mask": torch.tensor([1, 0], dtype=torch.uint8)}, "x")
-
-
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 def test_a_prefix_is_taken_away_where_it_stands(tmp_path: Path, prefix: str) -> None:
     state = state_of(TinyNet())
@@ -108,12 +94,12 @@ def test_a_prefix_is_taken_away_where_it_stands(tmp_path: Path, prefix: str) -> 
         read_state(tmp_path / "twice.safetensors", "model.weights", prefix)
 
 
-@pytest.mark.parametrize("library", ["timm", "torchvision", "diffusers"])
+@pytest.mark.parametrize("library", ["timm", "diffusers"])
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        *((name, b"") for name in ("net.pth", "net.pt", "pytorch_model.bin", "net.CKPT", "net.pth.tar", "a b.pickle")),
-        *(("net.safetensors", head + b"...") for head in (b"PK\x03\x04", b"\x80\x02", b"\x80\x05")),
+        *((name, b"") for name in ("net.pth", "net.pth.tar", "a b.CKPT")),
+        *(("net.safetensors", head + b"...") for head in (b"PK\x03\x04", b"\x80\x02")),
     ],
 )
 def test_a_pickle_is_refused_with_code_that_converts_it(

@@ -27,15 +27,7 @@ from sophon.sampler import SamplerConfig
 from sophon.stages.alternate import Alternate
 from sophon.tasks import ClassificationTask
 from tests.protection.staged import Momenta, context, runner, training
-from tests.tiny import (
-    state_of,
-    tiny_bands,
-    tiny_denoising,
-    tiny_images,
-    tiny_model,
-    tiny_spec,
-    tiny_unet,
-)
+from tests.tiny import state_of, tiny_bands, tiny_denoising, tiny_images, tiny_model, tiny_spec, tiny_unet
 
 SIZE = 2
 RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
@@ -253,43 +245,15 @@ class Spoilt(ClassificationTask):
         return loss * math.nan if self.spoil else loss
 
 
-def exchanges(ranks: Ranks) -> Tensors:
-    """What the ranks' own methods give."""
-    value = ranks.rank + 1.0
-    whole = torch.arange(24.0).reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
-    sums = ranks.sum([number(value), whole * value, torch.tensor([ranks.rank]), torch.zeros(0), whole[0, 0] * value])
-    assert sums[1].is_contiguous(memory_format=torch.channels_last)
-    kept = torch.full((2,), value)
-    named = {"b": kept, "a": kept.clone()}
-    ranks.broadcast(dict(sorted(named.items(), reverse=bool(ranks.rank))))
-    gathered = ranks.gather({"rank": ranks.rank, "text": "é" * (3 * ranks.rank), "nan": math.nan})
-    assert [part["rank"] for part in gathered] == list(range(ranks.size))
-    assert [len(part["text"]) for part in gathered] == [3 * rank for rank in range(ranks.size)]
-    assert all(math.isnan(part["nan"]) for part in gathered)
-    assert ranks.first(lambda: ranks.rank) == 0
-    assert [ranks.any(flag) for flag in (False, ranks.rank == ranks.size - 1, True)] == [False, True, True]
-    collected = ranks.collect({f"{ranks.rank}/a": whole * value, f"{ranks.rank}/b": torch.tensor(ranks.rank)})
-    (draw,) = Drawing.once(ranks)
-    return {
-        **{f"sum/{index}": tensor for index, tensor in enumerate(sums)},
-        "broadcast": kept + named["a"],
-        **{f"collected/{name}": tensor for name, tensor in collected.items()},
-        "own draw": draw,
-    }
+def own_draw(ranks: Ranks) -> Tensor:
+    """Return what torch's global generator gives a denoiser's loss in a batch of NTR."""
+    task, model = tiny_denoising(), tiny_unet()
+    drawn: list[Tensor] = []
 
+    def original_loss(model: nn.Module, batch: Batch, reference: nn.Module | None) -> Tensor:
+        drawn.append(torch.rand(3))
+        return sum(p.sum() for p in model.parameters()) * 1.0
 
-class Drawing:
-    """What torch's global generator gives a denoiser's loss in a batch of NTR."""
-
-    @staticmethod
-    def once(ranks: Ranks) -> list[Tensor]:
-        task, model = tiny_denoising(), tiny_unet()
-        drawn: list[Tensor] = []
-
-        def original_loss(model: nn.Module, batch: Batch, reference: nn.Module | None) -> Tensor:
-            drawn.append(torch.rand(3))
-            return sum(p.sum() for p in model.parameters()) * 1.0
-
-        task.original_loss = original_loss  # type: ignore[method-assign]
-        NTR(context(model, task, METHOD, original=training(IMAGES), ranks=ranks)).run(1, 0)
-        return drawn
+    task.original_loss = original_loss  # type: ignore[method-assign]
+    NTR(context(model, task, METHOD, original=training(IMAGES), ranks=ranks)).run(1, 0)
+    return drawn[0]

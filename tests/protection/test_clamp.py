@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,9 @@ from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
 from sophon.domains import Batch
-from sophon.protection.inner_loop import (
-    Simulation,
-)
+from sophon.protection.inner_loop import Simulation
 from sophon.protection.meta_gradient.first_order import PLAIN, first_order
 from sophon.protection.objectives.clamp import Clamp
-from sophon.protection.objectives.condition import Condition
 from sophon.protection.objectives.suppression import Suppression
 from sophon.tasks import ClassificationTask
 from tests.protection.way import (
@@ -139,24 +135,6 @@ def test_inverse_has_no_reward_for_worse_than_a_guess(chance: float, asked: bool
         assert_gradients(run.gradients, added((-0.4, expected)))
     else:
         assert not any(value.any() for value in run.gradients.values())
-
-
-def test_all_terms_add_up_with_suppression() -> None:
-    values = {"curvature": 0.7, "contract": 0.8, "tail": 0.6, "inverse": 0.4, "c_limit": 0.999}
-    plan = replace(PLAN, schedule="constant")
-    config = Clamp(probe_width=WIDTH, **values)
-    together, _ = run_with((Suppression(0.5), config, Condition(0.3)), plan)
-    parts = [(1.0, clamped(plan, **{**values, **dict.fromkeys(rest, 0.0)})[0].gradients) for rest in rests()]
-    parts.append((1.0, run_with((Suppression(0.5),), plan)[0].gradients))
-    parts.append((1.0, run_with((Suppression(0.0), Condition(0.3)), plan)[0].gradients))
-    assert_gradients(together.gradients, added(*parts), rtol=1e-7, atol=1e-10)
-
-
-def rests() -> Iterator[list[str]]:
-    """Name what is switched off: all but one, each in turn; contraction and tail, which share probes, are one."""
-    groups = (["curvature"], ["contract", "tail"], ["inverse"])
-    for kept in groups:
-        yield [name for group in groups if group is not kept for name in group]
 
 
 class Watched(ClassificationTask):

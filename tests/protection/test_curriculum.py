@@ -98,51 +98,6 @@ def test_every_draw_lies_in_the_support_whatever_was_learnt(
         assert min(arms.values()) > 0
 
 
-def test_operations_are_arms_like_any_other_value() -> None:
-    noise = {"operation": "noise", "scale": 0.1}
-    config = small(surgeries=[[], [noise, {"operation": "renormalise"}], [{"operation": "noise"}]])
-    plans = StrategySampler(config).choices()["surgery"]
-    curriculum, generator = bandit(config), seeded()
-    labels = ["none", "noise(scale=0.1) + renormalise", "noise"]
-    assert curriculum.table()["surgery"] == pytest.approx(dict.fromkeys(labels, 1 / 3))
-    assert {curriculum.draw(generator).surgery for _ in range(40)} == set(plans)
-    for _ in range(20):
-        curriculum.learn_all([(replace(curriculum.draw(generator), surgery=plan), len(plan)) for plan in plans])
-    assert sorted(labels, key=curriculum.table()["surgery"].__getitem__) == ["none", "noise", labels[1]]
-
-
-# --- before anything is learnt ------------------------------------------------------------------------------------
-
-
-def test_the_first_table_is_the_samplers() -> None:
-    config = small(
-        optimizers={"sgd": [0.1, 0.1], "adam": [1e-4, 1e-1], "momentum": None}, scopes=["all", "all", "all", "head"]
-    )
-    thirds = {"adam low": 1 / 6, "adam middle": 1 / 6, "adam high": 1 / 6}
-    assert bandit(config).table() == {
-        "optimizer": pytest.approx({**thirds, "sgd": 1 / 2}),
-        "scope": pytest.approx({"all": 0.75, "head": 0.25}),
-    }
-
-
-def test_draws_follow_the_table_and_rates_are_log_uniform_in_their_third() -> None:
-    curriculum, generator = bandit(small(heads=["kept", "kept", "fresh"], steps=[3, 5])), seeded()
-    for _ in range(4):
-        curriculum.learn_all([(FineTuneStrategy("adam", lr, head="fresh"), -lr) for lr in (2e-4, 5e-2)])
-    table = curriculum.table()
-    draws = [curriculum.draw(generator) for _ in range(3000)]
-    places = torch.tensor([math.log10(draw.lr) for draw in draws], dtype=torch.float64) + 4  # a decade to each third
-
-    def seen(count: float, p: float) -> bool:
-        return abs(count - 3000 * p) < 5 * math.sqrt(3000 * p * (1 - p))
-
-    assert seen(sum(draw.head == "fresh" for draw in draws), table["head"]["fresh"])
-    assert all(seen(sum(draw.steps == steps for draw in draws), 1 / 3) for steps in (3, 4, 5))
-    counts = places.histc(bins=9, min=0, max=3).view(3, 3)
-    for row, part in zip(counts, ("low", "middle", "high"), strict=True):
-        assert all(seen(float(count), table["optimizer"][f"adam {part}"] / 3) for count in row)
-
-
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
@@ -187,17 +142,6 @@ def test_the_table_is_the_definitions(share: float, memory: float) -> None:
             assert [curriculum.table()["head"][name] for name in HEADS] == pytest.approx(expected, rel=1e-12)
 
 
-@given(st.integers(0, 10**6), st.randoms())
-def test_the_order_within_a_step_does_not_matter(seed: int, chance: Any) -> None:
-    one, other = bandit(small(heads=list(HEADS))), bandit(small(heads=list(HEADS)))
-    for step in class_of(seed, 5, 8):
-        one.learn_all(step)
-        chance.shuffle(step)
-        other.learn_all(step)
-    assert one.table() == other.table()
-    assert one.record() == other.record()
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_ignored(bad: float) -> None:
     curriculum, same = bandit(small(heads=list(HEADS))), bandit(small(heads=list(HEADS)))
@@ -209,33 +153,11 @@ def test_what_is_not_finite_is_ignored(bad: float) -> None:
     assert curriculum.record() == same.record()
 
 
-def test_what_was_learnt_survives_json() -> None:
-    taught = class_of(3, RECENT + 5, 3)
-    curriculum = bandit(small(heads=list(HEADS)))
-    for step in taught[:-3]:
-        curriculum.learn_all(step)
-    record = json.loads(json.dumps(curriculum.record(), allow_nan=False))
-    other = bandit(small(heads=list(reversed(HEADS))))
-    other.learn_all(taught[0])  # overwritten
-    other.restore(record)
-    for step in taught[-3:]:
-        curriculum.learn_all(step)
-        other.learn_all(step)
-    assert other.record() == curriculum.record()
-    table = bandit(small(heads=list(HEADS)))
-    table.restore(json.loads(json.dumps(curriculum.record())))
-    assert table.table() == curriculum.table()
-
-
 # --- adversaries --------------------------------------------------------------------------------------------------
 
 
 def play(
-    curriculum: Curriculum,
-    steps: int,
-    success: Callable[[FineTuneStrategy], float],
-    seed: int = 0,
-    noise: float = 0.2,
+    curriculum: Curriculum, steps: int, success: Callable[[FineTuneStrategy], float], seed: int = 0, noise: float = 0.2
 ) -> list[Any]:
     """Let the curriculum choose its own attackers, two a step; return the table after each step."""
     generator, tables = seeded(seed), []
@@ -254,17 +176,6 @@ def test_the_best_arm_takes_all_but_the_uniform_share(share: float) -> None:
     largest = 1 - share + share / 3
     assert all(largest - 0.005 < table["head"]["fresh"] <= largest + 1e-12 for table in tables[400:])
     assert all(min(table["head"].values()) >= share / 3 for table in tables)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_curriculum_follows_a_success_that_moves(seed: int) -> None:
-    curriculum = bandit(small(heads=["kept", "fresh"]))
-    best = 1 - 0.3 + 0.3 / 2
-    assert play(curriculum, 150, lambda each: each.head == "kept", seed)[-1]["head"]["kept"] > 0.95 * best
-    # within RECENT steps: the uniform share sees the other head 0.3 times a step, and must about ten times
-    after = play(curriculum, RECENT, lambda each: each.head == "fresh", seed + 10)
-    assert after[-1]["head"]["fresh"] > 0.95 * best
-    assert all(before["head"]["fresh"] > 0.14 for before in after)
 
 
 # --- configuration ------------------------------------------------------------------------------------------------

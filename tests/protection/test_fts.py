@@ -111,7 +111,7 @@ def test_gradient_is_that_of_the_attacker_on_adapt_and_query() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("heads", [["kept"], ["fresh"], ["probed"], ["kept", "fresh", "probed"]])
+@pytest.mark.parametrize("heads", [["kept"], ["kept", "fresh", "probed"]])
 def test_released_statistics_and_modes_stay(engine: str, heads: list[str]) -> None:
     model = tiny_model().eval()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
@@ -154,19 +154,6 @@ def test_anchor_is_added_with_its_weight(
     for given, copied in zip(anchors, before, strict=True):
         assert all(torch.equal(given[name], value) for name, value in copied.items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_clipping_is_of_the_sum() -> None:
-    model = tiny_model()
-    anchor = {name: 1e3 * value for name, value in anchor_of(model).items()}
-    fts = make_fts(model, replace(METHOD, fts_max_norm=1e-3, fts_original_weight=1.0))
-    step = fts.step(0, anchor=anchor)
-    length = math.sqrt(sum(float((value**2).sum()) for value in anchor.values()))
-    assert step.gradient_norm == pytest.approx(length, rel=1e-2)
-    moments = [state["exp_avg"] / 0.1 for state in fts.optimizer.state.values()]
-    assert math.sqrt(sum(float((moment**2).sum()) for moment in moments)) == pytest.approx(1e-3, rel=1e-3)
-    for moment, value in zip(moments, anchor.values(), strict=True):
-        torch.testing.assert_close(moment * length / 1e-3, value, rtol=0.05, atol=20)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -212,3 +199,16 @@ def test_the_diverged_are_left_out(simulated: list[tuple[FineTuneStrategy, Simul
     for name, value in adam_by_hand(start, [mean]).items():
         torch.testing.assert_close(model.get_parameter(name).detach(), value, rtol=1e-4, atol=1e-6)
     assert math.isfinite(fts.step(1).query_loss)
+
+
+def test_clipping_is_of_the_sum() -> None:
+    model = tiny_model()
+    anchor = {name: 1e3 * value for name, value in anchor_of(model).items()}
+    fts = make_fts(model, replace(METHOD, fts_max_norm=1e-3, fts_original_weight=1.0))
+    step = fts.step(0, anchor=anchor)
+    length = math.sqrt(sum(float((value**2).sum()) for value in anchor.values()))
+    assert step.gradient_norm == pytest.approx(length, rel=1e-2)
+    moments = [state["exp_avg"] / 0.1 for state in fts.optimizer.state.values()]
+    assert math.sqrt(sum(float((moment**2).sum()) for moment in moments)) == pytest.approx(1e-3, rel=1e-3)
+    for moment, value in zip(moments, anchor.values(), strict=True):
+        torch.testing.assert_close(moment * length / 1e-3, value, rtol=0.05, atol=20)

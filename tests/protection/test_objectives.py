@@ -16,12 +16,7 @@ from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.losses import ill_conditioning
 from sophon.protection.fts import engine_of
-from sophon.protection.inner_loop import (
-    Objective,
-    Past,
-    Simulation,
-    frozen_statistics,
-)
+from sophon.protection.inner_loop import Objective, Past, Simulation, frozen_statistics
 from sophon.protection.meta_gradient.first_order import PLAIN, first_order
 from sophon.protection.objectives import objectives_of
 from sophon.protection.objectives.clamp import Clamp
@@ -57,18 +52,6 @@ def suppression(way: Way, weight: float = 1.0) -> Weights:
         loss = way.loss(weights, batch, "suppression_loss")
         parts.append((weight * GAMMA[k - 1], way.grad(loss, weights)))
     return added(*parts)
-
-
-def test_plain_suppression_is_what_is_asked_by_default_to_the_bit() -> None:
-    attackers = tiny_model(), tiny_model()
-    one = first_order(attackers[0], PLAN, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA)
-    other = first_order(
-        attackers[1], PLAN, tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, objectives=objectives_of({"suppression": {}})
-    )
-    assert one.query_losses == other.query_losses
-    assert all(torch.equal(value, other.gradients[name]) for name, value in one.gradients.items())
-    assert_same_state(attackers[1], state_of(attackers[0]))
-    assert not any(each.remembers for each in PLAIN), "no copy of any weight"
 
 
 @SCOPES
@@ -235,6 +218,3 @@ def test_objectives_that_are_refused(asked: dict[str, Any], words: str) -> None:
 def test_the_second_order_asks_plain_suppression_alone(asked: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^method\.engine: second_order asks plain suppression alone"):
         engine_of(MethodConfig("x", engine="second_order"), objectives_of(asked))
-
-
-# ---- what objectives are made of ------------------------------------------------------------------------------------

@@ -20,20 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sophon.attacker import SIMULATED, FineTuneStrategy, learning_rate
 from sophon.optimizers import build_optimizer
 from sophon.protection.inner_loop import Simulation, frozen_statistics, query_weights
-from sophon.protection.meta_gradient.differentiable import DifferentiableAttacker, innerloop
+from sophon.protection.meta_gradient.differentiable import innerloop
 from sophon.protection.meta_gradient.first_order import first_order
 from sophon.protection.meta_gradient.second_order import second_order
 from sophon.tasks import Task
-from tests.tiny import (
-    TinyNet,
-    assert_same_state,
-    state_of,
-    tiny_batches,
-    tiny_denoising,
-    tiny_model,
-    tiny_task,
-    tiny_unet,
-)
+from tests.tiny import TinyNet, assert_same_state, state_of, tiny_batches, tiny_model, tiny_task
 
 STEPS = 5
 SEED = 11
@@ -124,30 +115,24 @@ def assert_same_gradients(run: Simulation, expected: dict[str, Tensor]) -> None:
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["all", pytest.param("head", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("optimizer", SIMULATED)
-def test_every_segment_gives_the_gradient_of_one_graph(optimizer: str, scope: str) -> None:
-    model, plan = tiny_model(), strategy(optimizer, scope)
-    expected = simulated(one_graph, model, plan)
-    for segment in (1, 2, 3, STEPS, 2 * STEPS):
-        assert_same_gradients(simulated(second_order, model, plan, segment=segment), expected)
-
-
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(
     segment=st.integers(1, 7),
     gammas=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=6).filter(any),
-    optimizer=st.sampled_from(["sgd", "adamw"]),
+    optimizer=st.sampled_from(SIMULATED),
+    scope=st.sampled_from(["all", "head"]),
 )
-def test_queries_may_come_at_any_step(segment: int, gammas: list[float], optimizer: str) -> None:
-    """With no query after it, a step is taken all the same, but there is nothing to differentiate."""
-    model, plan = tiny_model(), strategy(optimizer, steps=len(gammas))
+def test_every_segment_gives_the_gradient_of_one_graph(
+    segment: int, gammas: list[float], optimizer: str, scope: str
+) -> None:
+    """Whatever steps are queried: with no query after it, a step is taken, but there is nothing to differentiate."""
+    model, plan = tiny_model(), strategy(optimizer, scope, steps=len(gammas))
     run = simulated(second_order, model, plan, gammas=gammas, segment=segment)
     assert_same_gradients(run, simulated(one_graph, model, plan, gammas=gammas))
     assert (len(run.attacker_losses), len(run.query_losses)) == (len(gammas), sum(map(bool, gammas)))
 
 
-@pytest.mark.parametrize("segment", [1, 2, 3, STEPS])
+@pytest.mark.parametrize("segment", [1, 2])
 def test_a_step_taken_again_draws_and_remembers_the_same(segment: int) -> None:
     """Dropout masks are the same, buffers as they were then; the global generator ends as if each step were one."""
     model, plan = remembering(), strategy("adam")
@@ -157,28 +142,10 @@ def test_a_step_taken_again_draws_and_remembers_the_same(segment: int) -> None:
     assert torch.equal(torch.rand(3), drawn)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "scope"),
-    [
-        pytest.param("adam", "all", marks=pytest.mark.slow),
-        pytest.param("momentum", "attention", marks=pytest.mark.slow),
-        pytest.param("adamw", "last_blocks", marks=pytest.mark.slow),
-        pytest.param("rmsprop", "head", marks=pytest.mark.slow),
-    ],
-)
-def test_a_unet_with_attention(optimizer: str, scope: str) -> None:
-    model, plan = tiny_unet(conditional=True), strategy(optimizer, scope, head="kept", steps=3)
-    task, gammas = tiny_denoising(conditional=True), query_weights("uniform", 3, 1)
-    expected = simulated(one_graph, model, plan, task, gammas)
-    for segment in (1, 2):
-        assert_same_gradients(simulated(second_order, model, plan, task, gammas, segment=segment), expected)
-
-
-@pytest.mark.parametrize("segment", [1, 2, STEPS])
-def test_the_attacker_is_left_as_it_was(segment: int) -> None:
+def test_the_attacker_is_left_as_it_was() -> None:
     model = tiny_model()
     before = state_of(model)
-    second_order(model, strategy("adam"), tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, segment=segment)
+    second_order(model, strategy("adam"), tiny_task(), iter(ADAPT), iter(QUERY), GAMMA, segment=2)
     assert_same_state(model, before)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -186,13 +153,11 @@ def test_the_attacker_is_left_as_it_was(segment: int) -> None:
 # ---- truncated ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [tiny_model, remembering])
-@pytest.mark.parametrize("scope", ["all", "head"])
-@pytest.mark.parametrize("optimizer", SIMULATED)
-def test_a_window_of_no_step_is_first_order(optimizer: str, scope: str, model: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(("optimizer", "scope"), [*((each, "all") for each in SIMULATED), ("adam", "head")])
+def test_a_window_of_no_step_is_first_order(optimizer: str, scope: str) -> None:
     plan = strategy(optimizer, scope)
-    expected = simulated(first_order, model(), plan).gradients
-    assert_same_gradients(simulated(second_order, model(), plan, window=0), expected)
+    expected = simulated(first_order, remembering(), plan).gradients
+    assert_same_gradients(simulated(second_order, remembering(), plan, window=0), expected)
 
 
 @pytest.mark.parametrize("window", [STEPS, STEPS + 3])
@@ -202,16 +167,13 @@ def test_a_window_of_all_steps_is_exact(window: int) -> None:
     assert_same_gradients(simulated(second_order, model, plan, window=window), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("segment", [1, 2, 4])
 @pytest.mark.parametrize(("window", "cuts"), [(1, (1, 2, 3, 4)), (2, (1, 3)), (3, (2,)), (4, (1,))])
-@pytest.mark.parametrize(("optimizer", "scope"), [("momentum", "all"), ("adamw", "all"), ("adam", "head")])
-def test_a_window_cuts_the_graph_where_it_says(
-    optimizer: str, scope: str, window: int, cuts: tuple[int, ...], segment: int
-) -> None:
-    model, plan = remembering(), strategy(optimizer, scope)
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_a_window_cuts_the_graph_where_it_says(optimizer: str, window: int, cuts: tuple[int, ...]) -> None:
+    model, plan = remembering(), strategy(optimizer)
     exact, expected = simulated(one_graph, model, plan), simulated(one_graph, model, plan, cuts=cuts)
-    assert_same_gradients(simulated(second_order, model, plan, window=window, segment=segment), expected)
+    for segment in (1, 2, 4):
+        assert_same_gradients(simulated(second_order, model, plan, window=window, segment=segment), expected)
     assert any(not torch.allclose(exact[name], expected[name], rtol=1e-3, atol=1e-6) for name in exact)
 
 
@@ -239,11 +201,11 @@ class Held:
         return Saved()
 
 
-def most_held(steps: int, optimizer: str = "adam", **options: Any) -> int:
+def most_held(steps: int, optimizer: str, engine: Callable[..., Any] = second_order, **options: Any) -> int:
     held, model = Held(), tiny_model()
     plan, gammas = strategy(optimizer, steps=steps), query_weights("uniform", steps, 1)
     with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda saved: saved.tensor):
-        simulated(second_order, model, plan, gammas=gammas, **options)
+        simulated(engine, model, plan, gammas=gammas, **options)
     return held.most
 
 
@@ -254,42 +216,4 @@ def test_what_graphs_hold_grows_with_the_segment_and_not_with_the_steps(optimize
     assert most_held(12, optimizer, segment=3) < 4 * many
     assert most_held(12, optimizer, segment=12) > 6 * many
     assert most_held(12, optimizer, segment=12, window=3) < 4 * many
-
-
-# ---- the attacker that goes back ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optimizer", SIMULATED)
-def test_loading_puts_back_all_that_the_next_steps_depend_on(optimizer: str) -> None:
-    task, plan, attacker = tiny_task(), strategy(optimizer), remembering()
-    inner = DifferentiableAttacker(attacker, build_optimizer(plan, attacker.parameters()))
-
-    def walk(first: int, last: int) -> list[Tensor]:
-        for step in range(first, last):
-            inner.step(task.attacker_loss(inner.model, ADAPT[step]), plan.lr, graph=False)
-        assert not any(tensor.grad_fn for tensor in inner.position())
-        return [value.detach().clone() for value in (*inner.position(), *inner.model.buffers(), torch.rand(2))]
-
-    walk(0, 2)
-    note = inner.save()
-    there = walk(2, 4)
-    inner.load(note)
-    again = walk(2, 4)
-    assert all(torch.equal(a, b) for a, b in zip(there, again, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(there, walk(4, 5), strict=True) if a.numel() > 1)
-
-
-@pytest.mark.parametrize("optimizer", SIMULATED)
-def test_steps_without_a_graph_are_those_of_torch_optim(optimizer: str) -> None:
-    """To the last digits of float64, whatever type torch counts its steps in."""
-    task, plan, model = tiny_task(), strategy(optimizer, lr=0.1), tiny_model()
-    attacker, plain = copy.deepcopy(model), copy.deepcopy(model)
-    inner = DifferentiableAttacker(attacker, build_optimizer(plan, attacker.parameters()))
-    stepper = build_optimizer(plan, plain.parameters())
-    for batch in ADAPT[:3]:
-        inner.step(task.attacker_loss(inner.model, batch), plan.lr, graph=False)
-        stepper.zero_grad()
-        task.attacker_loss(plain, batch).backward()
-        stepper.step()
-    for name, weight in inner.parameters().items():
-        torch.testing.assert_close(weight, plain.get_parameter(name), rtol=1e-11, atol=1e-13)
+    assert 0 < most_held(12, optimizer, first_order) < 1.02 * most_held(3, optimizer, first_order)

@@ -13,7 +13,7 @@ from sophon.attacker import Operation, operations_from
 from sophon.errors import UserError
 from sophon.protection.simulated_surgery import check_simulated, start
 from sophon.surgery import OPERATIONS, Means, operate
-from tests.surgery.surgical import fresh_state, means_for, resnet, unet
+from tests.surgery.surgical import means_for, resnet
 from tests.tiny import assert_same_state, state_of, tiny_domain, tiny_model
 
 ORIGINAL = tiny_domain("original", ("train",))
@@ -72,100 +72,55 @@ def assert_follows(chosen: tuple[Operation, ...], *, per: str | None = None, rto
 
 # --- factors ---------------------------------------------------------------------------------------------------------
 
+RENORMALISE = {"operation": "renormalise", "per": "channel"}
+PRUNE = {"operation": "prune", "fraction": 0.5}
+FIRST = {"operation": "reinitialise", "end": "first"}
+EVERY = {name for name, _ in tiny_model().named_parameters()}
+AFFINE = {f"bn{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")}
+# operations, whose factors are not one, along what no norm is taken of, and how exactly differences tell them
+FOLLOWS: dict[str, tuple[tuple[Any, ...], set[str], str | None, float]] = {
+    "restate": (({"operation": "restate", "batches": 1},), set(), None, 1e-6),
+    # of noise only what is added counts, not that it grows with the tensor's spread
+    "noise": (({"operation": "noise", "scale": 1e-4},), set(), None, 1e-3),
+    # to first order: what its gradients do as the weights move is of the order of its rate
+    "heal": (
+        ({"operation": "heal", "steps": 1, "lr": 1e-5, "optimizer": "sgd", "batch_size": 8},), set(), None, 1e-3,
+    ),
+    "prune": ((PRUNE,), {*SCALE_FREE, "fc.weight"}, None, 1e-6),
+    "shrink_perturb": (({"operation": "shrink_perturb", "keep": 0.3},), EVERY, None, 1e-6),
+    "shrink_perturb, as it comes": (("shrink_perturb",), EVERY, None, 1e-6),
+    # a gradient of a scale-free layer has no part along its norm
+    "renormalise": (("renormalise",), {*SCALE_FREE, "bn1.weight", "bn2.weight"}, "layer", 1e-5),
+    "renormalise channels": ((RENORMALISE,), {*SCALE_FREE, "bn1.weight", "bn2.weight"}, "channel", 1e-5),
+    "reset_affine": (("reset_affine",), AFFINE, None, 1e-6),
+    "reinitialise": (("reinitialise",), {"conv2.weight", "bn2.weight", "bn2.bias"}, None, 1e-6),
+    "reinitialise the first": ((FIRST,), {"conv1.weight", "bn1.weight", "bn1.bias"}, None, 1e-6),
+    "composition": ((RENORMALISE, {"operation": "shrink_perturb", "keep": 0.4}, PRUNE, FIRST), EVERY, "channel", 1e-5),
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("entry", "rtol"),
-    [
-        ({"operation": "restate", "batches": 1}, 1e-6),
-        # of noise only what is added counts, not that it grows with the tensor's spread
-        ({"operation": "noise", "scale": 1e-4}, 1e-3),
-        # to first order: what its gradients do as the weights move is of the order of its rate
-        ({"operation": "heal", "steps": 1, "lr": 1e-5, "optimizer": "sgd", "batch_size": 8}, 1e-3),
-    ],
-    ids=["restate", "noise", "heal"],
-)
-def test_what_adds_has_the_factor_one(entry: Any, rtol: float) -> None:
-    assert assert_follows(operations(entry), rtol=rtol) == {}
+
+@pytest.mark.parametrize("name", FOLLOWS)
+def test_the_start_follows_the_released_weights_by_its_factors(name: str) -> None:
+    entries, moved, per, rtol = FOLLOWS[name]
+    assert set(assert_follows(operations(*entries), per=per, rtol=rtol)) == moved
 
 
-@pytest.mark.parametrize("fraction", [0.3, 0.5])
-def test_prune_has_a_mask(fraction: float) -> None:
-    factors = assert_follows(operations({"operation": "prune", "fraction": fraction}))
-    model = tiny_model()
-    attacker, _ = started(model, operations({"operation": "prune", "fraction": fraction}))
-    assert set(factors) == {*SCALE_FREE, "fc.weight"}
+def test_what_is_pruned_has_the_factor_zero() -> None:
+    attacker, factors = started(tiny_model(), operations(PRUNE))
     for name, factor in factors.items():
         assert torch.equal(factor, (attacker.get_parameter(name) != 0).double())
-        assert int((factor == 0).sum()) == round(fraction * factor.numel())
+        assert int((factor == 0).sum()) == round(0.5 * factor.numel())
 
 
-def test_prune_masks_a_weight_that_was_zero_before_as_zero_and_only_if_it_is_pruned() -> None:
-    model = tiny_model()
-    with torch.no_grad():
-        model.fc.weight.zero_()
-    factors = start(model, operations({"operation": "prune", "fraction": 0.5}), means_at_hand())
-    assert int((factors["fc.weight"] == 0).sum()) == 6
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0, None])
-def test_shrink_perturb_has_what_it_keeps(keep: float | None) -> None:
-    arguments = {} if keep is None else {"keep": keep}
-    factors = assert_follows(operations({"operation": "shrink_perturb", **arguments}))
-    assert factors == dict.fromkeys(dict(tiny_model().named_parameters()), 0.5 if keep is None else keep)
-
-
-@pytest.mark.parametrize("per", ["layer", "channel", None])
-def test_renormalise_has_the_ratio_of_norms(per: str | None) -> None:
-    """Along directions that leave the norm: a gradient of a scale-free layer has no other part."""
-    arguments = {} if per is None else {"per": per}
-    factors = assert_follows(operations({"operation": "renormalise", **arguments}), per=per or "layer", rtol=1e-5)
-    assert set(factors) == {*SCALE_FREE, "bn1.weight", "bn2.weight"}
-    model, fresh = tiny_model(), fresh_state(5)
-    axes = (1, 2, 3) if per == "channel" else (0, 1, 2, 3)
-    for name in SCALE_FREE:
-        norms = [weight.square().sum(axes, keepdim=True).sqrt() for weight in (fresh[name], model.get_parameter(name))]
-        torch.testing.assert_close(factors[name], (norms[0] / norms[1]).detach(), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("entry", "replaced"),
-    [
-        ("reset_affine", {f"bn{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")}),
-        ("reinitialise", {"conv2.weight", "bn2.weight", "bn2.bias"}),
-        ({"operation": "reinitialise", "end": "first"}, {"conv1.weight", "bn1.weight", "bn1.bias"}),
-        ({"operation": "distil", "steps": 1, "lr": 1e-5}, {name for name, _ in tiny_model().named_parameters()}),
-    ],
-    ids=["reset_affine", "reinitialise last", "reinitialise first", "distil"],
-)
-def test_what_replaces_has_the_factor_zero(entry: Any, replaced: set[str]) -> None:
-    chosen = operations(entry)
-    _, factors = started(tiny_model(), chosen)
-    assert factors == dict.fromkeys(replaced, 0.0)
-    if chosen[0].name != "distil":  # whose student follows its teacher, but through gradients, which are constants
-        assert_follows(chosen)
-
-
-def test_composition_multiplies() -> None:
-    chosen = operations(
-        {"operation": "renormalise", "per": "channel"},
-        {"operation": "shrink_perturb", "keep": 0.4},
-        {"operation": "prune", "fraction": 0.5},
-        {"operation": "reinitialise", "end": "first"},
-    )
-    factors = assert_follows(chosen, per="channel", rtol=1e-5)
-    (_, one), (attacker, two) = started(tiny_model(), chosen[:1]), started(tiny_model(), chosen[:3])
-    mask = (attacker.conv2.weight != 0).double()
-    assert 0 < mask.mean() < 1
-    torch.testing.assert_close(factors["conv2.weight"], one["conv2.weight"] * 0.4 * mask, rtol=1e-12, atol=0)
-    torch.testing.assert_close(two["bn2.weight"], one["bn2.weight"] * 0.4, rtol=1e-12, atol=0)
-    assert not torch.as_tensor(factors["conv1.weight"]).any()
-    assert factors["fc.bias"] == 0.4
+def test_a_student_keeps_nothing_of_the_weights() -> None:
+    """It follows its teacher, but through gradients, which are constants."""
+    _, factors = started(tiny_model(), operations({"operation": "distil", "steps": 1, "lr": 1e-5}))
+    assert factors == dict.fromkeys(EVERY, 0.0)
 
 
 def test_factors_have_the_parameters_type_and_format() -> None:
     model, means = resnet()
-    entry = {"operation": "renormalise", "per": "channel"}
-    factors = start(model, operations(entry, "prune"), means)
+    factors = start(model, operations(RENORMALISE, "prune"), means)
     for name, factor in factors.items():
         parameter = model.get_parameter(name)
         assert factor.dtype == parameter.dtype
@@ -190,18 +145,6 @@ def test_the_start_is_the_audits_and_in_place(name: str) -> None:
     torch.manual_seed(5)
     assert_same_state(attacker, state_of(operate(twin, chosen, means_at_hand())))
     assert all(parameter is owned[each] for each, parameter in attacker.named_parameters())
-
-
-def test_no_operation_is_no_change() -> None:
-    model, before = tiny_model(), state_of(tiny_model())
-    assert start(model, (), means_at_hand()) == {}
-    assert_same_state(model, before)
-
-
-def test_denoisers() -> None:
-    model, means = unet(conditional=True)
-    factors = start(model, operations("renormalise", {"operation": "shrink_perturb", "keep": 0.25}), means)
-    assert factors == dict.fromkeys(dict(model.named_parameters()), 0.25)
 
 
 # --- the check -------------------------------------------------------------------------------------------------------

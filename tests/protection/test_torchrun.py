@@ -14,9 +14,7 @@ import torch
 from sophon.protection.resume import STATE_FILE, read_state
 from sophon.protection.runner import Runner
 from tests.cli_helpers import PRETRAIN, PROTECT, RUNS, load, refusal, sophon
-from tests.protection.scenarios import (
-    SIZE,
-)
+from tests.protection.scenarios import SIZE
 from tests.protection.test_distributed import environment
 
 

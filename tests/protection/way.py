@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,13 +12,7 @@ from torch.func import functional_call
 from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
 from sophon.optimizers import build_optimizer
-from sophon.protection.inner_loop import (
-    Objective,
-    Past,
-    Simulation,
-    frozen_statistics,
-    query_weights,
-)
+from sophon.protection.inner_loop import Objective, Past, Simulation, frozen_statistics, query_weights
 from sophon.protection.meta_gradient.first_order import first_order
 from tests.tiny import tiny_batches, tiny_model, tiny_task
 
@@ -32,7 +26,6 @@ WIDTH = 0.01
 SEED = 5
 
 Weights = dict[str, Tensor]
-Ask = Callable[[Weights], Tensor]
 
 
 def run_with(

@@ -10,16 +10,7 @@ from sophon.domains import MemoryImages
 from sophon.losses import SUPPRESSION_LOSSES, distillation
 from sophon.models import ModelSpec, build
 from sophon.tasks import ClassificationTask
-from tests.tiny import (
-    CLASSES,
-    assert_same_state,
-    state_of,
-    tiny_batches,
-    tiny_images,
-    tiny_model,
-    tiny_spec,
-    tiny_task,
-)
+from tests.tiny import CLASSES, assert_same_state, state_of, tiny_batches, tiny_model, tiny_spec, tiny_task
 
 BATCH = tiny_batches(5, 1)[0]
 
@@ -67,23 +58,6 @@ def test_accuracy_by_hand_counts_the_short_last_batch() -> None:
     assert (task.metric.name, task.metric.unit, task.metric.higher_is_better) == ("accuracy", "%", True)
 
 
-def test_details_are_the_mean_cross_entropy() -> None:
-    """Over images, not over batches: the short last batch weighs what it holds."""
-    model, task, images = tiny_model().train(), tiny_task(), tiny_images(0)
-    task.evaluation_batch_size = 7
-    before = state_of(model)
-    details = task.details(model, images)
-    assert_same_state(model, before)
-    assert all(part.training for part in model.modules())
-    with torch.no_grad():
-        expected = nn.functional.cross_entropy(task.logits(model.eval(), images.images), images.labels)
-    assert details == {"cross-entropy": pytest.approx(expected.item(), rel=1e-12)}
-
-
-def test_a_classifier_generates_nothing() -> None:
-    assert tiny_task().sample(tiny_model(), 4, 0) is None
-
-
 @pytest.mark.parametrize("loss", SUPPRESSION_LOSSES)
 def test_losses_are_those_of_the_logits(loss: str) -> None:
     model, task = tiny_model().eval(), tiny_task(loss)
@@ -91,13 +65,6 @@ def test_losses_are_those_of_the_logits(loss: str) -> None:
     torch.testing.assert_close(task.logits(model, BATCH.images), logits)
     torch.testing.assert_close(task.attacker_loss(model, BATCH), nn.functional.cross_entropy(logits, BATCH.labels))
     torch.testing.assert_close(task.suppression_loss(model, BATCH), SUPPRESSION_LOSSES[loss](logits, BATCH.labels))
-
-
-def test_train_mode_of_all() -> None:
-    model = tiny_model().eval()
-    trained = tiny_task().train_mode(model, "all")
-    assert all(part.training for part in model.modules())
-    assert trained == dict(model.named_parameters())
 
 
 def test_train_mode_of_the_head_keeps_the_backbone_in_evaluation() -> None:
@@ -114,43 +81,12 @@ def test_train_mode_of_the_head_keeps_the_backbone_in_evaluation() -> None:
     assert_same_state(model, before)
 
 
-@pytest.mark.parametrize(
-    ("scope", "blocks", "moved"),
-    [
-        ("first_blocks", 1, ("conv1", "bn1", "fc")),
-        ("last_blocks", 1, ("conv2", "bn2", "fc")),
-        ("first_blocks", 2, ("conv1", "bn1", "conv2", "bn2", "fc")),
-        ("last_blocks", 2, ("conv1", "bn1", "conv2", "bn2", "fc")),
-    ],
-)
-def test_train_mode_of_blocks_has_the_head_and_runs_everything_in_training(
-    scope: str, blocks: int, moved: tuple[str, ...]
-) -> None:
-    model = tiny_model().eval()
-    trained = tiny_task().train_mode(model, scope, blocks)
-    assert {name.partition(".")[0] for name in trained} == set(moved)
-    assert all(parameter is model.get_parameter(name) for name, parameter in trained.items())
-    assert list(trained) == [name for name, _ in model.named_parameters() if name in trained]
-    assert all(part.training for part in model.modules())
-
-
 def test_attention_of_a_classifier_that_has_it() -> None:
     spec = ModelSpec("timm", "test_vit", CLASSES, 1, 32, (0.5,), (0.5,))
     model = build(spec)
     names = set(ClassificationTask(spec).train_mode(model, "attention"))
     assert names == {name for name, _ in model.named_parameters() if ".attn." in name or name.startswith("head.")}
     assert len(names) > 6
-
-
-def test_adapters_move_with_the_head() -> None:
-    model = tiny_model()
-    model.conv2.lora_down = nn.Linear(1, 1)
-    assert set(tiny_task().train_mode(model, "lora")) == {
-        "conv2.lora_down.weight",
-        "conv2.lora_down.bias",
-        "fc.weight",
-        "fc.bias",
-    }
 
 
 def test_the_distance_to_a_reference_is_that_of_softened_logits() -> None:
@@ -177,14 +113,6 @@ def test_features_are_what_the_head_sees(amp: bool) -> None:
     with pytest.raises(RuntimeError, match="channels"):
         task.features(model, torch.zeros(2, 2, 5, 3, dtype=torch.uint8))
     assert not model.fc._forward_pre_hooks
-
-
-def test_features_of_a_library_model() -> None:
-    spec = ModelSpec(
-        "timm", "vit_tiny_patch16_224", CLASSES, 3, 32, (0.5,) * 3, (0.5,) * 3, {"depth": 1, "img_size": 32}
-    )
-    model = build(spec)
-    assert ClassificationTask(spec).features(model, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 192)
 
 
 def test_the_loss_of_a_guess_is_that_of_equal_logits() -> None:

@@ -1,9 +1,10 @@
-"""The error of the predicted noise, measured on fixed triples, and its bands."""
+"""What a denoiser is measured by, on fixed triples; what it draws; which of its parts a scope trains."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sophon.domains import Batch, ImageSet, MemoryImages
+from sophon.errors import UserError
 from tests.tasks.denoisers import (
     CLASSES,
     PIXELS,
@@ -21,6 +23,7 @@ from tests.tasks.denoisers import (
     STEPS,
     Oracle,
     Recorder,
+    batch_of,
     hooked,
     images_of,
     pixel,
@@ -79,35 +82,11 @@ def test_evaluate_by_hand(kind: str) -> None:
     assert found == pytest.approx((predicted - noise).square().mean().item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("size", [1, 7, 30, 1000])
-def test_evaluate_does_not_depend_on_the_batch_size(size: int) -> None:
-    of, images = spec(), images_of()
-    task, model = task_of(of), unet(of)
-    expected = task.evaluate(model, images)
-    task.evaluation_batch_size = size
-    recorder = Recorder()
-    task.evaluate(recorder, images)
-    assert [len(part) for part in recorder.timesteps] == [size] * (30 // size) + [30 % size] * (30 % size > 0)
-    assert task.evaluate(model, images) == pytest.approx(expected, rel=1e-9)
-
-
 def triples(images: ImageSet, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return x_t, t and the labels of everything that is measured."""
     recorder = Recorder()
     task_of(spec(conditional=True), **options).evaluate(recorder, images)
     return torch.cat(recorder.images), torch.cat(recorder.timesteps), torch.cat(recorder.labels)
-
-
-@pytest.mark.parametrize("per_class", [20, 40])
-def test_every_timestep_is_measured_equally_often_in_every_part_of_a_sorted_set(per_class: int) -> None:
-    _, timesteps, labels = triples(images_of(per_class))
-    assert set(Counter(timesteps.tolist()).values()) == {3 * per_class // STEPS}
-    for label in range(len(CLASSES)):
-        own = timesteps[labels == label].double()
-        assert len(own) == per_class
-        assert own.min() < STEPS / 5
-        assert own.max() > 4 * STEPS / 5 - 1
-        assert own.mean().item() == pytest.approx((STEPS - 1) / 2, abs=4.5)
 
 
 @given(st.integers(1, 20), st.integers(1, 80))
@@ -119,16 +98,6 @@ def test_at_most_so_many_images_spread_over_the_whole_set(per_class: int, limit:
     assert max(per_step.values()) - min(per_step.get(t, 0) for t in range(STEPS)) <= 1
     per_label = Counter(labels.tolist())
     assert max(per_label.values()) - min(per_label.get(label, 0) for label in range(3)) <= 1
-
-
-def test_no_image_is_measured_twice() -> None:
-    levels = torch.arange(30, dtype=torch.uint8)
-    images = MemoryImages(levels.view(-1, 1, 1, 1).expand(30, 1, SIZE, SIZE).contiguous(), levels.long() // 10, CLASSES)
-    recorder, task = Recorder(), task_of(spec("sample"), evaluation_images=10)
-    answers: list[Tensor] = []
-    task.prepare = lambda pixels: answers.append(pixels[:, 0, 0, 0]) or pixels.double()  # type: ignore[method-assign]
-    task.evaluate(recorder, images)
-    assert torch.cat(answers).tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
 
 
 @pytest.mark.parametrize("steps", [20, 50, 1000])
@@ -150,13 +119,102 @@ def test_bands_tile_the_timesteps_and_average_to_the_metric(steps: int) -> None:
     assert details.keys() == task.details(model, images).keys()
 
 
-def test_a_band_tells_where_the_error_lies() -> None:
-    class Late(Oracle):
-        def answer(self, images: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-            return super().answer(images, timesteps, labels) + 2.0 * (timesteps >= 15).view(-1, 1, 1, 1)
+# --- samples ------------------------------------------------------------------------------------------------------
 
-    images = MemoryImages(pixel(100, 40), torch.zeros(40, dtype=torch.int64), CLASSES)
-    task = task_of(spec())
-    found = task.details(Late("epsilon", task.prepare(pixel(100))), images)
-    assert list(found) == ["eps-MSE t 0-4", "eps-MSE t 5-9", "eps-MSE t 10-14", "eps-MSE t 15-19"]
-    assert list(found.values()) == pytest.approx([0, 0, 0, 4], abs=1e-6)
+
+def test_samples_are_pictures_that_depend_on_the_seed_alone() -> None:
+    of = spec()
+    task, model = task_of(of, sample_steps=3), unet(of)
+    first = task.sample(model, 5, 7)
+    assert first.shape == (5, 1, SIZE, SIZE)
+    assert first.dtype == torch.uint8
+    assert first.device.type == "cpu"
+    assert first.unique().numel() > 5
+    torch.manual_seed(99)
+    assert torch.equal(task.sample(model, 5, 7), first)
+    assert not torch.equal(task.sample(model, 5, 8), first)
+
+
+def test_every_model_starts_from_the_same_noise() -> None:
+    task, one, other = task_of(spec(), sample_steps=4), Recorder(), Recorder()
+    with torch.no_grad():
+        other.factor.fill_(0.5)
+    for model in (one, other):
+        task.sample(model, 3, 7)
+    assert torch.equal(one.images[0], other.images[0])
+    assert not torch.equal(one.images[-1], other.images[-1])
+    assert one.images[0].std().item() == pytest.approx(1, abs=0.2)
+    assert [part[0].item() for part in one.timesteps] == [15, 10, 5, 0]
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("steps", [1, 5, STEPS])
+def test_who_knows_the_clean_image_generates_it(kind: str, steps: int) -> None:
+    task = task_of(spec(kind), sample_steps=steps)
+    generator = torch.Generator().manual_seed(2)
+    picture = torch.randint(0, 256, (1, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    found = task.sample(Oracle(kind, task.prepare(picture)), 3, 0)
+    assert torch.equal(found, picture.expand(3, -1, -1, -1))
+
+
+def test_a_conditional_model_is_asked_for_its_classes_in_turn() -> None:
+    of = spec(conditional=True)
+    model = unet(of)
+    seen = hooked(model)
+    task_of(of, sample_steps=1).sample(model, 7, 0)
+    assert seen.labels[0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    task_of(of).start_head(model, "fresh", ("x", "y"))
+    task_of(of, sample_steps=1).sample(model, 3, 0)
+    assert seen.labels[-1].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_a_broken_model_gives_pictures_all_the_same(value: float) -> None:
+    of = spec(clip_sample=False)
+    model = unet(of)
+    with torch.no_grad():
+        model.conv_out.bias.fill_(value)
+    found = task_of(of, sample_steps=2).sample(model, 2, 0)
+    assert found.shape == (2, 1, SIZE, SIZE)
+    assert found.dtype == torch.uint8
+
+
+# --- scopes and heads ---------------------------------------------------------------------------------------------
+
+SCOPES = {
+    "all": lambda name: True,
+    "head": lambda name: name == "class_embedding.weight",
+    "last_blocks": lambda name: name.startswith(("up_blocks.1.", "conv_norm_out.", "conv_out.")),
+    "attention": lambda name: ".attentions." in name,
+    "first_blocks": lambda name: name.startswith(("conv_in.", "time_emb", "down_blocks.0.", "class_embedding.")),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_scopes(scope: str) -> None:
+    of = spec(conditional=True)
+    model = unet(of).eval()
+    trained = task_of(of).train_mode(model, scope)
+    parameters = dict(model.named_parameters())
+    assert set(trained) == {name for name in parameters if SCOPES[scope](name)}
+    assert trained
+    assert all(trained[name] is parameters[name] for name in trained)
+    assert all(part.training for name, part in model.named_modules() if any(n.startswith(name) for n in trained))
+
+
+@pytest.mark.parametrize(("scope", "blocks"), [("head", "attention"), ("attention", "plain")])
+def test_a_scope_that_the_model_does_not_have_is_refused(scope: str, blocks: str) -> None:
+    # diffusers puts attention between the two halves unless it is told not to
+    of = spec(blocks=blocks)
+    of = replace(of, model_args={**of.model_args, "add_attention": blocks == "attention"})
+    model = unet(of)
+    with pytest.raises(UserError, match=rf"^scope: '{scope}' .* use all or last_blocks$") as caught:
+        task_of(of).train_mode(model, scope)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_denoiser_has_no_features_and_a_guess_removes_nothing() -> None:
+    task, model = task_of(spec()), unet(spec())
+    assert task.features(model, batch_of().images) is None
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    assert task.chance_loss(model) == pytest.approx(noise.square().mean().item(), abs=0.05)
