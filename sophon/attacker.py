@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sophon.errors import UserError, choose
+from sophon.ranges import check_value, limited
 
 
 @dataclass(frozen=True)
@@ -69,100 +70,11 @@ def _arguments(key: str, values: Any, *, lists: bool = False) -> tuple[tuple[str
     return tuple(sorted(pairs))
 
 
-@dataclass(frozen=True)
-class FineTuneStrategy:
-    """How somebody fine-tunes: everything that an attacker may choose. Immutable and hashable.
-
-    Attributes:
-        optimizer: a key of `OPTIMIZERS`, or the dotted path of a factory of (parameters, lr=, weight_decay=, ...) that
-            returns a torch optimizer. One that has an argument ``model`` is given the model.
-        lr: peak learning rate, > 0.
-        weight_decay: >= 0; decoupled for AdamW, as an L2 term for the others.
-        schedule: a key of `SCHEDULES`, applied to ``lr`` over ``steps``.
-        batch_size: images a step, >= 1.
-        steps: optimizer steps, >= 0 (none: what the released weights do as they are); those of ``probe_steps`` and of
-            ``surgery`` come on top.
-        scope: which parameters move: ``all``; ``head``; the ``first_blocks`` or the ``last_blocks`` with the head;
-            ``attention`` (with a classifier's head); ``cross_attention``, the layers that read a text; or ``lora``,
-            adapters of low rank with the head.
-        head: what a classifier's last layer, or a conditional denoiser's class embedding, starts from: ``kept`` (the
-            released one), ``fresh`` (newly initialised) or ``probed`` (fresh, then trained alone for ``probe_steps``
-            steps with Adam at ``probe_lr``). A simulated ``probed`` attacker starts from a head that the defender keeps
-            fitted to its own data instead.
-        probe_steps: see ``head``; ignored unless it is ``probed``.
-        probe_lr: see ``head``; ignored unless it is ``probed``.
-        augmentation: a key of `sophon.domains.AUGMENTATIONS`.
-        data_budget: images the attacker owns, drawn class-balanced from its split; None for all of them.
-        ema: decay of an exponential moving average of the weights, whose value replaces them at the end, 0 <= ema < 1;
-            0 for none. Early on the decay is held down to (1 + step) / (10 + step).
-        max_norm: the gradient's norm is clipped to this, > 0; None for no clipping.
-        batch_norm: what becomes of running statistics: ``trained``, they follow the batches; ``frozen``, they stay as
-            released, and normalise in training too; or ``restated``, they follow the batches, but wherever the attacker
-            measures, and at the end, it estimates them anew from its images with the weights as they are by then.
-        blocks: how many blocks the scopes ``first_blocks`` and ``last_blocks`` have, >= 1.
-        lora_rank: rank of the adapters, >= 1; as ``lora_layers``, ignored unless the scope is ``lora``.
-        lora_layers: which layers get one: a key of `LORA_LAYERS`.
-        surgery: what is done to the weights before the head is started, in this order.
-        optimizer_args: the optimizer's other arguments: pairs of name and value, sorted by name.
-        loop: a key of `LOOPS`, or the dotted path of a function like `sophon.finetune.fine_tune`.
-    """
-
-    optimizer: str = "momentum"
-    lr: float = 0.01
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    batch_size: int = 128
-    steps: int = 200
-    scope: str = "all"
-    head: str = "fresh"
-    probe_steps: int = 50
-    probe_lr: float = 0.005
-    augmentation: str = "none"
-    data_budget: int | None = None
-    ema: float = 0.0
-    max_norm: float | None = None
-    batch_norm: str = "trained"
-    blocks: int = 1
-    lora_rank: int = 8
-    lora_layers: str = "all"
-    surgery: tuple[Operation, ...] = ()
-    optimizer_args: tuple[tuple[str, Any], ...] = ()
-    loop: str = "fine_tune"
-
-    def plain(self) -> dict[str, Any]:
-        """Return the strategy as plain JSON data: the form that result files and configurations have."""
-        arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in self.optimizer_args}
-        surgery = [operation.plain() for operation in self.surgery]
-        return {**dataclasses.asdict(self), "optimizer_args": arguments, "surgery": surgery}
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], where: str = "strategy") -> FineTuneStrategy:
-        """Make a strategy of plain data, as `plain` returns it; ``where`` is for messages."""
-        surgery = operations_from(f"{where}.surgery", values.get("surgery", ()))
-        arguments = _arguments(f"{where}.optimizer_args", values.get("optimizer_args", ()), lists=True)
-        return cls(**{**values, "surgery": surgery, "optimizer_args": arguments})
-
-    def validate(self, where: str) -> None:
-        """Raise a `UserError` that names ``where`` and the field if a value is outside its range."""
-        for part in dataclasses.fields(self):
-            check_field(f"{where}.{part.name}", part.name, getattr(self, part.name))
-
-
 SCOPES = ("all", "head", "first_blocks", "last_blocks", "attention", "cross_attention", "lora")
-
-
 BATCH_NORMS = ("trained", "frozen", "restated")
-
-
 LORA_LAYERS = ("all", "convolutions", "linears", "attention", "transformer")
-
-
 HEADS = ("kept", "fresh", "probed")
-
-
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
-
-
 # Optimizers by name: the dotted path of the factory, and the arguments that the name implies; those not named are the
 # factory's own. Both engines of the simulation take the steps of `SIMULATED`; the others are for audits.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -205,6 +117,85 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
 }
 
 
+@dataclass(frozen=True)
+class FineTuneStrategy:
+    """How somebody fine-tunes: everything that an attacker may choose. Immutable and hashable.
+
+    Attributes:
+        optimizer: a key of `OPTIMIZERS`, or the dotted path of a factory of (parameters, lr=, weight_decay=, ...) that
+            returns a torch optimizer. One that has an argument ``model`` is given the model.
+        lr: peak learning rate, > 0.
+        weight_decay: >= 0; decoupled for AdamW, as an L2 term for the others.
+        schedule: a key of `SCHEDULES`, applied to ``lr`` over ``steps``.
+        batch_size: images a step, >= 1.
+        steps: optimizer steps, >= 0 (none: what the released weights do as they are); those of ``probe_steps`` and of
+            ``surgery`` come on top.
+        scope: which parameters move: ``all``; ``head``; the ``first_blocks`` or the ``last_blocks`` with the head;
+            ``attention`` (with a classifier's head); ``cross_attention``, the layers that read a text; or ``lora``,
+            adapters of low rank with the head.
+        head: what a classifier's last layer, or a conditional denoiser's class embedding, starts from: ``kept`` (the
+            released one), ``fresh`` (newly initialised) or ``probed`` (fresh, then trained alone for ``probe_steps``
+            steps with Adam at ``probe_lr``). A simulated ``probed`` attacker starts from a head that the defender keeps
+            fitted to its own data instead.
+        probe_steps: see ``head``; ignored unless it is ``probed``.
+        probe_lr: see ``head``; ignored unless it is ``probed``.
+        augmentation: a key of `sophon.domains.AUGMENTATIONS`.
+        data_budget: images the attacker owns, drawn class-balanced from its split; None for all of them.
+        ema: decay of an exponential moving average of the weights, whose value replaces them at the end, 0 <= ema < 1;
+            0 for none. Early on the decay is held down to (1 + step) / (10 + step).
+        max_norm: the gradient's norm is clipped to this, > 0; None for no clipping.
+        batch_norm: what becomes of running statistics: ``trained``, they follow the batches; ``frozen``, they stay as
+            released, and normalise in training too; or ``restated``, they follow the batches, but wherever the attacker
+            measures, and at the end, it estimates them anew from its images with the weights as they are by then.
+        blocks: how many blocks the scopes ``first_blocks`` and ``last_blocks`` have, >= 1.
+        lora_rank: rank of the adapters, >= 1; as ``lora_layers``, ignored unless the scope is ``lora``.
+        lora_layers: which layers get one: a key of `LORA_LAYERS`.
+        surgery: what is done to the weights before the head is started, in this order.
+        optimizer_args: the optimizer's other arguments: pairs of name and value, sorted by name.
+        loop: a key of `LOOPS`, or the dotted path of a function like `sophon.finetune.fine_tune`.
+    """
+
+    optimizer: str = "momentum"
+    lr: float = limited(0.01, gt=0)
+    weight_decay: float = limited(0.0, ge=0)
+    schedule: str = limited("constant", choices=SCHEDULES)
+    batch_size: int = limited(128, ge=1)
+    steps: int = limited(200, ge=0)
+    scope: str = limited("all", choices=SCOPES)
+    head: str = limited("fresh", choices=HEADS)
+    probe_steps: int = limited(50, ge=1)
+    probe_lr: float = limited(0.005, gt=0)
+    augmentation: str = limited("none", choices=AUGMENTATIONS)
+    data_budget: int | None = limited(None, ge=1)
+    ema: float = limited(0.0, ge=0, lt=1)
+    max_norm: float | None = limited(None, gt=0)
+    batch_norm: str = limited("trained", choices=BATCH_NORMS)
+    blocks: int = limited(1, ge=1)
+    lora_rank: int = limited(8, ge=1)
+    lora_layers: str = limited("all", choices=LORA_LAYERS)
+    surgery: tuple[Operation, ...] = ()
+    optimizer_args: tuple[tuple[str, Any], ...] = ()
+    loop: str = "fine_tune"
+
+    def plain(self) -> dict[str, Any]:
+        """Return the strategy as plain JSON data: the form that result files and configurations have."""
+        arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in self.optimizer_args}
+        surgery = [operation.plain() for operation in self.surgery]
+        return {**dataclasses.asdict(self), "optimizer_args": arguments, "surgery": surgery}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "strategy") -> FineTuneStrategy:
+        """Make a strategy of plain data, as `plain` returns it; ``where`` is for messages."""
+        surgery = operations_from(f"{where}.surgery", values.get("surgery", ()))
+        arguments = _arguments(f"{where}.optimizer_args", values.get("optimizer_args", ()), lists=True)
+        return cls(**{**values, "surgery": surgery, "optimizer_args": arguments})
+
+    def validate(self, where: str) -> None:
+        """Raise a `UserError` that names ``where`` and the field if a value is outside its range."""
+        for part in dataclasses.fields(self):
+            check_field(f"{where}.{part.name}", part.name, getattr(self, part.name))
+
+
 def learning_rate(strategy: FineTuneStrategy, step: int) -> float:
     """Return the learning rate that the strategy uses at ``step`` (0 .. strategy.steps - 1)."""
     return strategy.lr * SCHEDULES[strategy.schedule](step, strategy.steps)
@@ -215,47 +206,16 @@ def check_field(key: str, name: str, value: Any) -> None:
 
     What a dotted path names is looked at by `sophon.finetune.check`.
     """
-    named: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "loop": LOOPS}
-    choices: dict[str, Iterable[str]] = {
-        "schedule": SCHEDULES,
-        "scope": SCOPES,
-        "head": HEADS,
-        "augmentation": AUGMENTATIONS,
-        "batch_norm": BATCH_NORMS,
-        "lora_layers": LORA_LAYERS,
-    }
     if name == "surgery":
         operations_from(key, value)
-        return
-    if name == "optimizer_args":
+    elif name == "optimizer_args":
         _arguments(key, value, lists=True)
-        return
-    if name in named:
-        if not isinstance(value, str) or "." not in value:
-            choose(key, value, (*named[name], "a dotted path"))
-        return
-    if name in choices:
-        choose(key, value, choices[name])
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if name in ("lr", "probe_lr"):
-        fits, allowed = number and value > 0, "a finite number > 0"
-    elif name == "weight_decay":
-        fits, allowed = number and value >= 0, "a number >= 0"
-    elif name == "ema":
-        fits, allowed = number and 0 <= value < 1, "a number >= 0 and < 1"
-    elif name == "max_norm":
-        fits, allowed = number and value > 0, "a number > 0"
-    else:
-        least = 0 if name == "steps" else 1
-        fits, allowed = number and isinstance(value, int) and value >= least, f"a whole number >= {least}"
-    if name == "max_norm":
-        fits, allowed = fits or value is None, f"{allowed}, or null for no clipping"
-    if name == "data_budget":
-        fits, allowed = fits or value is None, f"{allowed}, or null for all"
-    if not fits:
-        raise UserError(f"{key}: {value} is not allowed; it must be {allowed}")
+    elif name not in ("optimizer", "loop"):
+        check_value(key, value, _FIELDS[name])
+    elif not isinstance(value, str) or "." not in value:
+        choose(key, value, (*(OPTIMIZERS if name == "optimizer" else LOOPS), "a dotted path"))
 
 
+_FIELDS = {part.name: part for part in dataclasses.fields(FineTuneStrategy)}
 # What decides only where the scope asks for it.
 OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_rank": ("lora",), "lora_layers": ("lora",)}

@@ -164,7 +164,6 @@ REFUSED: list[tuple[str, list[str]]] = [
     # values out of range: how, tests/test_ranges.py
     ("method.rounds=0", ["method.rounds", "0", ">= 1"]),
     ("method.fts_lr=.nan", ["method.fts_lr", "nan", "> 0"]),
-    ("method.window=-1", ["method.window", "-1", ">= 0", "null"]),
     ("method.suppression_timesteps=1.01", ["method.suppression_timesteps", "1.01", "<= 1"]),
     ("method.engine=third_order", ["method.engine", "third_order", "second_order"]),
     ("guard.growth=0.5", ["guard.growth", "0.5", ">= 1"]),

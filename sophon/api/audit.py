@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +35,6 @@ from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
 from sophon.paths import explained
 from sophon.tracking import Tracker
-
-if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long to load, and that no attack uses
-    pass
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,18 @@ from sophon.files import write_bytes
 _LEAST = 256  # pixels of a grid's longer side: small images are enlarged by a whole factor
 
 
-def image_grid(images: Tensor, columns: int | None = None) -> bytes:
-    """Lay images out in rows.
+def image_grid(images: Tensor) -> bytes:
+    """Return a PNG of uint8 images [N, C, H, W], C 1 or 3, N >= 1, in a grid as square as can be.
 
-    Args:
-        images: uint8 [N, C, H, W] on any device, C 1 or 3, N >= 1.
-        columns: images a row; None for a grid as square as can be.
-
-    Returns:
-        A PNG file's bytes; small images are enlarged without smoothing.
+    Small images are enlarged without smoothing.
     """
     from torchvision.utils import make_grid  # takes seconds, and only what generates comes here
 
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    grid = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+    grid = (
+        make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=1, pad_value=255)
+        .permute(1, 2, 0)
+        .numpy()
+    )
     picture = Image.fromarray(grid)
     factor = max(1, math.ceil(_LEAST / max(picture.size)))
     buffer = io.BytesIO()

@@ -37,8 +37,6 @@ from sophon.tasks import Task
 
 COMPARED = ROLES[:2]  # a fresh model has nothing to hide
 _MILD = FineTuneStrategy(optimizer="momentum", lr=1e-2)
-# How far curvature looks, in units of the norm of what moves: beyond float32's rounding, within the neighbourhood.
-_REACH = 5e-3
 _FEW = 8  # images that show which layers feed a normalisation
 
 
@@ -69,10 +67,8 @@ class Seen:
         head: how its head started.
         step: after how many steps.
         quantity: ``loss``; ``gradient`` (its norm, the head left out); ``hidden_gradient`` (of the weights before
-            normalisation only); ``scale_free_gradient`` (the sum over these layers of norm of weight times norm of
-            gradient); ``curvature``, [L(w + d u) - 2 L(w) + L(w - d u)] / d^2 with u the normalised first update of
-            momentum; ``relative_curvature``, the same in coordinates in which each tensor is measured by its own norm.
-            The scale-free gradient and the relative curvature do not change with the layers' scale.
+            normalisation only); or ``scale_free_gradient``, the sum over these layers of norm of weight times norm of
+            gradient, which does not change with the layers' scale.
         protected: of the protected model; NaN where a loss is not finite.
         unprotected: of the other.
         ratio: protected / unprotected.
@@ -125,7 +121,7 @@ def measure(
     Args:
         models: ``protected`` and ``unprotected``, of one architecture; left as they are.
         spec: of both.
-        task: the model kind; without autocast, whose rounding would drown the curvature.
+        task: the model kind, without autocast.
         restricted: the domain that is attacked.
         config: which head starts, how many steps, how many batches.
         seed: of everything drawn; the same seed gives the same result.
@@ -192,19 +188,11 @@ def _quantities(model: nn.Module, start: _Start) -> dict[str, float]:
     sizes = {name: _norm(part) for name, part in body.items()}
     slopes = {name: _norm(part) for name, part in gradients.items()}
     hidden = [f"{name}.weight" for name in start.layers]
-    steep = math.hypot(*slopes.values())
-    steep_for_its_size = math.hypot(*(sizes[name] * slopes[name] for name in body))
-    # weighed by how much of the update falls on each tensor, so that layers which it leaves alone set no scale
-    moved = steep_for_its_size / steep if steep else 0.0
-    updates = {name: -part for name, part in gradients.items()}
-    relative = {name: sizes[name] * sizes[name] * part for name, part in updates.items()}
     return {
         "loss": _loss(model, start),
-        "gradient": steep,
+        "gradient": math.hypot(*slopes.values()),
         "hidden_gradient": math.hypot(*(slopes[name] for name in hidden)),
         "scale_free_gradient": math.fsum(sizes[name] * slopes[name] for name in hidden),
-        "curvature": _curvature(model, body, updates, steep, _REACH * moved, start),
-        "relative_curvature": _curvature(model, body, relative, steep_for_its_size, _REACH, start),
     }
 
 
@@ -225,29 +213,6 @@ def _loss(model: nn.Module, start: _Start) -> float:
     """Return the mean loss over the batches, under the same noise every time."""
     seed_all(derive_seed(start.seed, "noise"))
     return math.fsum(float(start.task.attacker_loss(model, batch)) for batch in start.draws) / len(start.draws)
-
-
-@torch.no_grad()
-def _curvature(
-    model: nn.Module,
-    body: Mapping[str, nn.Parameter],
-    direction: Mapping[str, Tensor],
-    length: float,
-    distance: float,
-    start: _Start,
-) -> float:
-    """Return the second difference of the loss along ``direction`` / ``length``; NaN where there is no direction."""
-    if not (0 < length < math.inf and 0 < distance < math.inf):
-        return math.nan
-    here = {name: part.clone() for name, part in body.items()}
-
-    def at(place: float) -> float:
-        for name, part in body.items():
-            part.copy_(here[name] + place / length * direction[name])
-        return _loss(model, start)
-
-    ahead, behind, between = at(distance), at(-distance), at(0.0)
-    return (ahead - 2 * between + behind) / distance**2
 
 
 def _norm(tensor: Tensor) -> float:

@@ -49,7 +49,10 @@ else:
     }
     StrategyConfig = make_dataclass(
         "StrategyConfig",
-        [_plain.get(part.name, (part.name, _types[part.name], part.default)) for part in fields(FineTuneStrategy)],
+        [
+            _plain.get(part.name, (part.name, _types[part.name], field(default=part.default, metadata=part.metadata)))
+            for part in fields(FineTuneStrategy)
+        ],
     )
     StrategyConfig.__doc__ = FineTuneStrategy.__doc__
 

@@ -34,8 +34,6 @@ class MethodConfig:
         segment: second order: inner steps whose graphs live at once, >= 1. Memory is the activations of so many steps,
             and K / ``segment`` times the trained weights with the optimizer's state. All but the last segment are taken
             twice: ``segment`` >= K is fastest and needs the most.
-        window: second order: inner steps that a query's derivative follows back at most, >= 0, in blocks counted from
-            the last step (see `sophon.protection.meta_gradient.second_order`); null for all of them, which is exact.
         rounds: how many alternations.
         fts_steps: FTS steps a round (l_FTS of the paper), >= 1.
         ntr_steps: NTR steps a round (l_NTR).
@@ -77,7 +75,6 @@ class MethodConfig:
     fixed_norms: str = limited("none", choices=("none", "layer", "channel"))
     engine: str = limited("first_order", choices=("first_order", "second_order"))
     segment: int = limited(1, ge=1)
-    window: int | None = limited(None, ge=0)
     rounds: int = limited(100, ge=1)
     fts_steps: int = limited(1, ge=1)
     ntr_steps: int = limited(10, ge=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ def owned(names: Iterable[str], block: Iterable[str]) -> set[str]:
     exact = set(block)
     below = tuple(f"{part}." for part in exact)
     return {name for name in names if name in exact or name.startswith(below)}
+
+
+def at_end(blocks: Sequence[Block], count: int, end: str) -> Iterator[str]:
+    """Name what belongs to the ``first`` or the ``last`` blocks, ``count`` of them, >= 1."""
+    return chain.from_iterable(blocks[:count] if end == "first" else blocks[-count:])
 
 
 def attention(module: nn.Module) -> Block:

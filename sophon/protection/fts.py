@@ -38,7 +38,7 @@ def engine_of(config: MethodConfig, objectives: Sequence[Objective] = PLAIN) -> 
         return partial(ENGINES[config.engine], objectives=objectives)
     if tuple(objectives) != tuple(PLAIN):
         raise UserError("method.engine: second_order asks plain suppression alone; give engine first_order")
-    return partial(ENGINES[config.engine], segment=config.segment, window=config.window)
+    return partial(ENGINES[config.engine], segment=config.segment)
 
 
 class FTSStep(NamedTuple):

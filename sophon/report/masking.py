@@ -14,7 +14,6 @@ _QUANTITIES = {
     "gradient": "gradient",
     "hidden_gradient": "gradient before normalisation",
     "scale_free_gradient": "scale-free gradient",
-    "relative_curvature": "relative curvature",
 }
 # A loss or a gradient so many times that of the unprotected model, or so small a part, is explained.
 _EXTREME = 1000.0
@@ -34,8 +33,8 @@ def masking(results: Results, measured: Masking | None) -> Iterator[Part]:
     if measured and measured.seen:
         yield (
             "What a mild attacker sees, its head left out. The scale-free gradient sums norm of weight times norm of "
-            "gradient over the layers before normalisation; it and the relative curvature do not depend on their "
-            "scale. Masking is where the gradient falls and these do not."
+            "gradient over the layers before normalisation, and does not depend on their scale. Masking is where the "
+            "gradient falls and this does not."
         )
         if explained := extreme(measured.seen):
             yield explained

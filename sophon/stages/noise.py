@@ -12,13 +12,12 @@ language models is 0.1. Running statistics of BatchNorm are estimated anew on or
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
 from sophon.domains import batches
 from sophon.errors import UserError
-from sophon.models.partition import owned
+from sophon.models.partition import at_end, owned
 from sophon.protection.context import Context
 from sophon.protection.stage import Information, Row, Stage
 from sophon.protection.training import fresh
@@ -90,7 +89,7 @@ def chosen_blocks(context: Context, stage: str, blocks: int, end: str) -> set[st
         raise UserError(f"method.stages.{stage}.blocks: {blocks} is not allowed; the model has {len(found)}")
     if blocks == 0:
         return set(names)
-    return owned(names, chain.from_iterable(found[:blocks] if end == "first" else found[-blocks:]))
+    return owned(names, at_end(found, blocks, end))
 
 
 def restate(context: Context) -> None:

@@ -19,6 +19,7 @@ from sophon.protection.training import fresh
 from sophon.ranges import limited
 from sophon.seeds import derive_seed, seed_torch
 from sophon.stages.noise import chosen_blocks, restate
+from sophon.surgery.operations import largest, pruned
 
 BATCHES = 10  # that gradients are measured on
 
@@ -82,19 +83,8 @@ class Reinitialise(Stage):
             names = chosen_blocks(context, "reinitialise", config.blocks, config.which.removesuffix("_blocks"))
             return {name: torch.ones_like(state[name], dtype=torch.bool) for name in names}
         if config.which == "smallest":
-            scores = {
-                name: -value.detach().abs() for name, value in context.model.named_parameters() if value.dim() > 1
-            }
-        else:
-            scores = _agreement(context)
-        return {name: _largest(score, config.fraction) for name, score in scores.items()}
-
-
-def _largest(scores: Tensor, fraction: float) -> Tensor:
-    """Return a mask of the largest elements, their number rounded to a whole one."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[scores.flatten().argsort(descending=True, stable=True)[: round(fraction * scores.numel())]] = True
-    return mask.view(scores.shape)
+            return pruned(context.model, config.fraction)
+        return {name: largest(score, config.fraction) for name, score in _agreement(context).items()}
 
 
 def _agreement(context: Context) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ their annotations: see `sophon.arguments`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from sophon.arguments import Limits, check_arguments, function_at
 from sophon.attacker import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.domains import Batch
 from sophon.errors import UserError
-from sophon.models.partition import owned
+from sophon.models.partition import at_end, owned
 from sophon.surgery.attacker_means import Means
 from sophon.surgery.batch_norm_statistics import reestimated
 from sophon.surgery.centre import centre
@@ -33,6 +32,7 @@ from sophon.surgery.renormalise import NORMS, renormalise
 
 Count = Annotated[int, Limits("a whole number >= 1", lambda value: value >= 1)]
 Rate = Annotated[float, Limits("a finite number > 0", lambda value: value > 0)]
+Fraction = Annotated[float, Limits("a number >= 0 and <= 1", lambda value: 0 <= value <= 1)]
 OptimizerName = Annotated[str, Limits(f"one of {', '.join(OPTIMIZERS)}", lambda value: value in OPTIMIZERS)]
 
 
@@ -60,7 +60,7 @@ def reinitialised(model: nn.Module, means: Means, *, blocks: int, end: str) -> s
     found = means.task.blocks(model)
     if blocks > len(found):
         raise UserError(f"surgery: reinitialise has {blocks} blocks to replace; the model has only {len(found)}")
-    return owned(model.state_dict(), chain.from_iterable(found[:blocks] if end == "first" else found[-blocks:]))
+    return owned(model.state_dict(), at_end(found, blocks, end))
 
 
 @torch.no_grad()
@@ -99,23 +99,19 @@ def prune(
 
 def pruned(model: nn.Module, fraction: float) -> dict[str, Tensor]:
     """Return what `prune` sets to zero: by parameter, a mask (bool) of its shape."""
-    masks = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            smallest = parameter.detach().flatten().abs().argsort(stable=True)[: round(fraction * parameter.numel())]
-            mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
-            mask[smallest] = True
-            masks[name] = mask.view(parameter.shape)
-    return masks
+    weights = {name: value.detach() for name, value in model.named_parameters() if value.dim() > 1}
+    return {name: largest(-weight.abs(), fraction) for name, weight in weights.items()}
+
+
+def largest(scores: Tensor, fraction: float) -> Tensor:
+    """Return a mask of the largest elements, their number rounded to a whole one."""
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[scores.flatten().argsort(descending=True, stable=True)[: round(fraction * scores.numel())]] = True
+    return mask.view(scores.shape)
 
 
 @torch.no_grad()
-def shrink_perturb(
-    model: nn.Module,
-    means: Means,
-    *,
-    keep: Annotated[float, Limits("a number >= 0 and <= 1", lambda value: 0 <= value <= 1)] = 0.5,
-) -> nn.Module:
+def shrink_perturb(model: nn.Module, means: Means, *, keep: Fraction = 0.5) -> nn.Module:
     """Go towards a fresh model (Ash & Adams, 2020): each parameter becomes keep * itself + (1 - keep) * fresh.
 
     Buffers stay, so running statistics no longer fit; put `restate` behind it where evaluation comes before training.
@@ -127,12 +123,7 @@ def shrink_perturb(
 
 
 @torch.no_grad()
-def interpolate(
-    model: nn.Module,
-    means: Means,
-    *,
-    keep: Annotated[float, Limits("a number >= 0 and <= 1", lambda value: 0 <= value <= 1)] = 0.5,
-) -> nn.Module:
+def interpolate(model: nn.Module, means: Means, *, keep: Fraction = 0.5) -> nn.Module:
     """Go towards a public relative: a parameter outside the head becomes keep * itself + (1 - keep) * the relative's.
 
     Buffers stay, so running statistics no longer fit; put `restate` behind it where evaluation comes before training.

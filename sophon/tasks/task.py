@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.models import ModelAdapter, ModelSpec, adapter_of
-from sophon.models.partition import Block, attention, cross_attention, owned
+from sophon.models.partition import Block, at_end, attention, cross_attention, owned
 
 
 def fitting_adapter(spec: ModelSpec, kind: str) -> ModelAdapter:
@@ -184,8 +183,7 @@ def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[s
             raise UserError(
                 f"blocks: {blocks} is not allowed with scope '{scope}' of this model; it must be 1 to {len(found)}"
             )
-        chosen = found[:blocks] if scope == "first_blocks" else found[-blocks:]
-        return owned(names, chain.from_iterable(chosen))
+        return owned(names, at_end(found, blocks, scope.removesuffix("_blocks")))
     if scope in ATTENTION:
         return owned(names, ATTENTION[scope](model))
     if scope == "head":

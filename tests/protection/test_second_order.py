@@ -78,23 +78,14 @@ def one_graph(
     adapt: Any,
     query: Any,
     gammas: Sequence[float],
-    cuts: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """Keep the graph of all steps, and differentiate it once.
-
-    Before the steps named by ``cuts`` the weights become the first ones plus a constant, the optimizer's state one.
-    """
+    """Keep the graph of all steps, and differentiate it once."""
     trainable = task.train_mode(attacker, plan.scope)
     attacker.requires_grad_(True)
     optimizer = build_optimizer(plan, trainable.values())
     total = torch.zeros((), dtype=torch.float64)
     with sdpa_kernel(SDPBackend.MATH), innerloop(attacker, optimizer) as (model, steps):
-        first = list(model.parameters())
         for step, gamma in enumerate(gammas):
-            if step in cuts:
-                model.update_params([a + (p - a).detach() for a, p in zip(first, model.parameters(), strict=True)])
-                for state in steps.state[0].values():
-                    state.update({key: v.detach() for key, v in state.items() if isinstance(v, Tensor)})
             loss = task.attacker_loss(model, next(adapt))
             steps.step(loss, override={"lr": [learning_rate(plan, step)]})
             if gamma:
@@ -150,33 +141,6 @@ def test_the_attacker_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# ---- truncated ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("optimizer", "scope"), [*((each, "all") for each in SIMULATED), ("adam", "head")])
-def test_a_window_of_no_step_is_first_order(optimizer: str, scope: str) -> None:
-    plan = strategy(optimizer, scope)
-    expected = simulated(first_order, remembering(), plan).gradients
-    assert_same_gradients(simulated(second_order, remembering(), plan, window=0), expected)
-
-
-@pytest.mark.parametrize("window", [STEPS, STEPS + 3])
-def test_a_window_of_all_steps_is_exact(window: int) -> None:
-    model, plan = tiny_model(), strategy("nesterov")
-    expected = simulated(one_graph, model, plan)
-    assert_same_gradients(simulated(second_order, model, plan, window=window), expected)
-
-
-@pytest.mark.parametrize(("window", "cuts"), [(1, (1, 2, 3, 4)), (2, (1, 3)), (3, (2,)), (4, (1,))])
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-def test_a_window_cuts_the_graph_where_it_says(optimizer: str, window: int, cuts: tuple[int, ...]) -> None:
-    model, plan = remembering(), strategy(optimizer)
-    exact, expected = simulated(one_graph, model, plan), simulated(one_graph, model, plan, cuts=cuts)
-    for segment in (1, 2, 4):
-        assert_same_gradients(simulated(second_order, model, plan, window=window, segment=segment), expected)
-    assert any(not torch.allclose(exact[name], expected[name], rtol=1e-3, atol=1e-6) for name in exact)
-
-
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,5 +179,4 @@ def test_what_graphs_hold_grows_with_the_segment_and_not_with_the_steps(optimize
     assert 0 < many < 1.02 * few
     assert most_held(12, optimizer, segment=3) < 4 * many
     assert most_held(12, optimizer, segment=12) > 6 * many
-    assert most_held(12, optimizer, segment=12, window=3) < 4 * many
     assert 0 < most_held(12, optimizer, first_order) < 1.02 * most_held(3, optimizer, first_order)

@@ -13,7 +13,7 @@ MASKING = Masking(
     [Norms("layers", 3, 3.1, 1.5, 6.6)],
     [
         Seen("fresh", 0, "gradient", 0.0065, 0.26, 0.025),
-        Seen("fresh", 0, "curvature", math.nan, 1.0, math.nan),
+        Seen("fresh", 0, "loss", math.nan, 1.0, math.nan),
         Seen("kept", 10, "gradient", 3.3e9, 1.0, 3.3e9),
     ],
     {},

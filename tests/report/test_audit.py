@@ -129,7 +129,7 @@ def test_column_heads_lead_to_their_definitions(written):
         ("## Searches", ["`found`", "protected", "adam at 0.5", "tpe, 30 steps", "4", "1", "1", "3", "58.5"]),
         ("## Does", ["`long`", "120", "10.0 %", "0.30"]),
         ("## Masking", ["layers", "3", "3.1", "1.5", "6.6"]),
-        ("What a mild attacker sees", ["fresh head, 0 steps", "curvature", "-", "1", "-"]),
+        ("What a mild attacker sees", ["fresh head, 0 steps", "loss", "-", "1", "-"]),
         ("### Later, and from", ["kept head, 10 steps", "gradient", "3.3e+09", "1", "3.3e+09"]),
         ("Attacks that differ only by", ["`renormalised`", "`short`", "1.50", "-", "-"]),
         ("## Benign", ["`short`", "-", "75.0 [75.0, 75.0]", "70.0 [70.0, 70.0]", "5.0 [5.0, 5.0]", "6.7 %", "3.3 %"]),

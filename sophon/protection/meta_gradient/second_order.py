@@ -39,7 +39,6 @@ def second_order(
     gammas: Sequence[float],
     *,
     segment: int = 1,
-    window: int | None = None,
 ) -> Simulation:
     """Compute the exact gradient of the same objective through the attacker's steps; arguments as for `first_order`.
 
@@ -56,25 +55,13 @@ def second_order(
         segment: steps whose graphs live at once, >= 1. At most so many steps' activations are held, and K / ``segment``
             times the trained weights with the optimizer's state. The last segment is the one that is not taken twice:
             with ``segment`` >= K nothing is.
-        window: steps that a query's derivative follows back at most, >= 0; None for all. The steps are cut into blocks
-            of ``window``, counted from the last step, and a query's derivative goes back to the start of its block:
-            through 1 to ``window`` steps. The weights there count as theta^0 plus a constant, as in `first_order`, the
-            optimizer's state as a constant; 0 gives the gradient of `first_order`. What is noted of where the attacker
-            stood is of one block at a time. (A window that moves with the query would pull back every query's gradient
-            by itself, at ``window`` times the cost.)
     """
     with sdpa_kernel(SDPBackend.MATH):
         sweeps = _Sweeps(attacker, strategy, task, adapt, query, gammas)
-        for block in reversed(_cut(range(len(gammas)), len(gammas) if window is None else max(1, window))):
-            sweeps.run(block, segment, through=window != 0)
+        sweeps.run(segment)
     return Simulation(
         sweeps.total, floats(list(sweeps.query_losses.values())), floats(list(sweeps.attacker_losses.values()))
     )
-
-
-def _cut(steps: range, size: int) -> list[range]:
-    """Cut steps into parts of ``size``, from the last part to the first, which may be shorter."""
-    return [steps[max(0, stop - size) : stop] for stop in range(len(steps), 0, -size)]
 
 
 class _Sweeps:
@@ -103,25 +90,24 @@ class _Sweeps:
         self.query_losses: dict[int, Tensor] = {}
         self.batches: dict[tuple[str, int], Batch] = {}
 
-    def run(self, block: range, segment: int, *, through: bool) -> None:
-        """Take a block's steps; add the gradient of its queries, through its steps or those of its last weights."""
+    def run(self, segment: int) -> None:
+        """Take all steps; add the gradient of the queries, through the steps before them."""
         # after the last query there is nothing to differentiate
-        until = max((step + 1 for step in block if self.gammas[step]), default=block.start)
-        if until > block.start:
-            last, *early = _cut(range(block.start, until), segment)
+        until = max((step + 1 for step, gamma in enumerate(self.gammas) if gamma), default=0)
+        if until:
+            last, *early = [range(max(0, stop - segment), stop) for stop in range(until, 0, -segment)]
             notes = []
             for part in reversed(early):
                 notes.append(self.inner.save())
                 self._walk(part)
-            adjoint = self._pull_back(last, [], through=through)
+            adjoint = self._pull_back(last, [])
             end = self.inner.save()
             for part in early:
                 self.inner.load(notes.pop())
-                adjoint = self._pull_back(part, adjoint, through=through)
+                adjoint = self._pull_back(part, adjoint)
             self.inner.load(end)
             self._add(zip(self.trainable, adjoint, strict=False))  # the optimizer's state begins as a constant
-        self._walk(range(until, block.stop))
-        self.batches.clear()
+        self._walk(range(until, len(self.gammas)))
 
     def _walk(self, part: range) -> None:
         """Take steps without a graph."""
@@ -131,23 +117,15 @@ class _Sweeps:
                 with torch.no_grad():
                     self._suppression(step)
 
-    def _pull_back(self, part: range, adjoint: list[Tensor | None], *, through: bool) -> list[Tensor | None]:
+    def _pull_back(self, part: range, adjoint: list[Tensor | None]) -> list[Tensor | None]:
         """Take steps with their graph; pull the gradient at their end, and those of their queries, back to the start.
 
-        Args:
-            part: the steps.
-            adjoint: gradient of all later queries by the position after the last of these steps; empty for none.
-            through: whether the steps are differentiated through; if not, there is one, and its end is the start.
-
-        Returns:
-            The gradient of the same and of the queries after these steps by the position before the first of them.
+        ``adjoint`` is the gradient of all later queries by the position after these steps; empty for none.
         """
         start = self.inner.begin()
         pulls: list[Pull] = []
         for step in part:
-            self._step(step, graph=through)
-            if not through:
-                start = self.inner.begin()
+            self._step(step, graph=True)
             if self.gammas[step]:
                 pulls += self._pulls(step)
         if adjoint:
