@@ -29,10 +29,6 @@ class Limits(NamedTuple):
 def function_at(path: str, key: str) -> Callable[..., Any]:
     """Import the function at a dotted path, such as ``package.module.function`` or ``package.module:function``.
 
-    Args:
-        path: of a module that Python can import and, after the last dot, a name in it.
-        key: the configuration key that messages name.
-
     Raises:
         UserError: there is no such module, importing it fails, or it has no such function.
     """
@@ -53,10 +49,7 @@ def check_arguments(
 
     Args:
         key: the configuration key of the mapping that names the function and its arguments.
-        name: what messages call the function.
-        function: what is to be called.
         given: names for its first, positional arguments, which it gets from elsewhere.
-        arguments: its other arguments, by name.
     """
     try:
         parameters = list(inspect.signature(function, eval_str=True).parameters.values())
@@ -86,8 +79,6 @@ def named(key: str, name: str, shipped: Mapping[str, Any], kind: type | None = N
     """Return the function or class that a name stands for: one of ours, or that at a dotted path.
 
     Args:
-        key: the configuration key that messages name.
-        name: a key of ``shipped``, or a dotted path.
         shipped: by name the thing itself, or the dotted path of one that is imported only when named.
         kind: the class that it must be a subclass of, if it must.
 
@@ -110,9 +101,6 @@ def make(key: str, name: str, entry: Any, word: str, shipped: Mapping[str, Any],
         key: the configuration key of the entry.
         name: of the entry; of the class, too, unless the entry says which.
         entry: a mapping: under ``word`` the class, a key of ``shipped`` or a dotted path; its arguments.
-        word: see ``entry``.
-        shipped: see `named`.
-        kind: the class that it must be a subclass of.
 
     Raises:
         UserError: see `named`; or it does not take the arguments.

@@ -49,7 +49,6 @@ def write_checkpoint(out: str | Path, model: nn.Module, spec: ModelSpec, manifes
     Args:
         out: the folder; an older checkpoint in its place is replaced.
         model: what was protected or pretrained, on any device.
-        spec: its spec.
         manifest: the run's part of ``sophon.json``, plain JSON data: ``verb``, ``config``, ``method``,
             ``sampler_support``, ``domains``, ``seed``, ``parent_sha256``, ``intactness`` and optionally ``history``
             and ``audits`` (of `sophon.auditing.card.facts`, one for each restricted domain).
@@ -94,7 +93,6 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
 
     Args:
         path: the checkpoint's folder, or a run directory with ``checkpoint/`` in it.
-        key: the configuration key that messages name.
 
     Raises:
         UserError: something is missing, corrupt, of another format version, or the weights are not those that were

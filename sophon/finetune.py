@@ -47,7 +47,6 @@ def fine_tune(
         model: on the images' device.
         strategy: what to do; its head start, data budget, adapters and surgery have been seen to by the caller.
         task: says what the scope trains, and gives the loss unless another is given.
-        images: the training images.
         generator: on the CPU; draws the batches and the augmentation.
         on_step: called with the number of steps done and the loss, after each step; it may raise.
         loss: to minimise in place of the task's.
@@ -142,9 +141,6 @@ def rehearse(
         model: a copy, ready for the strategy's first step; it ends with other weights, modes and statistics.
         strategy: all but its steps and its augmentation counts.
         task: says what the scope trains, and gives the loss unless another is given.
-        images: the training images.
-        key: the configuration key of the batch size, for messages.
-        loss: to minimise in place of the task's, by the plain loop.
 
     Raises:
         UserError: the step fails; the message says whether more images at a time, or larger ones, would do.

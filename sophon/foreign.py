@@ -25,7 +25,6 @@ def described(path: str | Path, model: ModelConfig, key: str = "checkpoint") -> 
         path: a folder of a library's own format, which says which model it holds; or a ``.safetensors`` state dict, of
             the architecture that ``model`` names.
         model: the ``model`` group; what a folder says of itself takes its place.
-        key: the configuration key that messages name.
 
     Raises:
         UserError: nothing is there, it is a pickle, or none of these.
@@ -43,11 +42,8 @@ def open_foreign(path: str | Path, model: ModelConfig, classes: Sequence[str], k
     """Open a checkpoint that sophon did not make. Draws nothing from torch's global generator and reads no pickle.
 
     Args:
-        path: see `described`.
-        model: the ``model`` group; what a folder says of itself takes its place.
         classes: names of the original domain's classes, in the order of the labels; a classifier or a conditional
             denoiser must have as many.
-        key: the configuration key that messages name.
 
     Returns:
         The checkpoint. Its manifest has ``foreign`` (true), ``name``, ``model`` and ``weights_sha256``, and so neither

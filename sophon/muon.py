@@ -16,7 +16,6 @@ class Muon(torch.optim.Optimizer):
     every direction of the matrix; that does depend on the coordinates that the matrix is in.
 
     Args:
-        params: what is stepped.
         lr: Muon's rate.
         weight_decay: of both, decoupled.
         adam_lr: AdamW's rate, >= 0.

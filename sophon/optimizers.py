@@ -22,8 +22,6 @@ def build_optimizer(
     """Make the strategy's optimizer over ``parameters`` at its peak learning rate.
 
     Args:
-        strategy: says which, and its arguments.
-        parameters: what it steps.
         model: whose they are, for optimizers that look at it.
         fused: take torch's fused kernel where it is faster. In float32 its steps differ from the default's by rounding:
             by less than 1e-5 of a step, and the last bit of a weight. The kernel takes gradients and optimizer state to

@@ -13,13 +13,7 @@ from sophon.errors import UserError
 
 @contextmanager
 def explained(path: str | Path, action: str, key: str = "") -> Iterator[None]:
-    """Turn an `OSError` of the block into a `UserError`: ``KEY: cannot ACTION PATH: reason``.
-
-    Args:
-        path: what the block is about.
-        action: ``read``, ``write``, ...
-        key: the configuration key that named the path; empty for none.
-    """
+    """Turn an `OSError` of the block into a `UserError`: ``KEY: cannot ACTION PATH: reason``."""
     try:
         yield
     except OSError as error:

@@ -27,7 +27,6 @@ def limited(
     """Make a dataclass field whose value, or each in its list or mapping, is limited.
 
     Args:
-        default: the field's.
         ge: the least number allowed.
         gt: a number that is too little by itself.
         le: the greatest number allowed.

@@ -25,8 +25,6 @@ def run_folder(path: str | Path, verb: str, identity: Mapping[str, Any], part: s
     """Make a run's folder, or return to the one that the same run made before; own it while the block runs.
 
     Args:
-        path: the folder.
-        verb: the command that runs.
         identity: everything that decides the run's results, plain JSON data.
         part: see `owned`.
 
@@ -47,9 +45,7 @@ def owned(path: str | Path, part: str = "", key: str = "run_dir") -> Iterator[Pa
     """Own a folder while the block runs, making it if need be; what is new and still empty is gone afterwards.
 
     Args:
-        path: the folder.
         part: own this part only, beside processes that own others; empty for all of the folder.
-        key: the configuration key that named the folder, for messages.
 
     Raises:
         UserError: another process owns it, or it cannot be written.

@@ -59,7 +59,6 @@ class StrategySampler:
     """Draws strategies from a `SamplerConfig`.
 
     Args:
-        config: the distribution.
         where: the configuration key of its optimizers, for messages.
         simulated: whether protection is to simulate what is drawn.
 

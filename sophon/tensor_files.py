@@ -25,7 +25,6 @@ def write_tensors(
     """Write tensors as a safetensors file, as `write_bytes` does.
 
     Args:
-        path: the file.
         tensors: on any device, of any memory format; views and shared storage are written out in full.
         metadata: plain JSON data kept in the file's header.
 

@@ -32,9 +32,6 @@ class Tracker:
         wandb_mode: ``disabled``, ``offline`` or ``online``.
         progress: show progress on stderr: a bar on a terminal, a line every 15 s elsewhere.
         run_dir: wandb writes below it.
-        project: wandb's project.
-        entity: wandb's entity.
-        name: the run's name.
         config: what wandb stores as the run's configuration.
 
     Raises:

@@ -148,9 +148,6 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     """Run what is missing in the runner's folder; return what was found, None if this is only a shard of it.
 
     Args:
-        audit: one restricted domain's.
-        runner: its attacks.
-        tracker: told of each.
         checkpoints: what workers attack, the protected one first; None for those that the configuration names.
     """
     config, folder = audit.config, runner.folder

@@ -60,9 +60,7 @@ def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
     """Return a model as a checkpoint: a copy on the CPU of one in memory, or what lies in a folder.
 
     Args:
-        model: see `Model`.
         original: whose classes it tells apart.
-        key: the argument that messages name.
 
     Raises:
         UserError: it is none that sophon understands.
@@ -132,12 +130,7 @@ def config_of(
     """Compose a run's configuration, as the command line does.
 
     Args:
-        verb: ``protect`` or ``audit``.
-        spec: the model's.
         kind: what it is, a key of `sophon.config.shipped.USUAL`, which decides what is not chosen.
-        original: the original domain.
-        restricted: the restricted ones, by name.
-        benign: the benign one.
         choices: of groups; None for what is usual.
         settings: values by dotted key, which take the place of what was chosen.
         facts: further keys: ``name``, ``seed``, ``device``.

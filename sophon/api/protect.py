@@ -59,10 +59,7 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
     """Load the domains, and refuse what the model and the stages cannot do.
 
     Args:
-        config: the run's.
         reference: the unprotected checkpoint; moved to ``device``.
-        device: where to compute.
-        ranks: who shares the work.
 
     Raises:
         UserError: the domains, the method and the model do not go together.

@@ -40,7 +40,6 @@ class Protected:
         """Write the checkpoint: the library's own files, ``sophon.json`` and the model card.
 
         Args:
-            folder: where.
             audit: of this model, which the card then reports.
 
         Raises:

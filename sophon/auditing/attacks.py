@@ -52,10 +52,7 @@ class Attacker:
 
     Args:
         model: the model under attack; hand in a copy.
-        strategy: the attacker.
-        task: the model kind.
         restricted: domain with ``attack``, which is fine-tuned on, ``select`` and ``test``.
-        spec: of the model.
         seed: of the attacker's surgery, head, data, batches and augmentation; the same seed against two models gives
             both the same of each.
         eval_points: points of the curve, >= 2.

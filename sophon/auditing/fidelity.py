@@ -40,10 +40,8 @@ class Fidelity:
     """Frechet distances between sets of images.
 
     Args:
-        name: of the feature network, for people.
         metric: made with ``reset_real_features=False``.
         channels: that the network takes; grey images are repeated.
-        device: where to compute.
     """
 
     def __init__(self, name: str, metric: FrechetInceptionDistance, channels: int, device: torch.device) -> None:
@@ -100,8 +98,6 @@ def feature_network(
         restricted: with the split ``adapt``; images of the same shape.
         seed: of the network that is trained here; the global generators are left as they were.
         folder: the audit's; gets `CACHE`.
-        device: where to train and to compute.
-        steps: of training, >= 1.
 
     Raises:
         UserError: ``folder`` holds a network that is damaged or was trained on something else, training diverged, or

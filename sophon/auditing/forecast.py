@@ -27,9 +27,7 @@ def forecast(runner: Runner, missing: Sequence[Path], workers: int) -> str:
     pictures and probing, and takes every attack as one that trains the whole network.
 
     Args:
-        runner: the audit.
         missing: files of the jobs that have yet to run.
-        workers: processes that share them.
     """
     jobs = list(runner.jobs.values())
     searches = {job.name: job.config.trials for job in jobs if isinstance(job, Search)}

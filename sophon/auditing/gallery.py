@@ -39,7 +39,6 @@ def write_gallery(folder: Path, images: Mapping[str, Tensor]) -> list[dict[str, 
     """Write one grid for each set of images to ``samples/`` in ``folder``, atomically.
 
     Args:
-        folder: the run directory.
         images: uint8 [N, C, H, W] by title.
 
     Returns:

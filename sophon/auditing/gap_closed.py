@@ -63,8 +63,6 @@ def gap_closed(roles: Mapping[str, Score], metric: Metric, yardstick: str = "scr
     """Return (unprotected - protected) / (unprotected - yardstick), with Fieller's interval of a ratio of differences.
 
     Args:
-        roles: scores by role.
-        metric: theirs.
         yardstick: ``scratch`` for gap closed, the role of a filtered model for removal, R.
     """
     needed = ("protected", "unprotected", yardstick)

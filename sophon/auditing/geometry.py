@@ -39,8 +39,6 @@ def measure(
 
     Args:
         models: by role, of one architecture; left as they are.
-        spec: of all.
-        task: the model kind.
         original: whose ``val`` split the barrier is measured on, with BatchNorm statistics estimated on ``train``.
         restricted: whose ``test`` images are told apart by their nearest neighbours among the ``attack`` images.
         seed: of the batches that statistics are estimated on.

@@ -36,7 +36,6 @@ def knowing_of(results: Results, mechanisms: Sequence[str] | None, known: Mappin
     """Find the attacks that know the mechanism.
 
     Args:
-        results: of the audit.
         mechanisms: of the protection; None where they are not known.
         known: the mechanisms that each attack is made against, by its name. What protection has simulated is none.
     """

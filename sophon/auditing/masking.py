@@ -120,10 +120,7 @@ def measure(
 
     Args:
         models: ``protected`` and ``unprotected``, of one architecture; left as they are.
-        spec: of both.
         task: the model kind, without autocast.
-        restricted: the domain that is attacked.
-        config: which head starts, how many steps, how many batches.
         seed: of everything drawn; the same seed gives the same result.
 
     Returns:

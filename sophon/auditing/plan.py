@@ -138,10 +138,6 @@ _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 class Plan:
     """Everything that an audit runs.
 
-    Args:
-        config: the attacks.
-        scene: what they run against.
-
     Attributes:
         jobs: every search and attempt, in a fixed order, the longest first.
         left_out: attacks that do not fit the models, with the reason.

@@ -16,7 +16,6 @@ class Reused:
 
     Args:
         others: the run directories, the first that has a file counting.
-        folder: the run directory of this audit.
         exposure: of a strategy as plain data, in this audit: what replaces the other's.
 
     Raises:

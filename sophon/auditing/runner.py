@@ -46,10 +46,6 @@ class Runner:
     """Runs the jobs of an audit; a job is done when its file is there.
 
     Args:
-        scene: what is attacked.
-        config: the attacks.
-        seed: the audit's.
-        folder: the run directory.
         frechet: how to measure generated images; None not to.
 
     Raises:

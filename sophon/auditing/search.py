@@ -131,14 +131,12 @@ def run_search(
     Args:
         config: the search; a search whose ``trials`` or ``seeds`` alone have changed goes on.
         storage: the search's own SQLite file in optuna's format; made if it is not there.
-        seed: of the proposals.
         higher_is_better: whether ``evaluate`` returns what is to be maximised.
         evaluate: fine-tunes as the strategy says and returns the final metric, or None or a number that is not finite
             if that diverged. It calls the ``report(step, value)`` that it is given at the points of its curve and lets
             pass the `optuna.TrialPruned` by which that stops the trial; ``report`` never does so at step 0 nor at the
             last one. To be repeatable it may depend on the strategy only. Any other exception ends the search with
             this trial untried.
-        on_trial: called with each new trial once it is in the file.
 
     Raises:
         UserError: the file is damaged, belongs to another search or cannot be written.

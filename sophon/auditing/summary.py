@@ -154,10 +154,6 @@ class AuditReport:
     def read(cls, folder: Path, key: str = "run_dir") -> Self:
         """Read an audit's folder, and score it anew.
 
-        Args:
-            folder: the audit's run directory.
-            key: the configuration key that named it, for messages.
-
         Raises:
             UserError: there is no audit, it is of another schema version, or a file is missing or damaged.
         """

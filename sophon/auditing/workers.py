@@ -24,10 +24,8 @@ def run_jobs(runner: Runner, make: Callable[[], Runner], workers: int, tracker: 
     """Run what is missing of an audit.
 
     Args:
-        runner: the audit.
         make: makes the same runner again in another process; picklable.
         workers: processes; 1 runs the jobs in this one. The results do not depend on it.
-        tracker: told of each job.
 
     Raises:
         UserError: as a job's; or a process died.

@@ -21,11 +21,7 @@ _FLAGS = ("--help", "--cfg", "--multirun", "--config-dir")
 
 
 def complete(line: str) -> list[str]:
-    """Return what the last word of a command line may become, as bash takes it.
-
-    Args:
-        line: the command line up to the cursor.
-    """
+    """Return what the last word of a command line may become, as bash takes it."""
     *before, word = re.split(r"\s+", line.lstrip())
     kept = _BREAKS.match(word)
     return [each[kept.end() if kept else 0 :] for each in _words(before[1:], word) if each.startswith(word)]

@@ -18,12 +18,7 @@ _INTERNAL = (
 
 
 def one_line(error: Exception, searched: Iterable[str] = ()) -> str:
-    """Return an error's message as one line.
-
-    Args:
-        error: of Hydra, of OmegaConf or of ours.
-        searched: folders that hold configuration groups besides the shipped ones.
-    """
+    """Return an error's message as one line."""
     whole = str(error)
     if isinstance(error, HydraException) and error.__cause__ is not None:
         whole += "\n" + str(error.__cause__)

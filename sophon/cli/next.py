@@ -22,7 +22,6 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
     """Return the lines that a verb ends with.
 
     Args:
-        config: of the run that is done.
         overrides: as the user typed them.
         flags: ``--config-dir`` and the like, as typed.
     """

@@ -36,7 +36,6 @@ def as_typed(override: str, groups: Collection[str], sweeps: bool) -> str:
 
     Args:
         override: ``key=value`` or ``group=choice``, perhaps after ``+`` signs.
-        groups: the configuration groups there are.
         sweeps: whether commas part the values of a sweep (``--multirun``).
 
     Raises:

@@ -32,8 +32,6 @@ def with_clusters(
         domain: with the split ``adapt``, on any device; its labels are not read.
         features: of uint8 images [B, C, H, W] on the domain's device: float [B, D].
         clusters: how many, >= 2.
-        seed: of the starts.
-        where: the configuration key of the domain, for messages.
 
     Returns:
         The same images in the same splits, with classes ``cluster_0``, ``cluster_1``, ... and hashes of both. Each

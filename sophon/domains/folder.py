@@ -66,10 +66,6 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
 class _Side:
     """One side of an image folder, ``train`` or ``test``.
 
-    Args:
-        folder: where it lies.
-        key: the configuration key that named the folder, for messages.
-
     Attributes:
         folders: the class folders' paths by their names.
         left_out: what is no data, by the reason.

@@ -41,9 +41,7 @@ def labelled(sides: Sequence[Side], class_names: Sequence[str] | None, who: str)
     value and strings by their characters.
 
     Args:
-        sides: of one data set.
         class_names: names of the labels 0, 1, ... in place of those that the data has.
-        who: begins messages.
 
     Raises:
         UserError: a label is of no class, or of another type than a whole number or a string.

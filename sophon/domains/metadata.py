@@ -32,7 +32,6 @@ def read_metadata(file: Path, key: str) -> Listed:
             folder, and ``label``, a name or a whole number; and optionally ``text``, a caption. Where no row has a
             label but all have captions, as in data sets for text-to-image models, the label is the folder that the
             path begins with, ``image`` without one.
-        key: the configuration key that named the folder, for messages.
 
     Raises:
         UserError: the file cannot be read, or has a row without these; the message names the row.

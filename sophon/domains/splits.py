@@ -29,10 +29,6 @@ def load_original(
 
     Args:
         config: the data set; ``val_fraction`` of the training images go to ``val``.
-        image_size: see `load_source`.
-        channels: see `load_source`.
-        where: the configuration key of ``config``, for messages.
-        memory_gb: see `load_source`.
 
     Returns:
         The domain, on the CPU, with the splits ``train``, ``val`` and ``test``.
@@ -60,10 +56,6 @@ def load_restricted(
 
     Args:
         config: the data set; ``fractions`` are the parts of the training images that each split gets.
-        image_size: see `load_source`.
-        channels: see `load_source`.
-        where: the configuration key of ``config``, for messages.
-        memory_gb: see `load_source`.
 
     Returns:
         The domain, on the CPU, with the splits ``adapt``, ``query``, ``attack``, ``select`` and ``test``. Without
@@ -107,7 +99,6 @@ def few_shot(images: ImageSet, budget: int | None, generator: torch.Generator) -
     state, a larger budget holds every image of a smaller one.
 
     Args:
-        images: what to draw from, on any device.
         budget: how many images, at least one a class; None for all of them, in their order.
         generator: on the CPU; the only source of randomness.
 

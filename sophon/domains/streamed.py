@@ -121,7 +121,6 @@ def joined(first: ImageSet, *others: ImageSet, classes: tuple[str, ...] | None =
     """Return several sets of images of one shape as one, in their order, on the device of the first.
 
     Args:
-        first: a set.
         others: more of them; their labels stay as they are.
         classes: of the whole; None for those of the first. It has prompts where all of them have.
     """

@@ -109,7 +109,6 @@ def describe(config: ModelConfig, key: str = "model.weights") -> ModelConfig:
     Args:
         config: the ``model`` group; without weights, or with those of a file, it is returned as it is. A latent
             pipeline's Hub id (``pretrained``) is fetched.
-        key: the configuration key that messages name.
 
     Raises:
         UserError: they are a pickle, or the folder is none of a library's own format.

@@ -80,8 +80,6 @@ def scale(model: nn.Module, each: Channels, factors: Tensor) -> None:
     """Multiply channels, in place, where they are written, and divide where they are read.
 
     Args:
-        model: one that `channels` knows.
-        each: an entry of that list.
         factors: > 0, floating point, [channels].
     """
     for name in each.norms:

@@ -50,7 +50,6 @@ def partition(module: nn.Module, head: str) -> list[Block]:
     block before it.
 
     Args:
-        module: the classifier.
         head: dotted name of its last layer, which is left out.
 
     Returns:

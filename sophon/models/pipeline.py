@@ -99,10 +99,6 @@ def current_name(name: str) -> str:
 def describe(folder: Path, config: ModelConfig) -> ModelConfig:
     """Complete a configuration by the pipeline's own input; its network and noise are read with its weights.
 
-    Args:
-        folder: the pipeline's.
-        config: the ``model`` group.
-
     Returns:
         ``config`` with the pipeline's image size and channels.
 
@@ -136,7 +132,6 @@ def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> Pipeline:
     """Read what a pipeline says of its network and its noise, and hold it against what is asked for.
 
     Args:
-        folder: the pipeline's.
         config: the ``model`` group, whose image size and channels must be the pipeline's.
         classes: how many classes the original domain has; a conditional network must have as many.
 

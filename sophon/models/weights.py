@@ -26,8 +26,6 @@ def refuse_pickle(path: Path, key: str, library: str = "timm", target: Path | No
     """Raise a `UserError` with the way out if a file is a pickle, by its suffix or its first bytes.
 
     Args:
-        path: what the user named, or was found in its place.
-        key: the configuration key that the message names.
         library: which library's loader the message shows.
         target: the safetensors file that the message's code writes; beside ``path`` by default.
     """
@@ -127,8 +125,6 @@ def load_state(
     finite floating-point numbers, variances are not negative, counters are whole.
 
     Args:
-        module: the model, on any device.
-        tensors: the state dict.
         where: what it was read from; messages begin with it.
         explain: given the names whose shapes differ, may say why in better words than a list of shapes.
 

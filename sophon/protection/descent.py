@@ -44,7 +44,6 @@ class Descent:
         context: the model, the seed, the ranks and the augmentation.
         name: of what is done, from which the seeds of its batches derive.
         terms: what is minimised, one or more.
-        optimizer: over the model's parameters.
     """
 
     def __init__(self, context: Context, name: str, terms: Sequence[Term], optimizer: torch.optim.Optimizer) -> None:
@@ -59,7 +58,6 @@ class Descent:
         """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
 
         Args:
-            steps: how many.
             factor: on the learning rate of each of the optimizer's parameter groups, at step 0 .. steps - 1.
             key: what the batches depend on besides the seed.
 

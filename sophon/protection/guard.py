@@ -21,7 +21,6 @@ class Guard:
     """Accepts states within the tolerance, repairs others, and goes back to the last accepted one from the rest.
 
     Args:
-        config: the tolerance, and what is done about a breach.
         context: the reference, ``val`` and the metric.
 
     Attributes:

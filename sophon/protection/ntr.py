@@ -32,7 +32,6 @@ class NTR(Descent):
         """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
 
         Args:
-            steps: how many.
             key: what the batches depend on besides the seed.
             factor: on the rate.
             anneal: let the rate fall along a half cosine, so that the last steps settle instead of wandering.

@@ -40,9 +40,7 @@ class Runner:
     Args:
         plan: the stages, one or more.
         context: for the first stage, with the reference as its model, which stays as it is.
-        guard: the constraint on the original domain.
         folder: where the state is kept, and read from if there is one.
-        tracker: told of every round.
         profile: record some of the rounds; the first rank does.
 
     Attributes:

@@ -52,10 +52,6 @@ def start(attacker: nn.Module, operations: Sequence[Operation], means: Means) ->
 def check_simulated(operations: Sequence[Operation], where: str) -> None:
     """Check operations of a sampler.
 
-    Args:
-        operations: of one of its surgeries.
-        where: the configuration key, for messages.
-
     Raises:
         UserError: an operation is a user's own or not known, has arguments that it does not take, or leaves a head that
             is not the released one's size.

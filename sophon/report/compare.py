@@ -48,7 +48,6 @@ def write_comparison(folders: Sequence[Path], out: Path, name: str = "compare") 
 
     Args:
         folders: run directories of at least two audits, in the order in which they are shown.
-        out: where to write; made if it is not there.
         name: of both files, without ``.html`` and ``.md``.
 
     Returns:

@@ -34,9 +34,7 @@ def curve_panels(attempts: Attempts, names: Iterable[str], metric: Metric) -> di
     """Draw one panel an attack: ``select`` over steps, every role with its confidence band, all on the same y-axis.
 
     Args:
-        attempts: of the audit.
         names: the attacks on the restricted domain to draw, in this order; those without a finite curve are left out.
-        metric: of the restricted domain.
 
     Returns:
         SVG by attack.
@@ -85,7 +83,6 @@ def search_panels(trials: pd.DataFrame, metric: Metric) -> dict[str, str]:
 
     Args:
         trials: what `sophon.auditing.table.trials_table` returned.
-        metric: of the restricted domain.
 
     Returns:
         SVG by the search's name; searches without a finite value are left out.
@@ -150,8 +147,6 @@ def dots(
     Args:
         lines: from top to bottom; a score is absent or without a mean where there is no dot.
         series: colour and marker of each, drawn in this order.
-        metric: what is drawn.
-        what: the rest of the description.
         apart: how far below the one before it each series is drawn, in lines.
     """
     labels = [line if isinstance(line, str) else shorten(line[0]) for line in lines]

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sophon.attacker import FineTuneStrategy
-from sophon.domains import ImageSet, LoadedDomain
+from sophon.domains import ImageSet, LoadedDomain, batches
 from sophon.errors import UserError
 from sophon.finetune import Loss, fine_tune, flops_per_step
 from sophon.models import ModelSpec, build
@@ -64,6 +65,14 @@ class Means:
         count = self.classes_of(model) or len(images.classes)
         return images.relabelled(images.labels % count, images.classes)
 
+    def run(self, model: nn.Module, count: int) -> None:
+        """Send ``count`` batches of the attacker's images through ``model``, and count what that costs."""
+        stream = batches(self.relabelled(self.images, model), self.batch_size, self.generator)
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(count):
+                self.task.attacker_loss(model, next(stream))
+        self.flops += counter.get_total_flops()
+
     def train(
         self, model: nn.Module, strategy: FineTuneStrategy, images: ImageSet | None = None, loss: Loss | None = None
     ) -> bool:
@@ -71,7 +80,6 @@ class Means:
 
         Args:
             model: its head fits the images.
-            strategy: how.
             images: to train on; None for the attacker's own.
             loss: to minimise; None for the task's.
 

@@ -15,10 +15,6 @@ def reestimated(model: nn.Module, run: Callable[[], object]) -> None:
     """Estimate the statistics of BatchNorm layers anew, in place, as the mean over the batches of ``run``.
 
     All else stays in evaluation mode. A model without such layers is left as it is, and ``run`` is not called.
-
-    Args:
-        model: what ``run`` runs.
-        run: forward passes.
     """
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
     if not norms:

@@ -7,9 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
-from sophon import domains
 from sophon.arguments import Limits
 from sophon.surgery.attacker_means import Means
 from sophon.surgery.channel_statistics import channel_moments
@@ -72,23 +70,10 @@ def _centre(
     if bias is not None:
         bias.zero_()
         factors[f"{found.name}.bias"] = 0.0
-    mean, variance = _moments(model, found.layer, means)
+    with evaluating(model):
+        mean, variance = channel_moments(found.layer, lambda: means.run(model, _BATCHES))
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)
     norm.weight.copy_((variance + norm.eps).sqrt())
     norm.bias.copy_(level - level.mean() + mean)
     return factors
-
-
-def _moments(model: nn.Module, layer: nn.Module, means: Means) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of a layer's outputs by channel over the attacker's images, and count the cost."""
-    stream = domains.batches(means.relabelled(means.images, model), means.batch_size, means.generator)
-
-    def run() -> None:
-        for _ in range(_BATCHES):
-            means.task.attacker_loss(model, next(stream))
-
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        found = channel_moments(layer, run)
-    means.flops += counter.get_total_flops()
-    return found

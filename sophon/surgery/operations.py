@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from sophon import domains
 from sophon.arguments import Limits, check_arguments, function_at
 from sophon.attacker import OPTIMIZERS, FineTuneStrategy, Operation
 from sophon.domains import Batch
@@ -146,15 +144,7 @@ def restate(model: nn.Module, means: Means, *, batches: Count = 20) -> nn.Module
 
     All else stays in evaluation mode. A model without such layers is left as it is. The forward passes count as cost.
     """
-    stream = domains.batches(means.relabelled(means.images, model), means.batch_size, means.generator)
-
-    def run() -> None:
-        for _ in range(batches):
-            means.task.attacker_loss(model, next(stream))
-
-    with FlopCounterMode(display=False) as counter:
-        reestimated(model, run)
-    means.flops += counter.get_total_flops()
+    reestimated(model, lambda: means.run(model, batches))
     return model
 
 

@@ -84,7 +84,6 @@ def rescale(found: ScaleFree, wanted: Tensor) -> dict[str, Tensor]:
     """Scale a layer, in place, to other norms; the function in evaluation mode stays, as `renormalise` tells.
 
     Args:
-        found: the layer.
         wanted: its norms to be, as `norms` returns them. Where one is zero or not finite, or the present one is,
             nothing changes.
 

@@ -34,9 +34,6 @@ def make_task(config: Config, spec: ModelSpec, *, amp: bool, protects: bool = Fa
     """Make the task of a run.
 
     Args:
-        config: the run's; `TaskConfig.name` says which task.
-        spec: the model's.
-        amp: autocast passes to bfloat16.
         protects: whether the suppression loss and the distillation of `MethodConfig` are needed.
 
     Raises:

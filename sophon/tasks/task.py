@@ -166,8 +166,6 @@ def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[s
     """Name the parameters that a scope trains besides the head, whatever the model kind.
 
     Args:
-        task: says what the model's blocks are.
-        model: the model.
         scope: one of `sophon.attacker.SCOPES`; ``head`` has none besides, ``all`` names the head's too.
         blocks: how many the scopes ``first_blocks`` and ``last_blocks`` train.
 

@@ -38,8 +38,6 @@ def first_order(
 
     Args:
         attacker: scratch copy of the released model with the attacker's head; it ends as the fine-tuned model.
-        strategy: how it fine-tunes.
-        task: gives both losses.
         adapt: the attacker's batches; one is taken for each step.
         query: the defender's batches; one is taken for each gamma that is not zero.
         gammas: K weights, one for each step.

@@ -46,12 +46,6 @@ def second_order(
     matrix products. What a pass writes into buffers counts as constant.
 
     Args:
-        attacker: as for `first_order`, and so the next five.
-        strategy: how it fine-tunes.
-        task: gives both losses.
-        adapt: the attacker's batches.
-        query: the defender's batches.
-        gammas: K weights.
         segment: steps whose graphs live at once, >= 1. At most so many steps' activations are held, and K / ``segment``
             times the trained weights with the optimizer's state. The last segment is the one that is not taken twice:
             with ``segment`` >= K nothing is.

@@ -22,7 +22,6 @@ def objectives_of(settings: Mapping[str, Any], key: str = "method.objectives") -
 
     Args:
         settings: by name their arguments; with ``objective: package.module.Class`` among them, one of a user's own.
-        key: the configuration key, for messages.
 
     Raises:
         UserError: one is not known, or does not take its arguments.
