@@ -198,7 +198,7 @@ def test_every_field_decides_but_the_probing() -> None:
     decided = set(SUPPORT) | {"lr"}
     unsampled = {"probe_steps", "probe_lr"}
     # simulated attackers have the default of these
-    defaults = {"max_norm", "batch_norm", "blocks", "lora_rank", "lora_layers", "loop", "optimizer_args"}
+    defaults = {"max_norm", "blocks", "lora_rank", "lora_layers", "loop", "optimizer_args"}
     assert {field.name for field in dataclasses.fields(FineTuneStrategy)} - decided == unsampled | defaults
 
 
