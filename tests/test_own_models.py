@@ -282,16 +282,3 @@ def test_every_verb_says_how_to_convert_a_pickle(tmp_path: Path, words: tuple[st
     assert message.startswith(f"{key}: '")
     assert "is a pickle, which can run any code; " in message
     compile(message.split("convert it first: ")[1], "code", "exec")
-
-
-@pytest.mark.slow
-def test_a_prefix_is_named_and_taken_away(folder: Path) -> None:
-    torch.manual_seed(0)
-    model = MODELS["own"].build()
-    train(model, folder, 5)
-    state = {f"_orig_mod.module.{name}": part.contiguous() for name, part in model.state_dict().items()}
-    save_file(state, folder / "theirs.safetensors")
-    words = (*RUN, *OWN, "model.weights=theirs.safetensors", "pretrain.steps=0")
-    message = refusal(sophon(folder, "pretrain", *words))
-    assert message.endswith("give model.strip_prefix='_orig_mod.module.'")
-    assert sophon(folder, "pretrain", *words, "model.strip_prefix=_orig_mod.module.").code == 0

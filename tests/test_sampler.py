@@ -78,17 +78,6 @@ def test_rates_are_log_uniform() -> None:
 NOISE = {"operation": "noise", "scale": 0.5}
 
 
-def test_surgeries_are_drawn_uniformly_and_repeats_weigh() -> None:
-    sampler = StrategySampler(small(surgeries=[[], [], [NOISE, {"operation": "restate"}], [NOISE]]))
-    generator = seeded()
-    draws = [sampler.sample(generator).surgery for _ in range(2000)]
-    noise, restate = Operation("noise", (("scale", 0.5),)), Operation("restate")
-    counts = {surgery: draws.count(surgery) for surgery in ((), (noise,), (noise, restate))}
-    assert sum(counts.values()) == len(draws)
-    assert abs(counts[()] - 1000) < 110
-    assert abs(counts[noise,] - 500) < 100
-
-
 @given(configs, st.integers(0, 2**63 - 1))
 def test_surgery_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed: int) -> None:
     """It is drawn last, and without a choice not at all: what was drawn before there was surgery still is."""

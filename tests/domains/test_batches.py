@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon.domains import AUGMENTATIONS, Batch, ImageSet, MemoryImages, batch_indices, batches, evaluation_batches
+from sophon.domains import AUGMENTATIONS, ImageSet, MemoryImages, batch_indices, batches, evaluation_batches
 from sophon.errors import UserError
 
 
@@ -35,16 +35,6 @@ def test_every_epoch_is_a_permutation_and_no_batch_is_short(count: int, batch_si
 def test_impossible_batches_fail_at_once(count: int, batch_size: int) -> None:
     with pytest.raises(ValueError, match="must be >= 1"):
         batch_indices(count, batch_size, seeded())
-
-
-def test_batches_pair_images_with_their_labels() -> None:
-    images = some_images()
-    for batch in islice(batches(images, 4, seeded()), 5):
-        assert isinstance(batch, Batch)
-        assert batch.images.dtype == torch.uint8
-        for image, label in zip(batch.images, batch.labels, strict=True):
-            position = (images.images == image).flatten(1).all(1).nonzero().item()
-            assert images.labels[int(position)] == label
 
 
 def test_unknown_augmentation_is_refused_before_the_first_batch() -> None:

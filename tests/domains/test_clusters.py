@@ -84,20 +84,6 @@ def test_a_folder_without_an_image_is_refused(tmp_path: Path, per_side: dict[str
 # ---- clusters -------------------------------------------------------------------------------------------------------
 
 
-def test_groups_that_lie_apart_are_found_whatever_their_labels_say() -> None:
-    """Against the truth: bands at three heights; which cluster is which does not matter."""
-    wrong = {name: replace(images, labels=torch.zeros_like(images.labels)) for name, images in BANDS.splits.items()}
-    found = clustered(replace(BANDS, splits=wrong))
-    assert found.classes == ("cluster_0", "cluster_1", "cluster_2")
-    names = [int(found["adapt"].labels[BANDS["adapt"].labels == label][0]) for label in range(3)]
-    assert sorted(names) == [0, 1, 2]
-    for split in SPLITS:
-        assert found[split].labels.tolist() == [names[label] for label in BANDS[split].labels.tolist()]
-        assert found[split].labels.dtype == torch.int64
-        assert torch.equal(found[split].images, BANDS[split].images)
-        assert found.hashes[split] == found[split].sha256() != BANDS.hashes[split]
-
-
 @given(count=st.integers(4, 40), clusters=st.integers(2, 4), seed=st.integers(0, 2**31))
 def test_every_image_belongs_to_the_nearest_mean(count: int, clusters: int, seed: int) -> None:
     """A fixed point of Lloyd's algorithm, in float64 and by brute force, and none of the clusters is empty."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
 
 from sophon.models import ModelSpec, adapter_of, build
-from sophon.models.partition import Block, attention, owned, partition
+from sophon.models.partition import Block, owned, partition
 from tests.models.test_libraries import spec_of
 from tests.tiny import tiny_spec
 
@@ -78,27 +76,3 @@ def test_blocks_are_found_however_deep_they_lie() -> None:
     inner.encoder.layers = nn.ModuleList(Residual() for _ in range(3))
     model = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 1), "vit": inner, "head": nn.Linear(4, 2)})
     assert partition(model, "head") == [("stem",), *((f"vit.encoder.layers.{at}",) for at in range(3))]
-
-
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        (lambda: [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)], [("0", "1")]),
-        (lambda: [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.PReLU()], [("0", "1", "2")]),
-        (lambda: [nn.BatchNorm2d(3)], [("0",)]),
-        (lambda: [nn.ReLU()], []),
-    ],
-)
-def test_what_has_no_matrix_of_its_own_joins_another(
-    make: Callable[[], list[nn.Module]], expected: list[tuple[str, ...]]
-) -> None:
-    layers = make()
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2))
-    assert partition(model, str(len(layers) + 1)) == expected
-
-
-def test_attention_is_found_by_its_class() -> None:
-    assert attention(made("vit")[0]) == tuple(f"blocks.{at}.attn" for at in range(6))
-    model, _ = made("caformer")
-    assert {name.split(".")[1] for name in attention(model)} == {"2", "3"}
-    assert attention(made("resnet18")[0]) == ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -151,31 +151,6 @@ def test_what_is_not_finite_is_ignored(bad: float) -> None:
         curriculum.learn_all([(FineTuneStrategy("adam", 1e-3, head="probed"), bad)])
         curriculum.learn_all([])
     assert curriculum.record() == same.record()
-
-
-# --- adversaries --------------------------------------------------------------------------------------------------
-
-
-def play(
-    curriculum: Curriculum, steps: int, success: Callable[[FineTuneStrategy], float], seed: int = 0, noise: float = 0.2
-) -> list[Any]:
-    """Let the curriculum choose its own attackers, two a step; return the table after each step."""
-    generator, tables = seeded(seed), []
-    for _ in range(steps):
-        drawn = [curriculum.draw(generator) for _ in range(2)]
-        extra = noise * torch.randn(2, generator=generator, dtype=torch.float64)
-        curriculum.learn_all([(each, success(each) + more) for each, more in zip(drawn, extra.tolist(), strict=True)])
-        tables.append(curriculum.table())
-    return tables
-
-
-@pytest.mark.parametrize("share", [0.3, 0.1])
-def test_the_best_arm_takes_all_but_the_uniform_share(share: float) -> None:
-    curriculum = bandit(small(heads=list(HEADS)), curriculum_share=share)
-    tables = play(curriculum, 500, lambda each: each.head == "fresh", noise=0.0)
-    largest = 1 - share + share / 3
-    assert all(largest - 0.005 < table["head"]["fresh"] <= largest + 1e-12 for table in tables[400:])
-    assert all(min(table["head"].values()) >= share / 3 for table in tables)
 
 
 # --- configuration ------------------------------------------------------------------------------------------------

@@ -7,12 +7,10 @@ import gc
 import itertools
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.attacker import SIMULATED, FineTuneStrategy
-from sophon.optimizers import build_optimizer
+from sophon.attacker import FineTuneStrategy
 from sophon.protection.inner_loop import Past, Simulation, query_weights
 from sophon.protection.meta_gradient.first_order import first_order
 from sophon.tasks import ClassificationTask
@@ -39,30 +37,6 @@ def test_in_bfloat16_the_gradient_stays_near() -> None:
     exact, rounded = found
     assert rounded.dtype == torch.float32
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.02
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("optimizer", SIMULATED)
-def test_fused_optimizers_step_as_the_default_ones(optimizer: str, layout: torch.memory_format) -> None:
-    """In float32, 20 steps along the same gradients: within the tolerance that `build_optimizer` states."""
-    torch.manual_seed(0)
-    start, lr = [torch.randn(8, 4, 3, 3), torch.randn(5)], 1e-2
-    gradients = [[torch.randn_like(value) for value in start] for _ in range(20)]
-    ends = []
-    for fused in (False, True):
-        weights = [start[0].to(memory_format=layout), start[1].clone()]
-        weights = [value.clone().requires_grad_() for value in weights]
-        plan = FineTuneStrategy(optimizer=optimizer, lr=lr, weight_decay=0.01)
-        stepper = build_optimizer(plan, weights, fused=fused)
-        for found in gradients:
-            # as backward() leaves them
-            for weight, gradient in zip(weights, found, strict=True):
-                weight.grad = torch.empty_like(weight).copy_(gradient)
-            stepper.step()
-        ends.append(weights)
-    for one, other, before in zip(*ends, start, strict=True):
-        assert not torch.equal(one, before)
-        torch.testing.assert_close(other, one, rtol=1e-6, atol=20 * lr * 1e-5)
 
 
 def test_moments_come_back_in_the_layout_of_their_weights() -> None:

@@ -71,28 +71,6 @@ def test_norms_come_back_and_the_function_stays(per: Per) -> None:
     torch.testing.assert_close(state_of(model), again, rtol=1e-14, atol=1e-15)
 
 
-def grouped(groups: int) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.GroupNorm(groups, 4), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
-    ).double()
-
-
-@pytest.mark.parametrize(("per", "groups"), [("layer", 2), ("channel", 2), ("channel", 4)])
-def test_group_norm(per: Per, groups: int) -> None:
-    """Several channels a group have one scale; no statistics, so the function stays as far as epsilon is small."""
-    spec = ModelSpec("torchvision", "other", CLASSES, 1, SIZE, (0.5,), (0.25,))
-    model = grouped(groups)
-    fixed, before = FixedNorms(model, ClassificationTask(spec, dtype=torch.float64), BATCH, per), copy.deepcopy(model)
-    disturb(model)
-    expected = outputs(model)
-    fixed.project()
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
-    norms, wanted = filters(model, "0"), filters(before, "0")
-    assert norms.norm().item() == pytest.approx(wanted.norm().item(), rel=1e-12)
-    assert torch.allclose(norms, wanted, rtol=1e-12) == (per == "channel" and groups == 4)
-
-
 def unnormalised() -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     spec = ModelSpec("torchvision", "other", CLASSES, 1, SIZE, (0.5,), (0.25,))

@@ -124,16 +124,6 @@ def test_gradient_is_autograds_on_the_batch_of_its_key(weight: float) -> None:
     assert not ntr.optimizer.state
 
 
-def test_key_and_seed_decide_the_gradient() -> None:
-    def gradient(seed: int, *key: object) -> float:
-        torch.manual_seed(seed + len(key))  # what came before must not matter
-        found = make_ntr(tiny_model(1), tiny_model(1), tiny_task(), seed).gradient(*key)
-        return float(found["conv1.weight"].sum())
-
-    assert gradient(1, 0) == gradient(1, 0)
-    assert len({gradient(1, 0), gradient(2, 0), gradient(1, 1), gradient(1, 0, "anchor")}) == 4
-
-
 def test_loss_that_is_not_finite() -> None:
     model = tiny_model(1)
     with torch.no_grad():

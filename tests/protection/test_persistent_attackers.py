@@ -17,23 +17,21 @@ from torch import Tensor, nn
 
 from sophon.attacker import OPTIMIZERS, SIMULATED, FineTuneStrategy
 from sophon.config import MethodConfig
-from sophon.domains import Batch, ImageSet, LoadedDomain
+from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.protection import simulated_attackers as making
 from sophon.protection.distributed import Ranks
 from sophon.protection.fts import FTS
 from sophon.protection.persistent_attackers import Pool
 from sophon.ranges import check
-from sophon.sampler import SamplerConfig
 from sophon.tasks import ClassificationTask
 from tests.protection.staged import context
-from tests.tiny import assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task
+from tests.protection.test_fts import HEAD, RESTRICTED, SAMPLER, parameters_of
+from tests.protection.test_fts import make_fts as fts_of
+from tests.tiny import assert_same_state, state_of, tiny_model, tiny_spec, tiny_task
 
-RESTRICTED = tiny_bands("restricted", ("adapt", "query"), seed=10, across=True)
 METHOD = MethodConfig(name="test", fts_lr=1e-2, query_batch_size=9, probe_steps=2, pool=1, chunk=2)
-HEAD = {"fc.weight", "fc.bias"}
 OWN = dict.fromkeys(HEAD, 0.0)  # factors of an attacker whose head is not released
-SAMPLER = SamplerConfig({"momentum": [0.05, 0.05]}, batch_sizes=[8], steps=[6, 6], heads=["kept"])
 MODEL = tiny_model()
 STILL = 0.0  # a factor on FTS's rate with which the released weights stay where they are
 
@@ -56,19 +54,9 @@ class Watching(ClassificationTask):
 
 
 def make_fts(
-    model: nn.Module,
-    method: MethodConfig = METHOD,
-    task: ClassificationTask | None = None,
-    seed: int = 0,
-    domain: LoadedDomain = RESTRICTED,
-    **changes: Any,
+    model: nn.Module, method: MethodConfig = METHOD, task: ClassificationTask | None = None, **changes: Any
 ) -> FTS:
-    sampler = replace(SAMPLER, **changes)
-    return FTS(context(model, task, method, sampler=sampler, restricted=[domain], seed=seed))
-
-
-def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return fts_of(model, method, task=task, **{"steps": [6, 6]} | changes)
 
 
 def meta_gradients(fts: FTS) -> list[dict[str, Tensor]]:
