@@ -19,8 +19,7 @@ from sophon.errors import UserError
 from sophon.finetune import loop_of
 from sophon.models import create, describe
 from sophon.tasks import DenoisingTask
-from tests.models.pipeline_reference import Reference, batch
-from tests.models.pipelines import CLASSES, folder_of
+from tests.models.pipelines import CLASSES, Reference, batch, folder_of
 from tests.tiny import assert_same_state, state_of
 
 SEED, STEPS = 5, 3

@@ -15,8 +15,7 @@ from sophon.models import create, describe
 from sophon.protection.fts import ENGINES
 from sophon.protection.inner_loop import query_weights
 from sophon.tasks import DenoisingTask
-from tests.models.pipeline_reference import Reference, batch
-from tests.models.pipelines import CLASSES, folder_of
+from tests.models.pipelines import CLASSES, Reference, batch, folder_of
 
 STEPS, SEED, LR = 2, 7, 0.05
 GAMMA = query_weights("linear", STEPS, 1)
