@@ -79,14 +79,14 @@ NOISE = {"operation": "noise", "scale": 0.5}
 
 
 @given(configs, st.integers(0, 2**63 - 1))
-def test_surgery_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed: int) -> None:
-    """It is drawn last, and without a choice not at all: what was drawn before there was surgery still is."""
-    with_surgery, generator = StrategySampler(config).sample(seeded(seed)), seeded(seed)
-    sampler = StrategySampler(replace(config, surgeries=[[]]))
-    plain = sampler.sample(generator)
-    assert plain == replace(with_surgery, surgery=())
-    fixed, other = StrategySampler(replace(config, surgeries=[[NOISE]])), seeded(seed)
-    assert fixed.sample(other) == replace(plain, surgery=(Operation("noise", (("scale", 0.5),)),))
+def test_what_is_drawn_last_does_not_change_the_rest_of_a_draw(config: SamplerConfig, seed: int) -> None:
+    """Surgery and then BatchNorm's mode, each only where there is a choice: without them a draw is what it was."""
+    whole, generator, other = StrategySampler(config).sample(seeded(seed)), seeded(seed), seeded(seed)
+    plain = replace(config, surgeries=[[]], batch_norms=["trained"])
+    drawn = StrategySampler(plain).sample(generator)
+    assert drawn == replace(whole, surgery=(), batch_norm="trained")
+    operated = StrategySampler(replace(plain, surgeries=[[NOISE]])).sample(other)
+    assert operated == replace(drawn, surgery=(Operation("noise", (("scale", 0.5),)),))
     assert torch.equal(generator.get_state(), other.get_state())
 
 
