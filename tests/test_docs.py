@@ -1,4 +1,7 @@
-"""Commands in README, docs/ and experiments/ compose, links in them lead somewhere; scripts import what there is."""
+"""Commands in README, docs/ and experiments/ compose, links in them lead somewhere; scripts import what there is.
+
+What a block of Python does is tested by tests/test_docs_python.py and tests/test_extending.py.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ SCRIPTS = sorted((REPOSITORY / "experiments").rglob("*.py"))
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("experiments/**/*.md")])
 
 
-def commands(page: Path) -> list[str]:
-    """Return the lines of code that run sophon, continued lines joined and shell variables put in."""
+def lines_of(page: Path) -> list[str]:
+    """Return the lines of code for a shell, continued lines joined and shell variables put in."""
     text = page.read_text().replace("\\\n", " ")
     fenced = re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     indented = [line for line in text.splitlines() if line.startswith("    ")]
@@ -27,8 +30,13 @@ def commands(page: Path) -> list[str]:
     for line in lines:
         if match := re.fullmatch(r'(\w+)="?([^"]*)"?', line):
             variables[match[1]] = match[2]
-    expanded = [re.sub(r"\$(\w+)", lambda found: variables.get(found[1], found[0]), line) for line in lines]
-    return [line for line in expanded if line.startswith("sophon ")]
+    return [re.sub(r"\$(\w+)", lambda found: variables.get(found[1], found[0]), line) for line in lines]
+
+
+def commands(page: Path) -> list[str]:
+    """Return the lines that run sophon, by itself or under torchrun."""
+    lines = [re.sub(r"^torchrun .* -m sophon ", "sophon ", line) for line in lines_of(page)]
+    return [line for line in lines if line.startswith("sophon ")]
 
 
 # those of docs/extending.md are run as they stand: tests/test_extending.py
@@ -45,11 +53,34 @@ def test_a_command_composes(page: Path, command: str) -> None:
 
 def test_there_are_commands_to_compose() -> None:
     assert len(COMMANDS) > 20
-    assert {"README.md", "quickstart.md", "audit.md"} <= {page.name for page, _ in COMMANDS}
+    assert {"README.md", "quickstart.md", "audit.md", "scaling.md"} <= {page.name for page, _ in COMMANDS}
+
+
+def test_scripts_and_targets_that_pages_name_are_there() -> None:
+    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    for page in PAGES:
+        for line in lines_of(page):
+            if line.startswith("make "):
+                assert line.split()[1] in targets, (page, line)
+            if found := re.match(r"python (experiments/\S+)", line):
+                assert (REPOSITORY / found[1]).is_file(), (page, line)
+
+
+def test_the_workflow_runs_a_command_that_composes() -> None:
+    page = (REPOSITORY / "docs/audit.md").read_text()
+    workflow = yaml.safe_load(re.search(r"```yaml\n(name: audit.*?)```", page, re.DOTALL)[1])
+    (steps,) = [job["steps"] for job in workflow["jobs"].values()]
+    (command,) = [step["run"] for step in steps if step.get("run", "").startswith("sophon ")]
+    result = sophon(REPOSITORY, *shlex.split(command)[1:], "--cfg", "job")
+    assert result.code == 0, result.err
+    assert {key: yaml.safe_load(result.out)["gate"][key] for key in ("worst_case", "intactness")} == {
+        "worst_case": 0.9,
+        "intactness": 1.0,
+    }
 
 
 @pytest.mark.slow  # whole commands
-def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
+def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"pretrain": (*SMALL[1:], "pretrain.steps=5"), "protect": PROTECT[2:], "audit": (*AUDIT[1:2], *AUDIT[3:])}
     own_groups(tmp_path)
     lines = commands(REPOSITORY / "README.md")
@@ -59,6 +90,10 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
         result = sophon(tmp_path, verb, *words, *sizes.get(verb, ()))
         assert result.code == 0, result
     assert (tmp_path / "release/README.md").read_text().count("It rests on") == 1
+    monkeypatch.chdir(tmp_path)
+    (load,) = re.findall(r"```python\n(import timm.*?)```", (REPOSITORY / "docs/models.md").read_text(), re.DOTALL)
+    exec(load, names := {})
+    assert names["model"].num_classes == 5
 
 
 def anchors(page: Path) -> set[str]:

@@ -151,7 +151,7 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
         checkpoints: what workers attack, the protected one first; None for those that the configuration names.
     """
     config, folder = audit.config, runner.folder
-    gallery = gallery_of(config, audit.scene, folder)
+    gallery = gallery_of(config, audit.scene, folder, tracker)
     features = _features(audit, folder)
     runner.measure_with(_frechet(audit, features))
     for name, reason in runner.plan.left_out.items():
@@ -168,7 +168,7 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     found = audit_of(
         attempts,
         replace(
-            context_of(audit),
+            context_of(audit, tracker),
             searches=searches,
             left_out=runner.plan.left_out,
             gallery=gallery,

@@ -20,21 +20,29 @@ from sophon.checkpoint import Checkpoint, package_versions
 from sophon.config import Config, plain
 from sophon.devices import resolve_device
 from sophon.seeds import derive_seed
+from sophon.tasks import kind_of
+from sophon.tracking import Tracker
 
 if TYPE_CHECKING:  # scores need libraries that take long to load, and that no attack uses
     from sophon.api.audit import Audit
     from sophon.auditing.summary import Context
 
 
-def context_of(audit: Audit) -> Context:
+def context_of(audit: Audit, tracker: Tracker) -> Context:
     """Return what is known of an audit before its attempts, measuring what protection cost and what hides in scale."""
     from sophon.auditing.summary import Context, Intactness
 
     scene = audit.scene
-    before, after = (
-        measured(scene.task, scene.models[role], audit.original, "test", key)
-        for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
-    )
+    with tracker.progress("measure", 3) as advance:
+        before, after = (
+            measured(scene.task, scene.models[role], audit.original, "test", key)
+            for role, key in (("unprotected", "reference"), ("protected", "checkpoint"))
+        )
+        advance("the original domain")
+        masking = _masking(audit)
+        advance("masking")
+        geometry = _geometry(audit)
+        advance("distance to the reference")
     return Context(
         date=datetime.now(UTC).date().isoformat(),
         checkpoint=_origin(audit.protected),
@@ -49,8 +57,8 @@ def context_of(audit: Audit) -> Context:
         support=None if scene.support is None else dict(scene.support),
         mechanisms=mechanisms_of(audit.protected.manifest),
         intactness=Intactness.of(scene.task.metric, before, after),
-        masking=_masking(audit),
-        geometry=_geometry(audit),
+        masking=masking,
+        geometry=geometry,
         config=identifying(
             as_loaded(audit.config, scene.spec), "name", "seed", "task", "domain", "model", "attack", "threads"
         ),
@@ -89,18 +97,21 @@ def identifying(config: Config, *keys: str) -> dict[str, Any]:
     return parts
 
 
-def gallery_of(config: Config, scene: Scene, folder: Path) -> list[dict[str, str]]:
+def gallery_of(config: Config, scene: Scene, folder: Path, tracker: Tracker) -> list[dict[str, str]]:
     """Draw what there is to see before any attack; nothing of models that generate nothing."""
     count = config.attack.samples
-    if not count:
+    if not count or kind_of(scene.spec) != "denoising":
         return []
     seed = derive_seed(config.seed, "samples")
     real = scene.restricted["test"].spread(count)
     prompts = real.prompts or ()
-    drawn = {role: scene.task.sample(model, count, seed, prompts) for role, model in scene.models.items()}
-    grids = {f"{role} model, not attacked": images for role, images in drawn.items() if images is not None}
-    if not grids:
-        return []
+    grids = {}
+    with tracker.progress("samples", len(scene.models)) as advance:
+        for role, model in scene.models.items():
+            images = scene.task.sample(model, count, seed, prompts)
+            assert images is not None  # a denoiser draws
+            grids[f"{role} model, not attacked"] = images
+            advance(role)
     return write_gallery(folder, {f"real images of {scene.restricted.name}": real.images.cpu(), **grids})
 
 

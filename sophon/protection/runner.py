@@ -67,6 +67,7 @@ class Runner:
         if context.ranks.first((folder / STATE_FILE).exists):
             self._resume()
         else:
+            tracker.say("measuring the reference on the original domain's split val")
             before = self.guard.reference(context.reference)
             ends = list(accumulate(planned.method.rounds for planned in plan))
             self._begin(Position(before, before, 0, ends), context.reference, context.reference)
@@ -170,10 +171,11 @@ class Runner:
         return stopping
 
     def _shown(self) -> str:
-        """Return the first figure of the last round, and where the guard stands, in a few words."""
+        """Return the stage if there are several, the first figure of the last round, and where the guard stands."""
+        stage = f"{self.plan[self.at.stage].name}: " if len(self.plan) > 1 else ""
         figures = {name: value for name, value in self.at.history[-1].items() if name not in ("round", "stage")}
         name, value = next(iter(figures.items()), ("nothing measured", None))
-        return f"{name.replace('_', ' ')} {'none' if value is None else f'{value:.3g}'}, val {self.at.good:.3g}"
+        return f"{stage}{name.replace('_', ' ')} {'none' if value is None else f'{value:.3g}'}, val {self.at.good:.3g}"
 
     def _begin(self, at: Position, start: nn.Module, teacher: nn.Module) -> None:
         """Enter the stage of ``at``, from what the one before has released."""

@@ -74,6 +74,7 @@ class Task(Protocol):
         amp: whether passes are autocast to bfloat16; who needs more precision may switch it off for a while.
         suspects: what is usually wrong with the input of a trained model that does no better than `chance`.
         reads_labels: whether the suppression loss means nothing for images without a class.
+        evaluation_batch_size: how many images a pass takes that trains nothing.
     """
 
     metric: Metric
@@ -82,6 +83,7 @@ class Task(Protocol):
     amp: bool
     reads_labels: bool
     suspects: str
+    evaluation_batch_size: int
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return what an attacker minimises while it fine-tunes."""
