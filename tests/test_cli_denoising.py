@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def test_sample_writes_one_grid_that_repeats(copied: Path) -> None:
     assert picture.width == picture.height
     assert picture.width >= 3 * 8
     path.unlink()
-    make(copied, command)
+    again = sophon(copied, *command, "tracking.progress=true")
+    assert re.search(r"^sample (\d+)/\1, ", again.err, re.MULTILINE), again
     assert path.read_bytes() == first
     make(copied, (*command, "checkpoint=" + str(RUNS / "pretrain"), "run_dir=other"))
     assert (copied / "other" / "samples.png").read_bytes() != first

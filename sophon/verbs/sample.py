@@ -32,6 +32,8 @@ def _drawn(config: Config, folder: Path) -> Tensor:
     device = resolve_device(config.device)
     checkpoint = read_checkpoint(required(config.checkpoint or str(default(config, "protect")), "checkpoint"))
     settings = replace(config.task, name=kind_of(checkpoint.spec))  # what the checkpoint is, needs no saying
+    if settings.name != "denoising":
+        raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")
     task = task_of(replace(config, task=settings), checkpoint.spec, device)
     model = checkpoint.model.to(device)
     passes = math.ceil(config.n / task.evaluation_batch_size) * config.task.sample_steps
@@ -39,6 +41,5 @@ def _drawn(config: Config, folder: Path) -> Tensor:
         hook = model.register_forward_hook(lambda *_: advance())
         images = task.sample(model, config.n, derive_seed(config.seed, "sample"), config.prompts)
         hook.remove()
-    if images is None:
-        raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")
+    assert images is not None  # a denoiser draws
     return images
