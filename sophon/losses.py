@@ -1,7 +1,8 @@
 """Losses of the defender, each a pure function of logits or of predicted noise; whoever calls them minimises them.
 
-Notation: z are the logits, p = softmax(z), C the number of classes, y the label; eps is the noise that was added and
-e the noise that a denoiser predicts. Sources: SOPHON (Deng et al., 2024, arXiv 2404.12699) for `inverse_cross_entropy`,
+Notation and shapes: z are the logits, float [B, C], p = softmax(z), C the number of classes, y the labels, int64 [B];
+eps is the noise that was added and e the noise that a denoiser predicts, float [B, C, H, W]; X are features before the
+head, float [B, D], not centred. Sources: SOPHON (Deng et al., 2024, arXiv 2404.12699) for `inverse_cross_entropy`,
 `kl_from_uniform` and `denial_of_service`; its public code for `negated_logits_cross_entropy`; MLAC (Henderson et al.,
 2023, arXiv 2211.14946) for `clamped_negative_cross_entropy`; TAR (Tamirisa et al., 2024, arXiv 2408.00761) for
 `negative_entropy`. What is not of logits or noise but of features is from arXiv 2505.23760 (Zheng et al., 2025).
@@ -22,11 +23,7 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """ICE: mean over images of ``-log(1 - p_y)``, in [0, inf).
 
     Its gradient with respect to z_y is p_y / B: it dies out as the model gets worse, so it stays bounded. Computed as
-    ``logsumexp(z) - logsumexp(z without y)``, finite for every finite z.
-
-    Args:
-        logits: float [B, C], C >= 2.
-        labels: int64 [B].
+    ``logsumexp(z) - logsumexp(z without y)``, finite for every finite z; C >= 2.
     """
     without_label = logits.scatter(1, labels[:, None], -math.inf)
     return (torch.logsumexp(logits, 1) - torch.logsumexp(without_label, 1)).mean()
@@ -36,21 +33,12 @@ def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     """KLU: mean over images of KL(uniform || p) = ``-(1/C) sum_j log(C p_j)``, in [0, inf).
 
     Its gradient with respect to z_j is (p_j - 1/C) / B. Needs no labels.
-
-    Args:
-        logits: float [B, C].
-        labels: ignored.
     """
     return -F.log_softmax(logits, 1).mean() - math.log(logits.shape[1])
 
 
 def negative_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Baseline: ``-CE``, in (-inf, 0]. Its gradient grows with the error, so its minimisation diverges.
-
-    Args:
-        logits: float [B, C].
-        labels: int64 [B].
-    """
+    """Baseline: ``-CE``, in (-inf, 0]. Its gradient grows with the error, so its minimisation diverges."""
     return -F.cross_entropy(logits, labels)
 
 
@@ -58,10 +46,6 @@ def clamped_negative_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Baseline MLAC: mean over images of ``-min(CE, log C)``, in [-log C, 0].
 
     The negated loss of the adversary, with no reward for doing worse than a uniform guess.
-
-    Args:
-        logits: float [B, C].
-        labels: int64 [B].
     """
     return -F.cross_entropy(logits, labels, reduction="none").clamp(max=math.log(logits.shape[1])).mean()
 
@@ -71,22 +55,13 @@ def negative_entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
     Its gradient with respect to z_j is p_j (log p_j + H(p)) / B: it dies out at a uniform guess, but at a certain one
     as well. Needs no labels.
-
-    Args:
-        logits: float [B, C].
-        labels: ignored.
     """
     logs = F.log_softmax(logits, 1)
     return (logs.exp() * logs).sum(1).mean()
 
 
 def negated_logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Baseline: ``CE(-z, y)``, in [0, inf): what SOPHON's public code computes under the name of ICE.
-
-    Args:
-        logits: float [B, C].
-        labels: int64 [B].
-    """
+    """Baseline: ``CE(-z, y)``, in [0, inf): what SOPHON's public code computes under the name of ICE."""
     return F.cross_entropy(-logits, labels)
 
 
@@ -123,21 +98,12 @@ def denial_of_service(predicted: Tensor, noise: Tensor | None = None) -> Tensor:
 
     Its gradient with respect to an element of e is 2 e / N: it dies out at e = 0, where the error against unit noise
     is 1.
-
-    Args:
-        predicted: e, float [B, C, H, W].
-        noise: ignored.
     """
     return predicted.square().mean()
 
 
 def negative_mse(predicted: Tensor, noise: Tensor) -> Tensor:
-    """Baseline: ``-MSE(e, eps)``, in (-inf, 0]. Its gradient grows with the error, so its minimisation diverges.
-
-    Args:
-        predicted: e, float [B, C, H, W].
-        noise: eps, float [B, C, H, W].
-    """
+    """Baseline: ``-MSE(e, eps)``, in (-inf, 0]. Its gradient grows with the error, so its minimisation diverges."""
     return -F.mse_loss(predicted, noise)
 
 
@@ -145,10 +111,6 @@ def shifted_target_mse(predicted: Tensor, noise: Tensor) -> Tensor:
     """Baseline: ``MSE(e, eps + 1)``, in [0, inf): every element is to be predicted too high by the noise's own scale.
 
     Its minimum is an error of 1 against eps, as that of `denial_of_service`.
-
-    Args:
-        predicted: e, float [B, C, H, W].
-        noise: eps, float [B, C, H, W].
     """
     return F.mse_loss(predicted, noise + 1)
 
@@ -167,9 +129,6 @@ def ill_conditioning(features: Tensor) -> Tensor:
     ``R_ill = 1 / (sum_i s_i^2 / (2 k) - s_k^2 / 2)``. Two changes: S is scaled to a trace of 1, since the paper's falls
     as features merely grow, which conditions nothing; and R_ill, then 2 k at least, is divided by k. It is held below
     4e6 k, near which (S a multiple of the identity) the gradient is 0.
-
-    Args:
-        features: X, float [B, D]; not centred.
     """
     spectrum = _spectrum(features)
     spread = spectrum.square().mean() - spectrum[0].square()
@@ -180,9 +139,6 @@ def well_conditioning(features: Tensor) -> Tensor:
     """R_well = s_1^2 / 2 - sum_i s_i^2 / (2 k), in [0, 1/2): 0 where all s_i are equal (arXiv 2505.23760).
 
     Notation and scale as in `ill_conditioning`: S has a trace of 1.
-
-    Args:
-        features: X, float [B, D]; not centred.
     """
     spectrum = _spectrum(features)
     return (spectrum[-1].square() - spectrum.square().mean()) / (2 * len(spectrum) ** 2)

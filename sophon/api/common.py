@@ -69,13 +69,7 @@ def opened(config: Config, path: str, key: str) -> Checkpoint:
     if is_ours(path):
         return read_checkpoint(path, key)
     model = described(path, config.model, key)
-    original = load_original(
-        config.domain.original,
-        image_size=model.image_size,
-        channels=model.channels,
-        memory_gb=config.domain.memory_gb,
-    )
-    return open_foreign(path, model, original.classes, key)
+    return open_foreign(path, model, original_of(config, model.image_size, model.channels).classes, key)
 
 
 def task_of(config: Config, spec: ModelSpec, device: torch.device, *, protects: bool = False) -> Task:
@@ -112,8 +106,7 @@ def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[L
     Raises:
         UserError: the original domain's classes are not the model's, or a domain cannot be loaded.
     """
-    size, channels, memory_gb = spec.image_size, spec.channels, config.domain.memory_gb
-    original = load_original(config.domain.original, image_size=size, channels=channels, memory_gb=memory_gb)
+    original = original_of(config, spec.image_size, spec.channels)
     restricted = restricted_of(config, spec.image_size, spec.channels)
     if spec.classes not in (original.classes, classes_of_all(original, restricted)):
         raise UserError(
@@ -121,6 +114,12 @@ def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[L
             f"{len(spec.classes)} that the reference tells apart ({few(spec.classes)})"
         )
     return original.to(device), tuple(each.to(device) for each in restricted)
+
+
+def original_of(config: Config, image_size: int, channels: int) -> LoadedDomain:
+    """Load the original domain, on the CPU."""
+    memory_gb = config.domain.memory_gb
+    return load_original(config.domain.original, image_size=image_size, channels=channels, memory_gb=memory_gb)
 
 
 def restricted_of(config: Config, image_size: int, channels: int) -> tuple[LoadedDomain, ...]:

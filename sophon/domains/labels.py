@@ -59,13 +59,8 @@ def labelled(sides: Sequence[Side], class_names: Sequence[str] | None, who: str)
 
 def plain(labels: Any) -> list[Any]:
     """Return labels as Python's own numbers and strings where they are NumPy's or torch's scalars."""
-    return [
-        label.item() if isinstance(label, (np.generic, torch.Tensor)) and _scalar(label) else label for label in labels
-    ]
-
-
-def _scalar(label: Any) -> bool:
-    return bool(label.ndim == 0)
+    scalars = (np.generic, torch.Tensor)
+    return [label.item() if isinstance(label, scalars) and label.ndim == 0 else label for label in labels]
 
 
 def _values(labels: Iterable[Any], names: Sequence[str] | None, who: str) -> list[Any]:

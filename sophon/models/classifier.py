@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,7 +14,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
 from sophon.models.adapter import Card
-from sophon.models.common import OnPixels, check_input, outline
+from sophon.models.common import OnPixels, check_input, described, outline
 from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import find_weights, load_state, read_state
@@ -82,7 +81,7 @@ class ClassifierAdapter(OnPixels):
                 f"'{path}' is not {cls.library}'s; it must name the architecture and, in "
                 "pretrained_cfg, input_size, mean and std"
             ) from error
-        return replace(
+        return described(
             config,
             library=cls.library,
             architecture=architecture,
@@ -92,9 +91,6 @@ class ClassifierAdapter(OnPixels):
             mean=mean,
             std=std,
             head=settings.get("head"),
-            scheduler={},
-            class_conditional=False,
-            pretrained=False,
         )
 
     @classmethod

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ def _per_channel(key: str, values: Sequence[float], channels: int) -> tuple[floa
         allowed = "finite numbers" if key == "mean" else "finite numbers above 0"
         raise UserError(f"model.{key}: {list(values)} is not allowed; give {allowed}")
     return tuple(float(value) for value in values) * (channels if len(values) == 1 else 1)
+
+
+def described(config: ModelConfig, **facts: Any) -> ModelConfig:
+    """Return a configuration with what a folder says of its model, and with nothing that the folder leaves out."""
+    return replace(config, **{"scheduler": {}, "class_conditional": False, "pretrained": False, **facts})
 
 
 def constructed(spec: ModelSpec, create: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -15,7 +14,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
 from sophon.files import write_text
 from sophon.models.adapter import Card
-from sophon.models.common import check_input
+from sophon.models.common import check_input, described
 from sophon.models.frozen import AUTOENCODERS, TEXT_ENCODERS, FrozenParts, check_part, copy_part, part_sha256
 from sophon.models.noise import read_schedule
 from sophon.models.partition import Block
@@ -126,7 +125,7 @@ class TextToImageAdapter:
     def describe(cls, folder: Path, config: ModelConfig) -> ModelConfig:
         """Complete a configuration by the size of the pipeline's images; the rest is read with its weights."""
         _, size, channels = cls._network(f"'{folder}'", folder)
-        return replace(
+        return described(
             config,
             library="diffusers",
             architecture=cls.network,
@@ -135,9 +134,6 @@ class TextToImageAdapter:
             channels=channels,
             mean=[0.5],
             std=[0.5],
-            scheduler={},
-            class_conditional=False,
-            pretrained=False,
             weights=str(folder),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, one_line
 from sophon.files import read_json
+from sophon.models.common import described
 from sophon.models.noise import read_schedule
 
 ARCHITECTURE = "UNet2DModel"
@@ -112,7 +112,7 @@ def describe(folder: Path, config: ModelConfig) -> ModelConfig:
         size = size[0]
     if not isinstance(size, int) or not isinstance(channels, int):
         raise UserError(f"{where} takes {channels} channels of {size} pixels; give a pipeline of square images")
-    return replace(
+    return described(
         config,
         library="diffusers",
         architecture=ARCHITECTURE,
@@ -121,9 +121,6 @@ def describe(folder: Path, config: ModelConfig) -> ModelConfig:
         channels=channels,
         mean=[0.5],
         std=[0.5],
-        scheduler={},
-        class_conditional=False,
-        pretrained=False,
         weights=str(folder),
     )
 

@@ -81,9 +81,7 @@ class PythonAdapter(ClassifierAdapter):
         Raises:
             UserError: it cannot be imported or called, or it builds another number of outputs.
         """
-        module = self._made()
-        if module is None:
-            raise UserError(f"model.architecture: '{self.spec.architecture}' cannot be built again; give a factory")
+        module = self.rebuilt() if self.spec.factory is None else self.spec.factory()
         head = module.get_submodule(self.head_of(module))
         assert isinstance(head, nn.Linear)  # head_of made sure
         if head.out_features != len(self.spec.classes):
@@ -103,11 +101,6 @@ class PythonAdapter(ClassifierAdapter):
         if not isinstance(module, nn.Module):
             raise UserError(f"model.architecture: '{self.spec.architecture}' builds no torch.nn.Module")
         return module
-
-    def _made(self) -> nn.Module | None:
-        if self.spec.factory is not None:
-            return self.spec.factory()
-        return self.rebuilt()
 
     def fresh(self) -> nn.Module | None:
         """Build a model with random weights; None if it lives in memory and cannot be initialised anew."""

@@ -17,7 +17,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, write_text
 from sophon.models.classifier import ClassifierAdapter, square
-from sophon.models.common import imported, misfit, quiet, require
+from sophon.models.common import described, imported, misfit, quiet, require
 from sophon.models.spec import ModelSpec
 from sophon.models.weights import check_values, load_state, read_state
 
@@ -73,17 +73,9 @@ class TransformersAdapter(ClassifierAdapter):
             size = square(folder, *size)
         if not isinstance(size, int):
             raise UserError(f"'{folder}' does not say how large its images are; add size to its {PROCESSOR}")
-        described = replace(
-            config,
-            library=cls.library,
-            architecture=named[0],
-            model_args={name: value for name, value in settings.items() if name not in cls.reserved},
-            head=None,
-            scheduler={},
-            class_conditional=False,
-            pretrained=False,
-        )
-        return replace(described, **{**facts, "image_size": size})
+        arguments = {name: value for name, value in settings.items() if name not in cls.reserved}
+        facts |= {"architecture": named[0], "model_args": arguments, "image_size": size}
+        return described(config, library=cls.library, head=None, **facts)
 
     @classmethod
     def recognise(cls, module: nn.Module, **facts: Any) -> ModelSpec | None:

@@ -12,17 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import losses
-from sophon.arguments import named
 from sophon.attacker import SCOPES
 from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
-from sophon.errors import UserError, choose
+from sophon.errors import choose
 from sophon.models import ModelSpec
-from sophon.models.partition import Block
-from sophon.tasks.task import ATTENTION, Measured, Metric, evaluating, fitting_adapter, within_scope
+from sophon.tasks.task import ATTENTION, Kind, Measured, Metric, evaluating, within_scope
 
 
-class ClassificationTask:
+class ClassificationTask(Kind):
     """Image classification; the primary metric is accuracy in percent.
 
     Args:
@@ -39,6 +37,7 @@ class ClassificationTask:
     """
 
     kind = "classification"
+    suppression_losses = losses.SUPPRESSION_LOSSES
     metric = Metric("accuracy", "%", higher_is_better=True)
     evaluation_batch_size = 500
     suspects = "model.mean, model.std, model.image_size, the order of the classes and of the colour channels"
@@ -53,14 +52,8 @@ class ClassificationTask:
         amp: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.adapter = fitting_adapter(spec, self.kind)
-        self.spec = spec
-        self.distillation = distillation
+        super().__init__(spec, suppression_loss, distillation, amp)
         self.temperature = temperature
-        self.amp = amp
-        self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
-        if suppression_loss is not None:
-            self._suppression = named("method.suppression_loss", suppression_loss, losses.SUPPRESSION_LOSSES)
         self.reads_labels = self._suppression is not None and losses.reads_labels(self._suppression)
         self._mean = torch.tensor(spec.mean, dtype=dtype).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.std, dtype=dtype).view(1, -1, 1, 1)
@@ -96,8 +89,7 @@ class ClassificationTask:
 
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the configured suppression loss."""
-        assert self._suppression is not None  # only a protection asks for it, and its task was given one
-        return self._suppression(self.logits(model, batch.images), batch.labels)
+        return self._suppress(self.logits(model, batch.images), batch.labels)
 
     def original_loss(
         self, model: nn.Module, batch: Batch, reference: nn.Module | None = None, labels: float = 1.0
@@ -190,10 +182,6 @@ class ClassificationTask:
             model.get_submodule(str(self.adapter.head)).train()
         return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
-    def blocks(self, model: nn.Module) -> list[Block]:
-        """Return the blocks from input to output, the last layer left out."""
-        return self.adapter.blocks(model)
-
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the parameters of the last layer."""
         prefix = f"{self.adapter.head}."
@@ -207,11 +195,5 @@ class ClassificationTask:
         """
         if head != "kept":
             self.adapter.start_head(model, classes)
-            return
-        outputs = model.get_parameter(f"{self.adapter.head}.weight").shape[0]
-        if outputs != len(classes):
-            raise UserError(
-                f"head: 'kept' needs as many classes as the model has, but the model has {outputs} and the restricted "
-                f"domain {len(classes)}; use head fresh or probed, "
-                f"or choose {outputs} of its classes"
-            )
+        else:
+            self._require_classes(model.get_parameter(f"{self.adapter.head}.weight").shape[0], classes)

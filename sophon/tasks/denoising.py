@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice, pairwise
 from typing import Self
@@ -13,19 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import losses
-from sophon.arguments import named
 from sophon.attacker import SCOPES
 from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
-from sophon.models.partition import Block, owned
+from sophon.models.partition import owned
 from sophon.tasks.inputs import Inputs
 from sophon.tasks.noise_schedule import Noised, NoiseSchedule
-from sophon.tasks.task import Measured, Metric, evaluating, fitting_adapter, within_scope
+from sophon.tasks.task import Kind, Measured, Metric, evaluating, within_scope
 
 
-class DenoisingTask:
+class DenoisingTask(Kind):
     """Denoising diffusion (DDPM, Ho et al., 2020); the primary metric is the error of the predicted noise.
 
     Args:
@@ -44,6 +43,7 @@ class DenoisingTask:
     """
 
     kind = "denoising"
+    suppression_losses = losses.DENOISING_SUPPRESSION_LOSSES
     metric = Metric("eps-MSE", "", higher_is_better=False)
     reads_labels = False
     suspects = "model.scheduler, model.image_size, the range and the order of the colour channels"
@@ -61,20 +61,14 @@ class DenoisingTask:
         amp: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.adapter = fitting_adapter(spec, self.kind)
-        self.spec = spec
-        self.distillation = distillation
+        super().__init__(spec, suppression_loss, distillation, amp)
         self.evaluation_images = evaluation_images
         self.sample_steps = sample_steps
-        self.amp = amp
         self.dtype = dtype
         self.schedule = NoiseSchedule(spec.scheduler, dtype)
         self.inputs = Inputs(self.adapter, spec.image_size, dtype)
         self.evaluation_batch_size = 250 if self.adapter.frozen is None else 16  # networks on latents are large
         self._suppressed = max(1, round(suppression_timesteps * len(self.schedule)))
-        self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
-        if suppression_loss is not None:
-            self._suppression = named("method.suppression_loss", suppression_loss, losses.DENOISING_SUPPRESSION_LOSSES)
 
     @classmethod
     def from_config(cls, spec: ModelSpec, settings: TaskConfig, method: MethodConfig | None, *, amp: bool) -> Self:
@@ -115,10 +109,9 @@ class DenoisingTask:
 
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the configured suppression loss of the predicted noise."""
-        assert self._suppression is not None  # only a protection asks for it, and its task was given one
         noised = self._draw(batch.images, self._suppressed)
         output = self._output(model, noised.images, noised.timesteps, self.inputs.conditions(batch))
-        return self._suppression(self.schedule.as_noise(output, noised), noised.noise)
+        return self._suppress(self.schedule.as_noise(output, noised), noised.noise)
 
     def original_loss(
         self, model: nn.Module, batch: Batch, reference: nn.Module | None = None, labels: float = 1.0
@@ -261,10 +254,6 @@ class DenoisingTask:
         model.train()
         return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
-    def blocks(self, model: nn.Module) -> list[Block]:
-        """Return the blocks from input to output, the class embedding left out."""
-        return self.adapter.blocks(model)
-
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the class embedding's parameters: all that belongs to a domain; none if the model has no classes."""
         names = {name for name, _ in model.named_parameters()}
@@ -287,9 +276,5 @@ class DenoisingTask:
             )
         if head != "kept":
             self.adapter.start_head(model, classes)
-        elif count and count != len(classes):
-            raise UserError(
-                f"head: 'kept' needs as many classes as the model has, but the model has {count} and the restricted "
-                f"domain {len(classes)}; use head fresh or probed, "
-                f"or choose {count} of its classes"
-            )
+        elif count:
+            self._require_classes(count, classes)

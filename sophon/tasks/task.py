@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sophon.arguments import named
 from sophon.domains import Batch, ImageSet
 from sophon.errors import UserError
 from sophon.models import ModelAdapter, ModelSpec, adapter_of
 from sophon.models.partition import Block, at_end, attention, cross_attention, owned
-
-
-def fitting_adapter(spec: ModelSpec, kind: str) -> ModelAdapter:
-    """Return the adapter of a model.
-
-    Raises:
-        UserError: it is not a model of that ``kind`` of task.
-    """
-    adapter = adapter_of(spec)
-    if adapter.kind != kind:
-        raise UserError(f"task.name: '{kind}' does not fit a model of library {spec.library}; allowed: {adapter.kind}")
-    return adapter
 
 
 @dataclass(frozen=True)
@@ -159,6 +148,40 @@ class Task(Protocol):
 
     def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
         """Make the model's head ready for ``classes``: checked when ``kept``, newly initialised otherwise."""
+
+
+class Kind:
+    """What the model kinds have in common: an adapter, and the losses that a method names."""
+
+    kind: ClassVar[str]
+    suppression_losses: ClassVar[Mapping[str, Callable[[Tensor, Tensor], Tensor]]]
+
+    def __init__(self, spec: ModelSpec, suppression_loss: str | None, distillation: float, amp: bool) -> None:
+        self.adapter = adapter = adapter_of(spec)
+        if adapter.kind != self.kind:
+            raise UserError(
+                f"task.name: '{self.kind}' does not fit a model of library {spec.library}; allowed: {adapter.kind}"
+            )
+        self.spec, self.distillation, self.amp = spec, distillation, amp
+        self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
+        if suppression_loss is not None:
+            self._suppression = named("method.suppression_loss", suppression_loss, self.suppression_losses)
+
+    def _suppress(self, output: Tensor, wanted: Tensor) -> Tensor:
+        assert self._suppression is not None  # only a protection asks for it, and its task was given one
+        return self._suppression(output, wanted)
+
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """Return the blocks from input to output, the head left out."""
+        return self.adapter.blocks(model)
+
+    def _require_classes(self, count: int, classes: Sequence[str]) -> None:
+        """Refuse to keep a head of another number of classes."""
+        if count != len(classes):
+            raise UserError(
+                f"head: 'kept' needs as many classes as the model has, but the model has {count} and the restricted "
+                f"domain {len(classes)}; use head fresh or probed, or choose {count} of its classes"
+            )
 
 
 ATTENTION = {"attention": attention, "cross_attention": cross_attention}

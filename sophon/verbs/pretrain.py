@@ -14,6 +14,7 @@ from sophon.api.common import (
     asked_precision,
     doubt,
     metric_of,
+    original_of,
     restricted_of,
     run_dir,
     say_domains,
@@ -25,7 +26,7 @@ from sophon.api.manifests import both_splits, figures, hashes_of, manifest_of
 from sophon.checkpoint import write_checkpoint
 from sophon.config import Config, keyed, plain
 from sophon.devices import resolve_device
-from sophon.domains import ImageSet, LoadedDomain, classes_of_all, defenders_images, load_original
+from sophon.domains import ImageSet, LoadedDomain, classes_of_all, defenders_images
 from sophon.errors import UserError
 from sophon.finetune import check, loop_of, rehearse
 from sophon.models import ModelSpec, create, describe, resize_head
@@ -40,12 +41,7 @@ def pretrain(config: Config) -> None:
     """Train the unprotected reference on the original domain, or on both; write ``run_dir/checkpoint``."""
     device = resolve_device(config.device)
     config = replace(config, model=describe(config.model))
-    original = load_original(
-        config.domain.original,
-        image_size=config.model.image_size,
-        channels=config.model.channels,
-        memory_gb=config.domain.memory_gb,
-    ).to(device)
+    original = original_of(config, config.model.image_size, config.model.channels).to(device)
     restricted = _seen(config, device)
     say_domains(original, *restricted)
     if config.pretrain.steps == 0 and config.model.weights is None and not config.model.pretrained:

@@ -51,7 +51,9 @@ def first_order(
         done = past.steps
         restore_optimizer(optimizer, past.optimizer_state)
     total = _Total(attacker, trainable, objectives)
-    way = _Way(trainable, gammas, begun=past is None, remembers=any(each.remembers for each in objectives))
+    remembers = any(each.remembers for each in objectives)
+    final = max((step for step, gamma in enumerate(gammas) if gamma), default=-1)
+    start = before = _copied(trainable) if remembers else []
     query_losses, attacker_losses = [], []
     for step, gamma in enumerate(gammas):
         with record_function("sophon: attacker's step"):
@@ -59,42 +61,15 @@ def first_order(
             loss.backward()  # type: ignore[no-untyped-call]
             attacker_losses.append(loss.detach())
             lr = _set_learning_rate(optimizer, strategy, done + step)
-            way.before_step(step)
+            if remembers and gamma:
+                before = _copied(trainable)
             optimizer.step()
             optimizer.zero_grad()
         if gamma:
-            query_losses.append(total.add(task, next(query), gamma, way.query(step, lr)))
+            asked = Query(trainable, lr, step == final, past is None, start, before)
+            query_losses.append(total.add(task, next(query), gamma, asked))
     attacker.requires_grad_(True)
     return Simulation(total.gradients(), floats(query_losses), floats(attacker_losses), optimizer_state(optimizer))
-
-
-class _Way:
-    """What queries ask of the way so far; copies of weights are made only if an objective remembers.
-
-    Args:
-        trainable: the parameters that the attacker steps, where the simulation starts.
-        gammas: the steps' weights.
-        begun: whether the attacker begins here.
-        remembers: whether to keep where it started and where it was before the last step.
-    """
-
-    def __init__(
-        self, trainable: Sequence[nn.Parameter], gammas: Sequence[float], *, begun: bool, remembers: bool
-    ) -> None:
-        self.trainable, self.gammas, self.begun, self.remembers = trainable, gammas, begun, remembers
-        self.final = max((step for step, gamma in enumerate(gammas) if gamma), default=-1)
-        self.start = self._copied() if remembers else []
-        self.before: list[Tensor] = []
-
-    def before_step(self, step: int) -> None:
-        if self.remembers and self.gammas[step]:
-            self.before = self._copied()
-
-    def query(self, step: int, lr: float) -> Query:
-        return Query(self.trainable, lr, step == self.final, self.begun, self.start, self.before)
-
-    def _copied(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.trainable]
 
 
 class _Total:
@@ -148,3 +123,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, strategy: FineTuneStrat
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
+
+
+def _copied(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
