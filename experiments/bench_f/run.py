@@ -24,7 +24,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 def start(options: argparse.Namespace, verb: str, *overrides: str) -> subprocess.Popen[bytes]:
     """Start a verb on one thread."""
-    shared = ("experiment=bench_f", "device=cpu", "threads=1", "tracking=disabled", *options.set)
+    shared = (f"experiment={options.experiment}", "device=cpu", "threads=1", "tracking=disabled", *options.set)
     return subprocess.Popen(
         [sys.executable, "-m", "sophon", verb, f"--config-dir={HERE / 'conf'}", *shared, *overrides]
     )
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--minutes", nargs="+", type=float, default=[1, 4, 15], help="budgets")
     parser.add_argument("--row", default="pool_anchored", help="name of the runs, for other settings by --set")
+    parser.add_argument("--experiment", default="bench_f")
     parser.add_argument("--start", metavar="CHECKPOINT", help="protect this one, not the reference, which audits keep")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every command")
     options = parser.parse_args()

@@ -60,14 +60,14 @@ def markdown(table: pd.DataFrame) -> str:
 
 def draw(gaps: pd.DataFrame, lost: pd.Series, file: Path) -> None:
     """Draw the gap closed by kind over the points that the original domain loses, both against the budget."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(6, 5), layout="constrained", sharex=True, height_ratios=[3, 1])
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 4.5), layout="constrained", sharex=True, height_ratios=[3, 1])
     minutes = [float(budget.split()[0]) for budget in gaps.columns]
     for name, row in gaps.iterrows():
         label, line = ("benign (harm)", "--") if name == "benign" else (name, "-")
         above.plot(minutes, row, line, marker="o", label=label)
     above.axhline(1, color="grey", linewidth=0.5)
-    above.set(xscale="log", ylabel="gap closed")
-    above.legend()
+    above.set(xscale="log", ylabel="gap closed", ylim=(-0.03, 1.05))
+    figure.legend(loc="outside center right")
     below.plot(minutes, lost, color="black", marker="o")
     below.axhline(0, color="grey", linewidth=0.5)
     below.set(xlabel="defender's budget, core-minutes", ylabel="original domain,\npoints lost")
