@@ -1,7 +1,8 @@
 """Write the bench's table and its figure: what attacks get, and the gap closed by kind of attack, against the budget.
 
-    python experiments/bench_f/summary.py runs/bench_f --row pool_anchored
+    python experiments/bench_f/summary.py runs/bench_f --row pool_anchored --then undoing
 
+A row of ``--then`` went on from the first one's exports at its largest budget, which is added to its own.
 Gap closed of an attack is (U - P) / (U - S), of means over seeds, held to 0 .. 1, where 1 is no better than scratch;
 a kind's is the mean over its attacks. Attacks with U - S below two points tell nothing and are left out there. The
 benign domain's kind reads the other way: what of its head start harmless fine-tuning loses.
@@ -51,6 +52,16 @@ def attempts(folder: Path, role: str) -> pd.DataFrame:
     return table.groupby("attack").agg(kind=("kind", "first"), test=("test", "mean"))
 
 
+def audited(runs: Path, rows: list[str]) -> list[tuple[float, Path]]:
+    """Return the core-minutes since the reference, and the folder, of each audit of rows that follow one another."""
+    found: list[tuple[float, Path]] = []
+    for row in rows:
+        begun = max((minutes for minutes, _ in found), default=0.0)
+        folders = [file.parents[1] for file in sorted((runs / row).glob("seed*/*min/audit/attempts.parquet"))]
+        found += [(begun + float(folder.name.removesuffix("min")), folder) for folder in folders]
+    return found
+
+
 def markdown(table: pd.DataFrame) -> str:
     """Return a table of text and numbers as Markdown."""
     head = [table.index.name, *table.columns]
@@ -58,14 +69,21 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def draw(gaps: pd.DataFrame, lost: pd.Series, file: Path) -> None:
-    """Draw the gap closed by kind over the points that the original domain loses, both against the budget."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 4.5), layout="constrained", sharex=True, height_ratios=[3, 1])
+def draw(gaps: pd.DataFrame, lost: pd.Series, change: float | None, file: Path) -> None:
+    """Draw the gap closed by kind over the points that the original domain loses, both against the budget.
+
+    A dotted line marks the budget, if any, at which the second row took over.
+    """
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7, 4.5), layout="constrained", sharex=True, height_ratios=[3, 1]
+    )
     minutes = [float(budget.split()[0]) for budget in gaps.columns]
     for name, row in gaps.iterrows():
         label, line = ("benign (harm)", "--") if name == "benign" else (name, "-")
         above.plot(minutes, row, line, marker="o", label=label)
     above.axhline(1, color="grey", linewidth=0.5)
+    if change is not None:
+        above.axvline(change, color="grey", linestyle=":")
     above.set(xscale="log", ylabel="gap closed", ylim=(-0.03, 1.05))
     figure.legend(loc="outside center right")
     below.plot(minutes, lost, color="black", marker="o")
@@ -80,23 +98,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="the bench's folder")
     parser.add_argument("--row", default="pool_anchored", help="name of the runs")
+    parser.add_argument("--then", help="name of the runs that started from what those came to")
     options = parser.parse_args()
     columns = {role: attempts(options.runs / "controls", role).test for role in ("scratch", "unprotected")}
     cells: dict[float, list[pd.DataFrame]] = {}
     losses: dict[float, list[float]] = {}
     lines = []
-    for budget in sorted((options.runs / options.row).glob("seed*/*min/budget.json")):
-        minutes = float(budget.parent.name.removesuffix("min"))
-        if not (budget.parent / "audit" / "attempts.parquet").exists():
-            continue
-        cells.setdefault(minutes, []).append(attempts(budget.parent / "audit", "protected"))
-        manifest = json.loads((budget.parent / "export" / "sophon.json").read_text())
+    before = None
+    found = audited(options.runs, [row for row in (options.row, options.then) if row])
+    for minutes, folder in found:
+        cells.setdefault(minutes, []).append(attempts(folder / "audit", "protected"))
+        manifest = json.loads((folder / "export" / "sophon.json").read_text())
         history, intactness = manifest["history"], manifest["intactness"]
-        before, after = intactness["before"]["test"], intactness["after"]["test"]
+        before = intactness["before"]["test"] if before is None else before
+        after = intactness["after"]["test"]
         losses.setdefault(minutes, []).append(before - after)
         lines.append(
-            f"- {budget.parts[-3]}, {minutes:g} core-minutes: {history['rounds']} rounds, {history['rollbacks']} "
-            f"roll-backs, original domain (test) {before:.1f} before, {after:.1f} after"
+            f"- {folder.parts[-2]}, {minutes:g} core-minutes: {history['rounds']} rounds in this run, "
+            f"{history['rollbacks']} roll-backs, original domain (test) {after:.1f} (reference {before:.1f})"
         )
     for minutes, tables in sorted(cells.items()):
         columns[f"{minutes:g} min"] = pd.concat([each.test for each in tables], axis=1).mean(axis=1)
@@ -113,7 +132,8 @@ def main() -> None:
     summary = pd.concat([gaps, lost.to_frame(LOST).T]).rename_axis("kind")
     parts = [head, markdown(table), "Gap closed:", markdown(summary), "\n".join(lines)]
     (HERE / f"{options.row}.md").write_text("\n\n".join(parts) + "\n")
-    draw(gaps, lost, HERE / f"{options.row}.svg")
+    change = max((m for m, folder in found if folder.parts[-3] == options.row)) if options.then else None
+    draw(gaps, lost, change, HERE / f"{options.row}.svg")
 
 
 if __name__ == "__main__":
