@@ -73,6 +73,7 @@ def _arguments(key: str, values: Any, *, lists: bool = False) -> tuple[tuple[str
 SCOPES = ("all", "head", "first_blocks", "last_blocks", "attention", "cross_attention", "lora")
 BATCH_NORMS = ("trained", "frozen", "restated")
 LORA_LAYERS = ("all", "convolutions", "linears", "attention", "transformer")
+LORA_RECIPES = ("peft", "diffusers")
 HEADS = ("kept", "fresh", "probed")
 AUGMENTATIONS = ("none", "crop", "standard", "strong")  # what they do: sophon.domains.AUGMENTATIONS
 # Optimizers by name: the dotted path of the factory, and the arguments that the name implies; those not named are the
@@ -148,8 +149,9 @@ class FineTuneStrategy:
             released, and normalise in training too; or ``restated``, they follow the batches, but wherever the attacker
             measures, and at the end, it estimates them anew from its images with the weights as they are by then.
         blocks: how many blocks the scopes ``first_blocks`` and ``last_blocks`` have, >= 1.
-        lora_rank: rank of the adapters, >= 1; as ``lora_layers``, ignored unless the scope is ``lora``.
+        lora_rank: rank of the adapters, >= 1; as the next two, ignored unless the scope is ``lora``.
         lora_layers: which layers get one: a key of `LORA_LAYERS`.
+        lora_recipe: their factor and their start: a key of `LORA_RECIPES`.
         surgery: what is done to the weights before the head is started, in this order.
         optimizer_args: the optimizer's other arguments: pairs of name and value, sorted by name.
         loop: a key of `LOOPS`, or the dotted path of a function like `sophon.finetune.fine_tune`.
@@ -173,6 +175,7 @@ class FineTuneStrategy:
     blocks: int = limited(1, ge=1)
     lora_rank: int = limited(8, ge=1)
     lora_layers: str = limited("all", choices=LORA_LAYERS)
+    lora_recipe: str = limited("peft", choices=LORA_RECIPES)
     surgery: tuple[Operation, ...] = ()
     optimizer_args: tuple[tuple[str, Any], ...] = ()
     loop: str = "fine_tune"
@@ -218,4 +221,5 @@ def check_field(key: str, name: str, value: Any) -> None:
 
 _FIELDS = {part.name: part for part in dataclasses.fields(FineTuneStrategy)}
 # What decides only where the scope asks for it.
-OF_SCOPE = {"blocks": ("first_blocks", "last_blocks"), "lora_rank": ("lora",), "lora_layers": ("lora",)}
+OF_SCOPE: dict[str, tuple[str, ...]] = {"blocks": ("first_blocks", "last_blocks")}
+OF_SCOPE |= dict.fromkeys(("lora_rank", "lora_layers", "lora_recipe"), ("lora",))

@@ -50,6 +50,7 @@ def test_strategies_are_frozen_values() -> None:
         *(("max_norm", bad) for bad in (0, -1.0, math.nan, "big")),
         ("batch_norm", "cold"),
         ("lora_layers", "embeddings"),
+        ("lora_recipe", "kohya"),
         ("surgery", "noise"),
         *(("weight_decay", bad) for bad in (-1e-9, math.nan, math.inf)),
         ("data_budget", 0),
@@ -198,7 +199,7 @@ def test_every_field_decides_but_the_probing() -> None:
     decided = set(SUPPORT) | {"lr"}
     unsampled = {"probe_steps", "probe_lr"}
     # simulated attackers have the default of these
-    defaults = {"max_norm", "blocks", "lora_rank", "lora_layers", "loop", "optimizer_args"}
+    defaults = {"max_norm", "blocks", "lora_rank", "lora_layers", "lora_recipe", "loop", "optimizer_args"}
     assert {field.name for field in dataclasses.fields(FineTuneStrategy)} - decided == unsampled | defaults
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion, SDXL and DiT in small: protected, written, opened by diffusers alone, attacked, resumed."""
+"""Stable Diffusion 1 to 3, SDXL and DiT in small: protected, written, opened by diffusers alone, attacked, resumed."""
 
 from __future__ import annotations
 
@@ -52,13 +52,15 @@ run = partial(protect, original=ORIGINAL, restricted=RESTRICTED, method=METHOD, 
 run = partial(run, settings=SETTINGS)
 STRATEGY = {"optimizer": "adamw", "lr": 0.01, "head": "kept", "batch_size": 3, "steps": 2}
 
+EVERY = ["text", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("text-xl", "flow")), "classes"]
+
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module", params=["text", pytest.param("text-xl", marks=pytest.mark.slow), "classes"])
+@pytest.fixture(scope="module", params=EVERY)
 def protected(request: pytest.FixtureRequest) -> Any:
     return run(folder_of(request.param))
 
@@ -80,7 +82,8 @@ def test_what_is_released_is_the_pipeline_with_another_network(protected: Any) -
     opened.set_progress_bar_config(disable=True)
     assert_same_state(network(opened), state_of(protected.model))
     before = state_of(reference.model)
-    assert not any(torch.equal(part, before[name]) for name, part in protected.model.named_parameters())
+    still = {name for name, part in protected.model.named_parameters() if torch.equal(part, before[name])}
+    assert all(name.startswith("transformer_blocks.1.attn.add_q_proj.") for name in still)  # SD3's answer to the text
     told = {"class_labels": [0], "guidance_scale": 1.0}
     asked = told if reference.spec.architecture.startswith("DiT") else {"prompt": "a cat"}
     assert opened(**asked, num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 3)
@@ -107,7 +110,9 @@ ATTACKS: dict[str, Any] = {
 def test_attackers_of_a_released_pipeline_run_against_every_role(protected: Any) -> None:
     table = audit(protected, attacks=ATTACKS, settings=SETTINGS, run_dir="audit").table
     encoders = sum(name.startswith("text_encoder") for name in protected.protection.reference.spec.frozen)
-    unfit: set[str] = [{"cross_attention", "inversion"}, set(), {"inversion"}][encoders]
+    unfit: set[str] = [{"cross_attention", "inversion"}, set(), {"inversion"}, {"cross_attention", "inversion"}][
+        encoders
+    ]
     assert set(table["attack"]) == set(ATTACKS["strategies"]) - unfit
     assert len(table) == 3 * table["attack"].nunique()
     assert np.isfinite(table["test"]).all()
@@ -117,8 +122,8 @@ def test_attackers_of_a_released_pipeline_run_against_every_role(protected: Any)
     assert {path.name for path in Path("audit/samples").iterdir()} >= {"real-images-of-paintings.png"}
 
 
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(folder_of("text"))
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(protected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = protected.protection.reference.path
 
     def interrupting(self: Tracker, values: Any, step: int) -> None:
         if step == 1:
@@ -127,9 +132,10 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(monkeypatch: pytest.
     genuine = Tracker.log
     monkeypatch.setattr(Tracker, "log", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        run(folder_of("text"), run_dir="kept")
+        run(folder, run_dir="kept")
     monkeypatch.setattr(Tracker, "log", genuine)
-    assert_same_state(run(made("text"), run_dir="kept").model, state_of(whole.model))  # in memory or in a folder
+    again = DiffusionPipeline.from_pretrained(folder)  # in memory or in a folder
+    assert_same_state(run(again, run_dir="kept").model, state_of(protected.model))
 
 
 def changed_weights(folder: Path) -> None:
@@ -159,14 +165,19 @@ REFUSED = {
     "another network": (edited("model_index.json", "UNet2DConditionModel", "UNet2DModel"), "StableDiffusionPipeline"),
     "a network for inpainting": (edited("unet/config.json", '"in_channels": 4', '"in_channels": 9'), "inpainting"),
     "images that are not square": (edited("unet/config.json", '"sample_size": 4', '"sample_size": [4, 8]'), "square"),
+    "a flow that depends on the size": (
+        "flow",
+        edited("scheduler/scheduler_config.json", '"use_dynamic_shifting": false', '"use_dynamic_shifting": true'),
+        "only a fixed shift",
+    ),
     "another noise": (edited("scheduler/scheduler_config.json", "DDIM", "FlowMatchEulerDiscrete"), "whose noise may"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_pipeline_that_is_not_understood_is_refused_in_one_line(name: str) -> None:
-    damage, said = REFUSED[name]
-    shutil.copytree(folder_of("text"), "pipeline")
+    kind, damage, said = ("text", *REFUSED[name])[-3:]
+    shutil.copytree(folder_of(kind), "pipeline")
     damage(Path("pipeline"))
     with pytest.raises(UserError) as caught:
         run("pipeline")

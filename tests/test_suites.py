@@ -12,7 +12,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from sophon import surgery
-from sophon.attacker import AUGMENTATIONS, BATCH_NORMS, HEADS, LORA_LAYERS, OPTIMIZERS, SCHEDULES, SCOPES
+from sophon.attacker import AUGMENTATIONS, BATCH_NORMS, HEADS, LORA_LAYERS, LORA_RECIPES, OPTIMIZERS, SCHEDULES, SCOPES
 from sophon.auditing import search
 from sophon.auditing.knowing import MECHANISMS
 from sophon.auditing.plan import strategies
@@ -89,6 +89,7 @@ def test_full_has_every_family_and_every_choice_and_more_of_what_standard_has() 
         "augmentation": AUGMENTATIONS,
         "batch_norm": BATCH_NORMS,
         "lora_layers": LORA_LAYERS,
+        "lora_recipe": LORA_RECIPES,
     }.items():
         assert {getattr(strategy, part) for strategy in named.values()} == set(choices), part
     assert {operation.name for each in named.values() for operation in each.surgery} == set(surgery.OPERATIONS)

@@ -172,7 +172,8 @@ def _prepare(model: nn.Module, strategy: FineTuneStrategy, means: Means, seed: i
     if strategy.head == "probed":
         means.train(model, linear_probe(strategy))
     if strategy.scope == "lora":
-        add_adapters(model, strategy.lora_rank, strategy.lora_layers, means.task.head_names(model))
+        head = means.task.head_names(model)
+        add_adapters(model, strategy.lora_rank, strategy.lora_layers, head, strategy.lora_recipe)
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sophon.attacker import LORA_LAYERS
+from sophon.attacker import LORA_LAYERS, LORA_RECIPES
 from sophon.errors import UserError, choose
 from sophon.models.partition import attention, feed_forward, owned
 
@@ -21,13 +21,13 @@ _CHOSEN: dict[str, Callable[[nn.Module, bool, bool], bool]] = {
 }
 
 
-def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str]) -> None:
-    """Put an adapter beside linear layers and convolutions, in place: they add ``2 B(A(x))`` to the layer's output.
+def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str], recipe: str = "peft") -> None:
+    """Put an adapter beside linear layers and convolutions, in place: they add ``factor * B(A(x))`` to its output.
 
     A has the layer's inputs (and its kernel, stride and padding) and ``rank`` outputs, B leads from these to the
-    layer's outputs; a layer gains ``rank * (inputs * kernel area + outputs)`` parameters. The factor is peft's
-    ``lora_alpha / rank`` with an alpha of twice the rank. B starts at zero, so the model answers as before; A is drawn
-    from torch's global generator. The layer itself becomes ``base_layer`` beneath; names of other parts stay.
+    layer's outputs; a layer gains ``rank * (inputs * kernel area + outputs)`` parameters. B starts at zero,
+    so the model answers as before; A is drawn from torch's global generator. The layer itself becomes ``base_layer``
+    beneath; names of other parts stay.
 
     Left out are the head's own layers, which are trained whole, and what an adapter does not fit: convolutions that are
     grouped, dilated or pad otherwise than with zeros, layers with a forward of their own, and the parts of
@@ -38,11 +38,14 @@ def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str]) -> No
         rank: >= 1; a rank above a layer's inputs or outputs is kept, and says no more than the smaller of the two.
         layers: a key of `sophon.attacker.LORA_LAYERS`.
         head: names of the head's parameters.
+        recipe: ``peft``: the factor is 2 and A uniform within 1 / sqrt(inputs * kernel area); ``diffusers``, as its
+            example scripts: the factor is 1 and A normal with a standard deviation of 1 / ``rank``.
 
     Raises:
         UserError: ``layers`` is not known, or the model has no such layer.
     """
     choose("lora_layers", layers, LORA_LAYERS)
+    choose("lora_recipe", recipe, LORA_RECIPES)
     names = _layers(model, layers, head)
     if not names:
         raise UserError(f"lora_layers: '{layers}' has no layer of this model that takes an adapter; choose others")
@@ -50,7 +53,10 @@ def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str]) -> No
 
     # an expression, since names in a list would also fit the ends of longer names
     target = "|".join(re.escape(name) for name in names)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target), model)
+    as_scripts = recipe == "diffusers"
+    alpha, start = (rank, "gaussian") if as_scripts else (2 * rank, True)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=start, target_modules=target)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, model)
 
 
 def _layers(model: nn.Module, layers: str, head: set[str]) -> list[str]:

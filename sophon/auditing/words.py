@@ -83,6 +83,7 @@ _WORDS: dict[str, Callable[[Record], str]] = {
     "data_budget": lambda s: f"{s['data_budget']} images",
     "ema": lambda s: f"weights averaged at {s['ema']:g}",
     "max_norm": lambda s: f"gradients clipped to {s['max_norm']:g}",
+    "lora_recipe": lambda s: f"adapters as {s['lora_recipe']} starts them" * (s["scope"] == "lora"),
     "batch_norm": lambda s: f"{s['batch_norm']} BatchNorm statistics",
     "optimizer_args": lambda s: ", ".join(f"{name} {value}" for name, value in s["optimizer_args"].items()),
     "loop": lambda s: f"trained by {s['loop'].rpartition('.')[2].replace('_', ' ')}",

@@ -64,12 +64,15 @@ class TaskConfig:
     Attributes:
         name: a key of `sophon.tasks.TASKS`: ``classification`` or ``denoising``.
         evaluation_images: denoising: at most so many (image, timestep, noise) triples of a split are measured.
-        sample_steps: denoising: DDIM steps of a generated image.
+        sample_steps: denoising: DDIM (or Euler) steps of a generated image.
+        gradient_checkpointing: denoising: keep no activations inside the network's blocks but compute them again on the
+            way back, by diffusers' `enable_gradient_checkpointing`: the same gradients, less memory, more time.
     """
 
     name: str = "classification"
     evaluation_images: int = limited(1000, ge=1)
     sample_steps: int = limited(25, ge=1)
+    gradient_checkpointing: bool = False
 
 
 @dataclass

@@ -44,6 +44,7 @@ LIBRARIES = {
 LATENT = {
     "UNet2DConditionModel": "sophon.models.latent_diffusion:TextToImageAdapter",
     "DiTTransformer2DModel": "sophon.models.latent_transformer:ClassToImageAdapter",
+    "SD3Transformer2DModel": "sophon.models.latent_transformer:FlowMatchingAdapter",
 }
 # what `adapt` may be told of a model
 FACTS = ("channels", "classes", "factory", "head", "image_size", "mean", "model_args", "scheduler", "std")

@@ -47,6 +47,10 @@ class Concept(nn.Module):
         """Call the network."""
         return self._apart[0](*inputs, **conditions)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Have the network compute its activations again on the way back."""
+        self._apart[0].enable_gradient_checkpointing()
+
     def states(self) -> Tensor:
         """Return what the text encoder makes of the text, float [1, tokens, D]."""
         encoder = self._apart[1]

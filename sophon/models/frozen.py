@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophon import paths
@@ -21,9 +23,11 @@ from sophon.models.pipeline import CONFIG
 from sophon.models.weights import PICKLES, refuse_pickle
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
-TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
+TEXT_ENCODERS = {"text_encoder": _CLIP, "text_encoder_2": _CLIP, "text_encoder_3": ("T5EncoderModel",)}
+_T5_TOKENS = 256  # of a prompt, as the pipeline of Stable Diffusion 3 has it
 # what a part's folder may hold of use; a half-precision variant is read where there is nothing else
-_KEPT = (".safetensors", ".json", ".txt")
+_KEPT = (".safetensors", ".json", ".txt", ".model")  # the last are sentencepiece's tables
 _VARIANT = ".fp16.safetensors"
 
 
@@ -47,7 +51,7 @@ class FrozenParts:
 
     @property
     def _encoders(self) -> list[str]:
-        return [name for name in ("", "_2") if f"text_encoder{name}" in self._hashes]
+        return [name for name in ("", "_2", "_3") if f"text_encoder{name}" in self._hashes]
 
     @property
     def reads_prompts(self) -> bool:
@@ -91,30 +95,29 @@ class FrozenParts:
 
         Returns:
             ``encoder_hidden_states`` [B, tokens, D]; with two encoders also ``text_embeds`` [B, E] and ``time_ids``
-            [B, 6]. Empty where the network is told no texts.
+            [B, 6], with three ``pooled_projections`` [B, E]. Empty where the network is told no texts.
         """
-        states, pooled, several = [], like, len(self._encoders) > 1
-        for name in self._encoders:
-            tokenizer, encoder = self._tokenizer(name), self._module(f"text_encoder{name}", like)
-            ids = self.tokens(tokenizer, prompts).to(like.device)
-            found = encoder(ids, output_hidden_states=several)
-            states.append(found.hidden_states[-2] if several else found[0])
-            pooled = found[0]
-        if not states:
+        if not self._encoders:
             return {}
-        told = {"encoder_hidden_states": torch.cat(states, -1)}
-        if several:
-            told["text_embeds"] = pooled
-            sizes = [image_size, image_size, 0, 0, image_size, image_size]  # as it was, where it was cropped, as it is
-            told["time_ids"] = torch.tensor([sizes] * len(prompts), dtype=like.dtype, device=like.device)
-        return told
+        first, *rest = (self._read_texts(name, prompts, like) for name in self._encoders)
+        if not rest:
+            return {"encoder_hidden_states": first[0]}
+        states = torch.cat([first.hidden_states[-2], rest[0].hidden_states[-2]], -1)
+        if len(rest) > 1:  # T5's tokens come after CLIP's, which are as wide
+            states = F.pad(states, (0, rest[1][0].shape[-1] - states.shape[-1]))
+            pooled = torch.cat([first[0], rest[0][0]], -1)
+            return {"encoder_hidden_states": torch.cat([states, rest[1][0]], -2), "pooled_projections": pooled}
+        sizes = [image_size, image_size, 0, 0, image_size, image_size]  # as it was, where it was cropped, as it is
+        ids = torch.tensor([sizes] * len(prompts), dtype=like.dtype, device=like.device)
+        return {"encoder_hidden_states": states, "text_embeds": rest[0][0], "time_ids": ids}
 
-    @staticmethod
-    def tokens(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-        """Return the token numbers of prompts, int64 [B, the tokenizer's length], padded or cut off."""
-        settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        ids: Tensor = tokenizer(list(prompts), return_tensors="pt", **settings).input_ids
-        return ids
+    def _read_texts(self, name: str, prompts: Sequence[str], like: Tensor) -> Any:
+        """Return what a text encoder says of prompts, which are padded or cut off."""
+        tokenizer, most = self._tokenizer(name), _T5_TOKENS if name == "_3" else math.inf
+        length = int(min(most, tokenizer.model_max_length))
+        settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        ids = tokenizer(list(prompts), **settings).input_ids.to(like.device)
+        return self._module(f"text_encoder{name}", like)(ids, output_hidden_states=True)
 
     def text_encoder(self, like: Tensor) -> tuple[Any, nn.Module]:
         """Return the tokenizer and the text encoder of a pipeline that has one.

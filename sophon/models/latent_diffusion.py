@@ -68,7 +68,7 @@ class TextToImageAdapter:
         for name in frozen:
             check_part(folder / name, where)
         scheduler = read_settings(where, folder, SCHEDULER)
-        schedule = read_schedule(f"{where}: {Path(SCHEDULER).name}", index["scheduler"][1], scheduler)
+        schedule = cls._schedule(f"{where}: {Path(SCHEDULER).name}", index["scheduler"][1], scheduler)
         spec = ModelSpec(
             library="diffusers",
             architecture=cls.network,
@@ -78,7 +78,7 @@ class TextToImageAdapter:
             mean=mean,
             std=std,
             model_args=network,
-            scheduler=schedule | {"clip_sample": False},  # latents may lie outside -1 .. 1
+            scheduler=schedule,
             frozen={name: part_sha256(folder / name) for name in frozen},
             files={name: (folder / name).read_text() for name in (CONFIG, SCHEDULER)},
             folder=str(folder),
@@ -87,6 +87,11 @@ class TextToImageAdapter:
         adapter._check(where)
         return adapter
 
+    @staticmethod
+    def _schedule(where: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the scheduler's saved configuration says of noise."""
+        return read_schedule(where, name, found) | {"clip_sample": False}  # latents may lie outside -1 .. 1
+
     @classmethod
     def _check_index(cls, where: str, index: Mapping[str, Any]) -> None:
         """Refuse pipelines whose parts are other ones than those known here."""
@@ -94,13 +99,13 @@ class TextToImageAdapter:
         if index.get(cls.part) != ["diffusers", cls.network]:
             raise UserError(f"{where} has {cls.part} {index.get(cls.part)}; allowed: diffusers' {cls.network}")
         choose(f"{where}: vae", (index.get("vae") or [None, None])[1], AUTOENCODERS)
-        encoders = [name for name in ("text_encoder", "text_encoder_2") if index.get(name) not in (None, [None, None])]
+        encoders = [name for name in TEXT_ENCODERS if index.get(name) not in (None, [None, None])]
         if len(encoders) not in cls.encoders:
             raise UserError(
                 f"{where} has {len(encoders)} text encoders; allowed: {' or '.join(map(str, cls.encoders))}"
             )
         for name in encoders:
-            choose(f"{where}: {name}", index[name][1], TEXT_ENCODERS)
+            choose(f"{where}: {name}", index[name][1], TEXT_ENCODERS[name])
 
     @classmethod
     def _network(cls, where: str, folder: Path) -> tuple[dict[str, Any], int, int]:

@@ -1,4 +1,4 @@
-"""Diffusion transformers on latents: the network of diffusers' `DiTPipeline`."""
+"""Diffusion transformers on latents: the networks of diffusers' `DiTPipeline` and `StableDiffusion3Pipeline`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sophon.errors import UserError
 from sophon.models.adapter import Card
 from sophon.models.latent_diffusion import LOADING, TextToImageAdapter
+from sophon.models.noise import read_flow
 from sophon.models.partition import Block, owned
 
 
@@ -85,3 +86,21 @@ class ClassToImageAdapter(TextToImageAdapter):
         loading = LOADING.format(prompt=asked, steps=min(50, steps - 1))
         kind = f"A latent diffusion transformer conditioned on {len(self.spec.classes)} classes"
         return Card("unconditional-image-generation", kind, (*self._notes(), classes), loading)
+
+
+class FlowMatchingAdapter(TextToImageAdapter):
+    """The `SD3Transformer2DModel` of Stable Diffusion 3 and 3.5 (Esser et al., 2024); it predicts a velocity."""
+
+    part, network = "transformer", "SD3Transformer2DModel"
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    pipelines = ("StableDiffusion3Pipeline",)
+    encoders = (3,)
+    order = ("transformer_blocks",)
+    last = ("norm_out", "proj_out")
+    _schedule = staticmethod(read_flow)
+
+    def forward(self, model: nn.Module, inputs: Tensor, **conditions: Tensor) -> Tensor:
+        """Return the velocity that the network predicts of latents, from latents to noise; of their shape."""
+        told = {name: conditions[name] for name in ("encoder_hidden_states", "pooled_projections")}
+        output: Tensor = model(inputs, timestep=conditions["timesteps"], **told, return_dict=False)[0]
+        return output

@@ -1,12 +1,13 @@
-"""Noise: which schedulers of diffusers have DDPM's forward process, and which of their settings say what it is.
+"""Noise: which schedulers of diffusers have DDPM's forward process or a flow, and which of their settings say it.
 
-That process is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise with a_t the cumulative product of 1 - beta_t. What is not
+DDPM's is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise with a_t the cumulative product of 1 - beta_t. What is not
 listed here by name is refused: a model would otherwise be measured, and protected, at another noise than its own.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,28 @@ _CHOICES = {
     # a learned variance would be a second output of the network
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
+
+
+def read_flow(where: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flow that a scheduler's saved configuration describes: ``num_train_timesteps`` and ``shift``.
+
+    Args:
+        where: what messages begin with.
+        name: the scheduler's class in diffusers.
+        found: ``scheduler_config.json``.
+
+    Raises:
+        UserError: it is no `FlowMatchEulerDiscreteScheduler` with a fixed shift, or a setting is out of range.
+    """
+    choose(f"{where}: scheduler", name, ("FlowMatchEulerDiscreteScheduler",))
+    own = {key: value for key, value in found.items() if not key.startswith("_") and value is not None}
+    for key in ("use_dynamic_shifting", "invert_sigmas", "shift_terminal"):
+        if own.get(key):
+            raise UserError(f"{where}: {key}: {own[key]!r} makes another flow; only a fixed shift is known")
+    steps, shift = own.get("num_train_timesteps", 1000), own.get("shift", 1.0)
+    if type(steps) is not int or steps < 1 or not isinstance(shift, float | int) or not 0 < shift < math.inf:
+        raise UserError(f"{where}: num_train_timesteps {steps!r} and shift {shift!r} must be numbers >= 1 and > 0")
+    return {"prediction_type": "flow", "num_train_timesteps": steps, "shift": float(shift)}
 
 
 def read_schedule(where: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]:

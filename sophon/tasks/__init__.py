@@ -1,7 +1,7 @@
 """What the loops need to know of a model kind: `Task`, and the kinds there are."""
 
 from sophon.config import Config
-from sophon.errors import choose
+from sophon.errors import UserError, choose
 from sophon.models import ModelSpec, adapter_of
 from sophon.tasks.classification import ClassificationTask
 from sophon.tasks.denoising import DenoisingTask
@@ -40,4 +40,12 @@ def make_task(config: Config, spec: ModelSpec, *, amp: bool, protects: bool = Fa
         UserError: the task is not known, does not fit the model, or has no such suppression loss.
     """
     choose("task.name", config.task.name, TASKS)
+    if config.task.gradient_checkpointing:
+        if config.task.name != "denoising":
+            raise UserError("task.gradient_checkpointing: only denoisers have it; give false")
+        if protects and config.method.engine == "second_order":
+            raise UserError(
+                "task.gradient_checkpointing: not allowed with method.engine=second_order, which computes whole steps "
+                "again (method.segment); give false, or engine first_order"
+            )
     return TASKS[config.task.name].from_config(spec, config.task, config.method if protects else None, amp=amp)

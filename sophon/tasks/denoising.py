@@ -1,4 +1,4 @@
-"""Denoising diffusion, as the loops see it: DDPM's objective, a fixed error to measure by, and DDIM samples."""
+"""Denoising diffusion and flow matching: the objective, a fixed error to measure by, and samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sophon.errors import UserError, choose
 from sophon.models import ModelSpec
 from sophon.models.partition import owned
 from sophon.tasks.inputs import Inputs
-from sophon.tasks.noise_schedule import Noised, NoiseSchedule
+from sophon.tasks.noise_schedule import Noised, noise_schedule
 from sophon.tasks.task import Kind, Measured, Metric, evaluating, within_scope
 
 
@@ -35,6 +35,7 @@ class DenoisingTask(Kind):
         distillation: weight of the reference's distillation in `original_loss`, >= 0.
         evaluation_images: at most so many (image, timestep, noise) triples are measured.
         sample_steps: DDIM steps of a generated image.
+        gradient_checkpointing: compute activations again on the way back.
         amp: autocast passes to bfloat16; what they return, and so every loss, is float32.
         dtype: of the images; float64 serves gradient checks.
 
@@ -58,14 +59,16 @@ class DenoisingTask(Kind):
         distillation: float = 0.0,
         evaluation_images: int = 1000,
         sample_steps: int = 25,
+        gradient_checkpointing: bool = False,
         amp: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(spec, suppression_loss, distillation, amp)
         self.evaluation_images = evaluation_images
         self.sample_steps = sample_steps
+        self.gradient_checkpointing = gradient_checkpointing
         self.dtype = dtype
-        self.schedule = NoiseSchedule(spec.scheduler, dtype)
+        self.schedule = noise_schedule(spec.scheduler, dtype)
         self.inputs = Inputs(self.adapter, spec.image_size, dtype)
         self.evaluation_batch_size = 250 if self.adapter.frozen is None else 16  # networks on latents are large
         self._suppressed = max(1, round(suppression_timesteps * len(self.schedule)))
@@ -73,15 +76,11 @@ class DenoisingTask(Kind):
     @classmethod
     def from_config(cls, spec: ModelSpec, settings: TaskConfig, method: MethodConfig | None, *, amp: bool) -> Self:
         """Make the task of a run; ``method`` is None where nothing is protected."""
-        return cls(
-            spec,
-            suppression_loss=method.suppression_loss if method else None,
-            suppression_timesteps=method.suppression_timesteps if method else 1.0,
-            distillation=method.distillation if method else 0.0,
-            evaluation_images=settings.evaluation_images,
-            sample_steps=settings.sample_steps,
-            amp=amp,
-        )
+        shared = {name: value for name, value in vars(settings).items() if name != "name"}
+        if method is not None:
+            names = ("suppression_loss", "suppression_timesteps", "distillation")
+            shared |= {name: getattr(method, name) for name in names}
+        return cls(spec, **shared, amp=amp)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Return x_0 of uint8 images [B, C, H, W]: scaled to -1 .. 1, or the latents of that."""
@@ -102,15 +101,15 @@ class DenoisingTask(Kind):
         return output.float() if self.amp else output
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return DDPM's simple loss: the mean squared error of the scheduler's target at uniform timesteps."""
+        """Return the mean squared error of the scheduler's target at drawn timesteps (DDPM's simple loss)."""
         noised = self._draw(batch.images)
-        output = self._output(model, noised.images, noised.timesteps, self.inputs.conditions(batch))
+        output = self._output(model, noised.images, noised.told, self.inputs.conditions(batch))
         return F.mse_loss(output, self.schedule.target(noised))
 
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the configured suppression loss of the predicted noise."""
         noised = self._draw(batch.images, self._suppressed)
-        output = self._output(model, noised.images, noised.timesteps, self.inputs.conditions(batch))
+        output = self._output(model, noised.images, noised.told, self.inputs.conditions(batch))
         return self._suppress(self.schedule.as_noise(output, noised), noised.noise)
 
     def original_loss(
@@ -118,7 +117,7 @@ class DenoisingTask(Kind):
     ) -> Tensor:
         """Return DDPM's loss times ``labels``, plus the weighted squared distance to the reference's output."""
         noised, conditions = self._draw(batch.images), self.inputs.conditions(batch)
-        output = self._output(model, noised.images, noised.timesteps, conditions)
+        output = self._output(model, noised.images, noised.told, conditions)
         loss = labels * F.mse_loss(output, self.schedule.target(noised))
         if reference is None or self.distillation == 0:
             return loss
@@ -132,14 +131,14 @@ class DenoisingTask(Kind):
         noised = self._draw(batch.images)
         labels = torch.randint(max(1, self._classes(reference)), (len(batch.images),), device=batch.images.device)
         conditions = self.inputs.conditions(batch._replace(labels=labels))
-        output = self._output(model, noised.images, noised.timesteps, conditions)
+        output = self._output(model, noised.images, noised.told, conditions)
         return self._distance(output, noised, conditions, reference)
 
     def _distance(
         self, output: Tensor, noised: Noised, conditions: Mapping[str, Tensor], reference: nn.Module
     ) -> Tensor:
         with evaluating(reference):
-            teacher = self._output(reference, noised.images, noised.timesteps, conditions)
+            teacher = self._output(reference, noised.images, noised.told, conditions)
         return F.mse_loss(output, teacher)
 
     def chance_loss(self, model: nn.Module) -> float:
@@ -186,7 +185,7 @@ class DenoisingTask(Kind):
         timesteps, errors = [], []
         with evaluating(model):
             for noised, conditions in self._triples(images):
-                output = self._output(model, noised.images, noised.timesteps, conditions)
+                output = self._output(model, noised.images, noised.told, conditions)
                 squared = (self.schedule.as_noise(output, noised) - noised.noise).double().square()
                 timesteps.append(noised.timesteps.cpu())
                 errors.append(squared.mean((1, 2, 3)).cpu())
@@ -210,7 +209,7 @@ class DenoisingTask(Kind):
             yield noised, self.inputs.conditions(batch)
 
     def sample(self, model: nn.Module, count: int, seed: int, prompts: Sequence[str] = ()) -> Tensor:
-        """Generate images by deterministic DDIM (Song et al., 2021); the same seed starts from the same noise.
+        """Generate images by deterministic DDIM, or a flow's Euler steps; the same seed starts from the same noise.
 
         A class-conditional model gets its classes in turn, a text-to-image model the prompts: empty ones if there are
         none. Nothing is guided.
@@ -252,6 +251,8 @@ class DenoisingTask(Kind):
                 f"scope: '{scope}' trains nothing of this denoiser; it has no such layers; use all or last_blocks"
             )
         model.train()
+        if self.gradient_checkpointing:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
         return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
     def head_names(self, model: nn.Module) -> set[str]:

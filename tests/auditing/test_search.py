@@ -42,6 +42,7 @@ FIELDS: dict[str, list[Any]] = {
     "blocks": [2, 3],
     "lora_rank": [1, 4],
     "lora_layers": ["linears", "convolutions"],
+    "lora_recipe": list(attacker.LORA_RECIPES),
     "surgery": [[], [NOISE], [NOISE, {"operation": "heal", "steps": 3, "on": "original", "deep": True, "x": None}]],
 }
 
@@ -78,6 +79,7 @@ def test_what_is_suggested_is_valid_and_of_the_space_and_comes_back_from_the_tri
         ("blocks", "scope", {"first_blocks", "last_blocks"}),
         ("lora_rank", "scope", {"lora"}),
         ("lora_layers", "scope", {"lora"}),
+        ("lora_recipe", "scope", {"lora"}),
         ("probe_steps", "head", {"probed"}),
         ("probe_lr", "head", {"probed"}),
     ],

@@ -35,6 +35,7 @@ def test_what_cannot_be_shown_is_replaced():
         ),
         ({"scope": "lora", "lora_rank": 16}, "LoRA of rank 16"),
         ({"scope": "lora", "lora_layers": "attention"}, "LoRA of rank 8 on attention"),
+        ({"scope": "lora", "lora_recipe": "diffusers"}, "LoRA of rank 8, adapters as diffusers starts them"),
         ({"scope": "last_blocks", "blocks": 2}, "the last 2 blocks and the head only"),
         ({"scope": "first_blocks"}, "the first block and the head only"),
         ({"scope": "head"}, "the head only"),
@@ -71,7 +72,12 @@ def test_describe_leaves_out_nothing_that_matters():
     odd = dict.fromkeys(("lr", "weight_decay", "probe_lr", "ema", "max_norm"), 0.5)
     odd |= dict.fromkeys(("batch_size", "steps", "probe_steps", "data_budget", "blocks", "lora_rank"), 3)
     odd |= {"optimizer": "sgd", "schedule": "cosine", "scope": "all", "head": "kept", "augmentation": "strong"}
-    odd |= {"batch_norm": "frozen", "lora_layers": "linears", "surgery": [{"operation": "heal"}]}
+    odd |= {
+        "batch_norm": "frozen",
+        "lora_layers": "linears",
+        "lora_recipe": "diffusers",
+        "surgery": [{"operation": "heal"}],
+    }
     odd |= {"optimizer_args": {"eps": 1.0}, "loop": "mine.loop"}
     for part in dataclasses.fields(FineTuneStrategy):
         before = usual | {"scope": "last_blocks"} if part.name == "blocks" else usual

@@ -108,6 +108,13 @@ CASES = {
     "timm-convnext": Case(spec("timm", "test_convnext", 32), by_timm),
     "torchvision": Case(spec("torchvision", "shufflenet_v2_x0_5", 32), by_torchvision),
     "transformers-vit": of_transformers("ViTForImageClassification", 16, 1, **VIT),
+    "transformers-deit": of_transformers("DeiTForImageClassification", 16, **VIT | {"model_type": "deit"}),
+    "transformers-clip": of_transformers(
+        "CLIPForImageClassification",
+        16,
+        model_type="clip",
+        vision_config={**VIT, "model_type": "clip_vision_model", "image_size": 16},
+    ),
     "transformers-convnext": of_transformers(
         "ConvNextForImageClassification", 16, model_type="convnext", hidden_sizes=[4, 8], depths=[1, 2], num_stages=2
     ),

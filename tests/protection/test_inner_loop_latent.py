@@ -34,18 +34,16 @@ def meta_gradient(kind: str, model: nn.Module, *, exact: bool) -> dict[str, Tens
     torch.manual_seed(SEED)
     with sdpa_kernel(SDPBackend.MATH):
         for step in range(STEPS):
-            predicted, noise = reference.predicted(model, weights, ADAPT[step])
-            slopes = torch.autograd.grad(
-                (predicted - noise).square().mean(), list(weights.values()), create_graph=exact
-            )
+            answer, target, _ = reference.predicted(model, weights, ADAPT[step])
+            slopes = torch.autograd.grad((answer - target).square().mean(), list(weights.values()), create_graph=exact)
             weights = {name: part - LR * slope for (name, part), slope in zip(weights.items(), slopes, strict=True)}
-            predicted, _ = reference.predicted(model, weights, QUERY[step])
-            total = total + GAMMA[step] * predicted.square().mean()
+            _, _, noise = reference.predicted(model, weights, QUERY[step])
+            total = total + GAMMA[step] * noise.square().mean()
         return dict(zip(start, torch.autograd.grad(total, list(start.values())), strict=True))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", ["text", pytest.param("text-xl", marks=pytest.mark.slow), "classes"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("text-xl", marks=pytest.mark.slow), "classes", "flow"])
 def test_the_meta_gradient_is_that_of_the_pipelines_own_parts(kind: str, engine: str) -> None:
     model, spec = create(describe(ModelConfig(weights=str(folder_of(kind)))), CLASSES)
     model.double().train()
@@ -57,3 +55,24 @@ def test_the_meta_gradient_is_that_of_the_pipelines_own_parts(kind: str, engine:
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["text", "classes", "flow"])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(kind: str) -> None:
+    model, spec = create(describe(ModelConfig(weights=str(folder_of(kind)))), CLASSES)
+    kept, gradients = [0, 0], []
+    for checkpointing in (False, True):
+        task = DenoisingTask(spec, dtype=torch.float64, gradient_checkpointing=checkpointing)
+        parameters = task.train_mode(model.double(), "all")
+
+        def keep(part: Tensor, checkpointing: bool = checkpointing) -> Tensor:
+            kept[checkpointing] += part.nbytes
+            return part
+
+        torch.manual_seed(SEED)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
+            loss = task.attacker_loss(model, ADAPT[0])
+        gradients.append(torch.autograd.grad(loss, list(parameters.values())))
+    assert kept[True] < 0.5 * kept[False]
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-14)

@@ -271,3 +271,11 @@ def test_losses_of_other_kinds_are_refused(kind: Kind) -> None:
 def test_a_task_that_does_not_fit_is_refused(name: str, spec: ModelSpec, message: str) -> None:
     with pytest.raises(UserError, match=f"^task.name: {message}$"):
         make_task(config(name), spec, amp=False)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("classifier", "only denoisers"), ("denoiser", ".*second_order")])
+def test_gradient_checkpointing_is_refused_where_it_has_no_place(kind: str, said: str) -> None:
+    settings = config(KINDS[kind].name, engine="second_order")
+    settings.task.gradient_checkpointing = True
+    with pytest.raises(UserError, match=f"^task.gradient_checkpointing: {said}"):
+        make_task(settings, KINDS[kind].spec, amp=False, protects=True)
