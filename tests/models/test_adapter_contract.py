@@ -174,7 +174,8 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     adapter, model = made(name)
     run(adapter, model).square().sum().backward()
     missing = [key for key, part in model.named_parameters() if part.grad is None or not part.grad.isfinite().all()]
-    assert not missing
+    # CLIP's classifier reads the tokens before the last norm, which belongs to its image embedding
+    assert missing == [key for key, _ in model.named_parameters() if key.startswith("vision_model.post_layernorm.")]
 
 
 def test_a_fresh_model_follows_torchs_generator_and_nothing_else(name: str) -> None:
