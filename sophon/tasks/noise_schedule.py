@@ -132,7 +132,8 @@ class FlowSchedule(NoiseSchedule):
         return self.add_noise(clean, count - 1 - (drawn * count).long(), torch.randn_like(clean))
 
     def _told(self, timesteps: Tensor) -> Tensor:
-        return self.scheduler.timesteps.flip(0).to(timesteps.device)[timesteps]
+        told: Tensor = self.scheduler.timesteps.flip(0).to(timesteps.device)[timesteps]
+        return told
 
     def _scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         signal = self._signal.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
