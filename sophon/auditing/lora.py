@@ -55,7 +55,7 @@ def add_adapters(model: nn.Module, rank: int, layers: str, head: set[str], recip
     target = "|".join(re.escape(name) for name in names)
     as_scripts = recipe == "diffusers"
     alpha, start = (rank, "gaussian") if as_scripts else (2 * rank, True)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=start, target_modules=target)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=start, target_modules=target)
     inject_adapter_in_model(config, model)
 
 
