@@ -39,8 +39,8 @@ VIT = {
     "num_attention_heads": 2,
     "intermediate_size": 16,
     "patch_size": 8,
-    "image_size": 16,
 }
+CLIP = VIT | {"model_type": "clip_vision_model", "image_size": 16}
 SCHEDULE = {"num_train_timesteps": 20}
 
 
@@ -110,9 +110,7 @@ CASES = {
     "torchvision": Case(spec("torchvision", "shufflenet_v2_x0_5", 32), by_torchvision),
     "transformers-vit": of_transformers("ViTForImageClassification", 16, 1, **VIT),
     "transformers-deit": of_transformers("DeiTForImageClassification", 16, **VIT | {"model_type": "deit"}),
-    "transformers-clip": of_transformers(
-        "CLIPForImageClassification", 16, model_type="clip", vision_config=VIT | {"model_type": "clip_vision_model"}
-    ),
+    "transformers-clip": of_transformers("CLIPForImageClassification", 16, model_type="clip", vision_config=CLIP),
     "transformers-convnext": of_transformers(
         "ConvNextForImageClassification", 16, model_type="convnext", hidden_sizes=[4, 8], depths=[1, 2], num_stages=2
     ),
