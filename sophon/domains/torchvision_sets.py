@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,79 +16,58 @@ from sophon.errors import UserError, choose
 from sophon.paths import exists
 
 
-class _Torchvision(NamedTuple):
-    """How torchvision opens a data set.
-
-    Attributes:
-        path: what is under ``root`` when the data set is there.
-        make: the data set of (torchvision.datasets, root, is it the training side, may it fetch, opens a file).
-        classes: its class names where torchvision has none, or others than the bundled subset of the same data set.
-    """
-
-    path: str
-    make: Callable[[Any, Path, bool, bool, Callable[[str], Image.Image]], Any]
-    classes: tuple[str, ...] | None = None
-
-
-def _split(train: bool, other: str = "test") -> str:
-    return "train" if train else other
-
-
-class _CelebA:
+class _Faces:
     """CelebA's aligned images, the square middle of each; one class, its annotations are not used."""
 
     classes = ("face",)
 
-    def __init__(
-        self, datasets: Any, root: Path, train: bool, fetch: bool, loader: Callable[[str], Image.Image]
-    ) -> None:
-        listed = datasets.CelebA(root, _split(train), target_type=[], download=fetch)
-        self._folder = root / listed.base_folder / "img_align_celeba"
+    def __init__(self, listed: Any) -> None:
+        self._folder = Path(listed.root) / listed.base_folder / "img_align_celeba"
         self._names = list(listed.filename)  # not the annotations: they take ten times the memory
-        self._loader = loader
         self.targets = [0] * len(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image = self._loader(str(self._folder / self._names[index]))
+        image = open_image(str(self._folder / self._names[index]))
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return image.crop((left, top, left + side, top + side)), self.targets[index]
 
 
+class _Torchvision(NamedTuple):
+    """How torchvision opens a data set.
+
+    Attributes:
+        path: what is under ``root`` when the data set is there.
+        name: of torchvision's class.
+        sides: what tells it the training and the test side.
+        classes: its class names where torchvision has none, or others than the bundled subset of the same data set.
+        more: its other arguments.
+        seen_as: makes the data set of it.
+    """
+
+    path: str
+    name: str
+    sides: tuple[Any, Any] = ("train", "test")
+    classes: tuple[str, ...] | None = None
+    more: Mapping[str, Any] = {}
+    seen_as: Callable[[Any], Any] = lambda dataset: dataset
+
+
 # CIFAR's own format is a pickle. torchvision unpickles it only after the md5 of each file is that of the original.
 TORCHVISION = {
-    "cifar10": _Torchvision(
-        "cifar-10-batches-py", lambda datasets, root, train, fetch, _: datasets.CIFAR10(root, train, download=fetch)
-    ),
-    "cifar100": _Torchvision(
-        "cifar-100-python", lambda datasets, root, train, fetch, _: datasets.CIFAR100(root, train, download=fetch)
-    ),
-    "stl10": _Torchvision(
-        "stl10_binary", lambda datasets, root, train, fetch, _: datasets.STL10(root, _split(train), download=fetch)
-    ),
-    "mnist": _Torchvision(
-        "MNIST/raw", lambda datasets, root, train, fetch, _: datasets.MNIST(root, train, download=fetch), DIGITS
-    ),
-    "fashion_mnist": _Torchvision(
-        "FashionMNIST/raw",
-        lambda datasets, root, train, fetch, _: datasets.FashionMNIST(root, train, download=fetch),
-        GARMENTS,
-    ),
-    "svhn": _Torchvision(
-        "train_32x32.mat",
-        lambda datasets, root, train, fetch, _: datasets.SVHN(root, _split(train), download=fetch),
-        DIGITS,
-    ),
+    "cifar10": _Torchvision("cifar-10-batches-py", "CIFAR10", (True, False)),
+    "cifar100": _Torchvision("cifar-100-python", "CIFAR100", (True, False)),
+    "stl10": _Torchvision("stl10_binary", "STL10"),
+    "mnist": _Torchvision("MNIST/raw", "MNIST", (True, False), DIGITS),
+    "fashion_mnist": _Torchvision("FashionMNIST/raw", "FashionMNIST", (True, False), GARMENTS),
+    "svhn": _Torchvision("train_32x32.mat", "SVHN", classes=DIGITS),
     "imagenette": _Torchvision(
-        "imagenette2-160",
-        lambda datasets, root, train, fetch, loader: datasets.Imagenette(
-            root, _split(train, "val"), "160px", download=fetch, loader=loader
-        ),
+        "imagenette2-160", "Imagenette", ("train", "val"), more={"size": "160px", "loader": open_image}
     ),
-    "celeba": _Torchvision("celeba/img_align_celeba", _CelebA),
+    "celeba": _Torchvision("celeba/img_align_celeba", "CelebA", more={"target_type": []}, seen_as=_Faces),
 }
 
 
@@ -116,7 +95,8 @@ def _torchvision_part(config: DomainConfig, root: Path, train: bool, where: str)
 
     known = TORCHVISION[config.dataset]
     try:
-        dataset = known.make(datasets, root, train, config.download, open_image)
+        opened = getattr(datasets, known.name)(root, known.sides[not train], download=config.download, **known.more)
+        dataset = known.seen_as(opened)
         labels, classes = _labels(dataset), known.classes or _class_names(dataset)
         if len(labels) != len(dataset) or not all(0 <= label < len(classes) for label in labels):
             raise ValueError(f"{len(dataset)} images do not match {len(labels)} labels of {len(classes)} classes")
