@@ -58,11 +58,6 @@ def test_a_users_function_by_its_dotted_path() -> None:
         assert torch.equal(model.get_parameter(name), 0.25 * parameter)
 
 
-def test_a_users_function_must_return_the_model() -> None:
-    with pytest.raises(UserError, match=rf"^surgery: {HERE}\.forgetful returned NoneType; it must return the model$"):
-        surgery.operate(tiny_model(), [Operation(f"{HERE}.forgetful")], means_for())
-
-
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -91,43 +86,26 @@ OPTIMIZERS = "sgd, momentum, nesterov, adam, adamw, adagrad, adadelta, rmsprop, 
     ("name", "arguments", "message"),
     [
         ("nois", {}, f"operation: 'nois' is not known; allowed: {NAMES}, or a function's dotted path"),
-        ("", {}, f"operation: '' is not known; allowed: {NAMES}, or a function's dotted path"),
         ("noise", {"size": 1}, "size: 'noise' has no such argument; allowed: scale"),
         ("reset_affine", {"scale": 1}, "scale: 'reset_affine' has no such argument; allowed: none"),
-        ("renormalise", {"per": "filter"}, "per: filter is not allowed; it must be layer or channel"),
-        ("noise", {"model": 1}, "model: 'noise' has no such argument; allowed: scale"),
         ("heal", {"step": 1}, "step: 'heal' has no such argument; allowed: batch_size, domain, lr, optimizer, steps"),
         ("noise", {"scale": -0.1}, "scale: -0.1 is not allowed; it must be a finite number >= 0"),
-        ("noise", {"scale": float("inf")}, "scale: inf is not allowed; it must be a finite number >= 0"),
         ("noise", {"scale": float("nan")}, "scale: nan is not allowed; it must be a finite number >= 0"),
         ("noise", {"scale": True}, "scale: True is not allowed; it must be a finite number >= 0"),
-        ("noise", {"scale": "big"}, "scale: big is not allowed; it must be a finite number >= 0"),
-        ("noise", {"scale": None}, "scale: None is not allowed; it must be a finite number >= 0"),
         ("prune", {"fraction": 0}, "fraction: 0 is not allowed; it must be a number > 0 and < 1"),
-        ("prune", {"fraction": 1.0}, "fraction: 1.0 is not allowed; it must be a number > 0 and < 1"),
         ("shrink_perturb", {"keep": 1.1}, "keep: 1.1 is not allowed; it must be a number >= 0 and <= 1"),
-        ("shrink_perturb", {"keep": -1}, "keep: -1 is not allowed; it must be a number >= 0 and <= 1"),
         ("reinitialise", {"blocks": 0}, "blocks: 0 is not allowed; it must be a whole number >= 1"),
         ("reinitialise", {"blocks": 1.0}, "blocks: 1.0 is not allowed; it must be a whole number >= 1"),
-        ("reinitialise", {"blocks": True}, "blocks: True is not allowed; it must be a whole number >= 1"),
         ("reinitialise", {"end": "middle"}, "end: middle is not allowed; it must be first or last"),
-        ("restate", {"batches": 0}, "batches: 0 is not allowed; it must be a whole number >= 1"),
-        ("heal", {"domain": "other"}, "domain: other is not allowed; it must be original or benign"),
-        ("heal", {"steps": 0}, "steps: 0 is not allowed; it must be a whole number >= 1"),
-        ("heal", {"lr": 0}, "lr: 0 is not allowed; it must be a finite number > 0"),
         ("heal", {"optimizer": "lion"}, f"optimizer: lion is not allowed; it must be one of {OPTIMIZERS}"),
-        ("heal", {"optimizer": 3}, f"optimizer: 3 is not allowed; it must be one of {OPTIMIZERS}"),
         ("heal", {"batch_size": "8"}, "batch_size: 8 is not allowed; it must be a whole number >= 1"),
-        ("distil", {"images": "benign"}, "images: benign is not allowed; it must be attack or original"),
         (f"{HERE}.halve", {"label": 3}, "label: 3 is not allowed; it must be a word or null"),
         (f"{HERE}.needy", {}, f"count: missing; '{HERE}.needy' needs it; it must be a whole number"),
         (f"{HERE}.needy", {"count": 1, "flag": 1}, "flag: 1 is not allowed; it must be true or false"),
         (f"{HERE}.needy", {"count": 1, "mode": "y"}, "mode: y is not allowed; it must be x or 2"),
         (f"{HERE}.loose", {"means": 1}, f"means: '{HERE}.loose' has no such argument; allowed: plain"),
         (f"{HERE}.absent", {}, f"operation: '{HERE}.absent' is not allowed; {HERE} has no function 'absent'"),
-        (f"{HERE}.HERE", {}, f"operation: '{HERE}.HERE' is not allowed; {HERE} has no function 'HERE'"),
         ("no.such.thing", {}, "operation: 'no.such.thing' cannot be imported: No module named 'no'"),
-        (".noise", {}, "operation: '.noise' cannot be imported: Empty module name"),
         (
             "..a.b",
             {},
@@ -162,8 +140,3 @@ def test_a_module_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     line = r"^surgery\[0\]\.operation: 'failing_surgery\.cut' cannot be imported: two lines$"
     with pytest.raises(UserError, match=line):
         surgery.check([Operation("failing_surgery.cut")], "surgery")
-
-
-def test_operate_refuses_an_unknown_name_too() -> None:
-    with pytest.raises(UserError, match=r"^surgery: 'nois' is not known; allowed: reinitialise, "):
-        surgery.operate(tiny_model(), [Operation("nois")], means_for())

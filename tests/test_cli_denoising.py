@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import shutil
@@ -88,63 +87,34 @@ def manifest(folder: Path, verb: str) -> Any:
     return load(folder / RUNS / verb / "checkpoint" / "sophon.json")
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def attempts(folder: Path) -> list[Any]:
     return [load(path) for path in sorted((folder / "attempts").iterdir())]
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def test_the_protected_manifest_continues_the_references(made: Path) -> None:
-    found, reference = manifest(made, "protect"), manifest(made, "pretrain")
-    assert found["parent_sha256"] == reference["weights_sha256"] != found["weights_sha256"]
-    assert found["method"]["suppression_loss"] == "dos"
-    assert found["model"] == reference["model"]
-    assert found["intactness"]["before"] == reference["intactness"]["after"]
-    assert (found["intactness"]["tolerance"], found["intactness"]["relative"]) == (1000, True)
-    assert found["sampler_support"]["head"] == ["kept"]
-    assert found["sampler_support"]["steps"] == [1, 2]
 
 
 # ---- the audit ------------------------------------------------------------------------------------------------------
 
 
 def test_an_attempt_of_each_role_is_measured_by_an_error(made: Path) -> None:
-    found = attempts(made / RUNS / "audit")
+    found, metric = attempts(made / RUNS / "audit"), {"name": "eps-MSE", "unit": "", "higher_is_better": False}
     assert [record["role"] for record in found] == sorted(ROLES)
     for record in found:
-        assert record["metric"] == {"name": "eps-MSE", "unit": "", "higher_is_better": False}
+        assert record["metric"] == metric
         assert record["exposure"] == "seen"
         assert [point["step"] for point in record["curve"]] == [0, 2]
-        assert 0 < record["test"] < 10
         bands = {name for name in record["details"] if name.startswith("eps-MSE t ")}
         assert bands == {"eps-MSE t 0-4", "eps-MSE t 5-9", "eps-MSE t 10-14", "eps-MSE t 15-19"}
         mean = sum(record["details"][band] for band in bands) / len(bands)
         assert mean == pytest.approx(record["test"]), "20 images, 20 timesteps: each band has five"
-        assert record["flops"] > 0
-
-
-def test_audit_json_says_which_way_is_better(made: Path) -> None:
     summary = load(made / RUNS / "audit" / "audit.json")
-    assert summary["metric"] == {"name": "eps-MSE", "unit": "", "higher_is_better": False}
-    assert summary["attempts"] == 3
-    assert {each["step"] for each in summary["masking"]["seen"]} == {0, 1}
-    (attack,) = summary["attacks"]
-    assert set(attack["roles"]) == set(ROLES)
-    by_role = {record["role"]: record["test"] for record in attempts(made / RUNS / "audit")}
-    assert {role: found["mean"] for role, found in attack["roles"].items()} == pytest.approx(by_role)
-    gap = (by_role["protected"] - by_role["unprotected"]) / (by_role["scratch"] - by_role["unprotected"])
-    assert attack["gap_closed"]["value"] == pytest.approx(gap)
+    assert summary["metric"] == metric
+    of = {record["role"]: record["test"] for record in found}
+    gap = (of["protected"] - of["unprotected"]) / (of["scratch"] - of["unprotected"])
+    assert summary["attacks"][0]["gap_closed"]["value"] == pytest.approx(gap)
     intactness, stated = summary["intactness"], manifest(made, "protect")["intactness"]
     assert (intactness["before"], intactness["after"]) == (stated["before"]["test"], stated["after"]["test"])
-    assert intactness["loss"]["value"] == pytest.approx(intactness["after"] - intactness["before"]), (
-        "an error that grew is lost"
-    )
-    assert "eps-MSE" in (made / RUNS / "audit" / "report.md").read_text()
+    lost = intactness["after"] - intactness["before"]
+    assert intactness["loss"]["value"] == pytest.approx(lost), "an error that grew is lost"
+    assert (stated["tolerance"], stated["relative"]) == (1000, True)
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------
@@ -205,30 +175,19 @@ WRONG: dict[tuple[str, ...], dict[str, list[str]]] = {
     PRETRAIN: {
         "task.name=juggling": ["task.name", "juggling", "classification, denoising"],
         "task=classification": ["task.name", "diffusers", "allowed: denoising"],
-        "task.evaluation_images=0": ["task.evaluation_images", "0", ">= 1"],
-        "task.sample_steps=0": ["task.sample_steps", "0", ">= 1"],
         "model.mean=[0.4]": ["model.mean", "0.4", "0.5"],
         "+model.scheduler.prediction_type=magic": ["prediction_type", "magic", "v_prediction"],
-        "model.image_size=9": ["model.image_size", "9"],
         "model.model_args.norm_num_groups=3": ["model.model_args", "3"],
-        "pretrain.ema=1": ["pretrain.ema", "1"],
-        "pretrain.steps=0": ["pretrain.steps", "model.weights"],
         "+model.model_args.num_class_embeds=3": ["model.model_args.num_class_embeds"],
     },
     PROTECT: {
         "method.suppression_loss=klu": ["method.suppression_loss", "klu", "dos"],
-        "task=classification": ["task.name", "diffusers"],
         "sampler.heads=[kept,fresh]": ["head", "fresh", "class-conditional"],
-        "sampler.scopes=[head]": ["scope", "head"],
         "domain@domain.original=mnist_digits": ["domain.original", "10 classes"],
-        "sampler.augmentations=[magic]": ["magic"],
     },
     AUDIT: {
         "++attack.strategies.mine.head=fresh": ["head", "fresh", "allowed: kept"],
         "++attack.strategies.mine.scope=head": ["scope", "head"],
-        "++attack.strategies.mine.scope=tail": ["scope", "tail", "attention"],
-        "++attack.strategies.mine.data_budget=100000": ["data_budget", "100000"],
-        "task=classification": ["task.name", "diffusers"],
     },
 }
 
@@ -262,9 +221,3 @@ def test_a_guard_that_accepts_nothing_exits_with_3_and_says_percent(copied: Path
         last = result.err.splitlines()[-1]
         assert last.startswith("sophon: guard.tolerance: no round kept eps-MSE on val within 0.5 % of ")
         assert not (copied / "new" / "checkpoint").exists()
-
-
-def test_exactly_differentiated_protection(copied: Path) -> None:
-    make(copied, (*PROTECT, "run_dir=new", "method.engine=second_order", "method.pool=0"))
-    first, second = (copied / folder / "checkpoint" / WEIGHTS for folder in (RUNS / "protect", "new"))
-    assert sha256(first) != sha256(second)

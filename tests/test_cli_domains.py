@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from sophon.auditing import runner
 from sophon.cli import conf_dir
-from sophon.config import Config, DomainConfig, plain
+from sophon.config import Config, plain
 from sophon.losses import SUPPRESSION_LOSSES, reads_labels
 from sophon.validation import from_omegaconf
 from tests.cli_helpers import (
@@ -69,14 +69,6 @@ def test_restricted_domains_are_one_and_further_ones_by_name(overrides: list[str
     config = typed(*overrides)
     assert [*config.domain.restricted] == [each.name for each in config.domain.restricted.values()] == names
     assert from_omegaconf(OmegaConf.create(plain(config))) == config
-
-
-def test_the_keys_of_each_are_its_own() -> None:
-    one, other = typed(
-        "domain@domain.restricted=mnist", "domain.restricted.per_class=7", DIGITS
-    ).domain.restricted.values()
-    assert (one.dataset, one.per_class, one.test_per_class) == ("mnist", 7, None)
-    assert other == DomainConfig("digits", "bundled", "mnist", classes=[*"01234"], per_class=40, test_per_class=20)
 
 
 WRONG = {

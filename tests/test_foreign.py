@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from sophon.checkpoint import Checkpoint, is_ours, write_checkpoint
+from sophon.checkpoint import Checkpoint
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, sha256_file, write_json
 from sophon.foreign import open_foreign
-from sophon.models import ModelSpec, create
+from sophon.models import ModelSpec
 
 CLASSES = ("cat", "dog", "owl")
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 8}
@@ -123,26 +122,9 @@ def test_a_config_of_older_timm_keeps_everything_on_one_level(tmp_path: Path) ->
     assert (spec.image_size, spec.mean, spec.std, spec.model_args) == (40, (0.4,), (0.2,), {})
 
 
-@pytest.mark.parametrize("suffix", ["", ".a1_in1k"])
-def test_only_the_tag_of_the_same_architecture_is_taken_from_the_model_group(tmp_path: Path, suffix: str) -> None:
-    folder = timm_folder(tmp_path, resnet())
-    tagged = dataclasses.replace(OTHER, architecture=f"resnet18{suffix}")
-    assert open_foreign(folder, tagged, CLASSES).spec.architecture == f"resnet18{suffix}"
-
-
 def test_arguments_that_somebody_chose_stay(tmp_path: Path) -> None:
     folder = timm_folder(tmp_path, resnet(global_pool="max"))
     assert open_foreign(folder, OTHER, CLASSES).spec.model_args == {**SMALL, "global_pool": "max"}
-
-
-def test_a_run_directory_of_sophon_is_its_own(tmp_path: Path) -> None:
-    model, spec = create(dataclasses.replace(PLAIN, weights=None), CLASSES)
-    manifest = {"verb": "pretrain", "config": {}, "method": None, "sampler_support": None, "seed": 0}
-    write_checkpoint(tmp_path / "checkpoint", model, spec, {**manifest, "parent_sha256": None, "intactness": {}})
-    assert is_ours(str(tmp_path))
-    assert is_ours(tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / "sophon.json").unlink()
-    assert not is_ours(tmp_path)
 
 
 def test_a_state_dict_of_timm_is_what_the_model_group_says(tmp_path: Path) -> None:
@@ -166,12 +148,6 @@ def test_a_pipeline_carries_its_network_and_noise(tmp_path: Path, scheduler: Any
     assert spec.scheduler["num_train_timesteps"] == 50
     assert spec.scheduler["prediction_type"] == "v_prediction"
     assert "num_class_embeds" not in spec.model_args
-
-
-def test_a_conditional_pipeline_knows_its_number_of_classes(tmp_path: Path) -> None:
-    folder = pipeline(tmp_path, unet(num_class_embeds=3))
-    assert open_foreign(folder, OTHER, CLASSES).spec.model_args["num_class_embeds"] == 3
-    assert "pipeline has 3 classes, original domain has 2" in refusal(folder, classes=CLASSES[:2])
 
 
 def test_opening_draws_nothing(tmp_path: Path) -> None:

@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from sophon.attacker import FineTuneStrategy
+from sophon.auditing import runner
 from sophon.auditing.search import Trial
 from tests.auditing.searches import CONFIG, run
-from tests.auditing.staging import count_attacks, without_sync
 
 
-@pytest.fixture
-def buildable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let searches write without waiting for the disk."""
-    without_sync(monkeypatch)
+@pytest.fixture(scope="package", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Leave out what SQLite does against power cuts: most of the time of searches as short as these."""
+    connect = sqlite3.connect
+
+    def connect_without_sync(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        connection.execute("PRAGMA synchronous=OFF")
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", connect_without_sync)
+        yield
 
 
 @pytest.fixture
 def attacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, int]]:
     """The strategy and the seed of every attack that is run."""
-    return count_attacks(monkeypatch)
+    calls: list[tuple[FineTuneStrategy, int]] = []
+    genuine = runner.attack
+
+    def attack(model: nn.Module, strategy: FineTuneStrategy, *rest: Any, seed: int, **options: Any) -> Any:
+        calls.append((strategy, seed))
+        return genuine(model, strategy, *rest, seed=seed, **options)
+
+    monkeypatch.setattr(runner, "attack", attack)
+    return calls
 
 
-@pytest.fixture
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what SQLite does against power cuts, most of a search that takes no training."""
-    without_sync(monkeypatch)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Trial]]:
     """The file and the trials of an uninterrupted search."""
     path = tmp_path_factory.mktemp("finished") / "search.db"

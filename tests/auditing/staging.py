@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy, Operation
-from sophon.auditing import runner as module
 from sophon.auditing.runner import Runner
 from sophon.auditing.scene import Scene
 from sophon.auditing.workers import run_jobs
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain
 from sophon.sampler import SamplerConfig, StrategySampler
+from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
 from tests.tiny import tiny_bands, tiny_model, tiny_spec, tiny_task
 
@@ -57,6 +56,21 @@ def staged(folder: Path, config: AttackConfig = CONFIG, seed: int = 0, frechet: 
     return Runner(scene(**changes), config, seed, folder, frechet)
 
 
+class Drawing(ClassificationTask):
+    """A classifier that claims to generate: flat images as bright as its first weights."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_spec(), dtype=torch.float64)
+        self.models: list[nn.Module] = []
+        self.seeds: list[int] = []
+
+    def sample(self, model: nn.Module, count: int, seed: int, *_: Any) -> Tensor:  # type: ignore[override]
+        self.models.append(model)
+        self.seeds.append(seed)
+        level = int(1000 * float(model.conv1.weight.detach().abs().sum())) % 256
+        return torch.full((count, 1, 6, 6), level, dtype=torch.uint8)
+
+
 def run_all(runner: Runner) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run all jobs in this process; return the records."""
     run_jobs(runner, lambda: runner, 1, Tracker())
@@ -71,28 +85,3 @@ def attempts_of(runner: Runner) -> list[dict[str, Any]]:
 def results(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leave out how fast the machine was."""
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
-
-
-def count_attacks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, int]]:
-    """Note the strategy and the seed of every attack that is run."""
-    calls: list[tuple[FineTuneStrategy, int]] = []
-    genuine = module.attack
-
-    def attack(model: nn.Module, strategy: FineTuneStrategy, *rest: Any, seed: int, **options: Any) -> Any:
-        calls.append((strategy, seed))
-        return genuine(model, strategy, *rest, seed=seed, **options)
-
-    monkeypatch.setattr(module, "attack", attack)
-    return calls
-
-
-def without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare searches what SQLite does against power cuts: most of the time of one as short as these."""
-    connect = sqlite3.connect
-
-    def connect_without_sync(path: Path) -> sqlite3.Connection:
-        connection = connect(path)
-        connection.execute("PRAGMA synchronous=OFF")
-        return connection
-
-    monkeypatch.setattr(sqlite3, "connect", connect_without_sync)

@@ -13,6 +13,7 @@ from torch import nn
 
 from sophon.attacker import LOOPS, OPTIMIZERS, SCOPES, FineTuneStrategy
 from sophon.auditing.attacks import Outcome, attack
+from sophon.auditing.complement import DIRECTIONS, complement
 from sophon.auditing.plan import Plan
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import Batch, ImageSet, batches
@@ -24,7 +25,7 @@ from sophon.surgery import OPERATIONS
 from sophon.tasks import Task
 from sophon.validation import strategy_from
 from tests.auditing.staging import BENIGN, ORIGINAL, RESTRICTED, SUPPORT, attempts_of, results, scene, staged
-from tests.tiny import state_of, tiny_model, tiny_spec, tiny_task
+from tests.tiny import assert_same_state, state_of, tiny_model, tiny_spec, tiny_task
 
 HERE = __name__
 ADAM = {"optimizer": "adam"}
@@ -68,6 +69,8 @@ def not_a_loop(model: nn.Module) -> nn.Module:
 
 
 RATES = {"sgd": 0.3, "adagrad": 0.1, "adadelta": 1.0, "kfac": 0.3, "muon": 0.05}
+NOISE = {"operation": "noise", "scale": 0.5}
+HEAL = {"operation": "heal", "domain": "benign", "batch_size": 8, "steps": 3}
 NEEDED = {"heal": {"domain": "original", "steps": 2}, "distil": {"steps": 2}}
 ALONE = [name for name in OPERATIONS if name != "interpolate"]  # that needs a relative
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -75,6 +78,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "nadam": {"optimizer": "torch.optim.NAdam", "lr": 0.02, "optimizer_args": {"betas": [0.8, 0.9]}},
     "kfac with arguments": {"optimizer": "kfac", "lr": 0.3, "optimizer_args": {"damping": 0.1, "trust": 1e-3}},
     "own loop": {"loop": f"{HERE}.sign_descent", "lr": 0.01},
+    "complement": {"loop": "sophon.auditing.complement.complement", "optimizer": "sgd", "lr": 0.1},
     "own loop of another model": {"loop": f"{HERE}.wrapped", "lr": 0.01},
     **{f"scope {name}": {"scope": name, "optimizer": "adam"} for name in SCOPES if "attention" not in name},
     **{f"kfac, scope {name}": {"scope": name, "optimizer": "kfac"} for name in ("head", "last_blocks", "lora")},
@@ -86,6 +90,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "restated": {"batch_norm": "restated", "optimizer": "kfac"},
     "few images": {"data_budget": 6},
     "probed": {"head": "probed", "probe_steps": 3},
+    "all at once": {"scope": "lora", "lora_rank": 1, "head": "probed", "probe_steps": 2, "surgery": [NOISE, HEAL]},
 }
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
@@ -112,6 +117,7 @@ def test_is_finite_repeats_itself_and_leaves_nothing_on_the_model(name: str) -> 
     assert all(torch.equal(value, again[key]) for key, value in weights.items())
     assert any(not torch.equal(value, others[key]) for key, value in weights.items())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in one.model.modules())
+    assert {split: RESTRICTED[split].sha256() for split in RESTRICTED.hashes} == RESTRICTED.hashes
 
 
 @every_attack
@@ -123,18 +129,27 @@ def test_is_plain_data_and_held_out_unless_it_is_simulated(name: str) -> None:
     assert ("loop" in outside, "optimizer_args" in outside) == (plan.loop not in LOOPS, bool(plan.optimizer_args))
 
 
-@pytest.mark.parametrize("name", ["kfac", "muon", "nadam", "own loop", "scope lora"])
-def test_takes_part_in_an_audit_is_not_run_again_and_says_so(name: str, tmp_path: Path, attacked: list[Any]) -> None:
-    strategies = {"mine": strategy(name), "usual": strategy("adam")}
+TAKE_PART = ("kfac", "muon", "nadam", "own loop", "scope lora", "surgery heal", "surgery distil", "all at once")
+
+
+def test_takes_part_in_an_audit_is_not_run_again_and_says_so(tmp_path: Path, attacked: list[Any]) -> None:
+    strategies = {name.replace(" ", "_"): strategy(name) for name in ("adam", *TAKE_PART)}
     config = AttackConfig(eval_points=2, roles=["protected", "unprotected"], strategies=strategies)
-    records = attempts_of(staged(tmp_path, config))
-    assert len(attacked) == 4
-    assert results(attempts_of(staged(tmp_path, config))) == results(records)
-    assert len(attacked) == 4, "what is there is not run again"
-    row = next(record for record in records if record["attack"] == "mine" and record["role"] == "protected")
-    assert row["strategy"] == strategy(name).plain()
-    assert row["exposure"] == "held_out"
-    assert row["test"] is not None
+    stage = staged(tmp_path, config, benign=BENIGN)
+    assert not stage.plan.left_out
+    before = {role: state_of(model) for role, model in stage.scene.models.items()}
+    records = attempts_of(stage)
+    assert len(attacked) == len(records) == 2 * len(strategies)
+    assert results(attempts_of(staged(tmp_path, config, benign=BENIGN))) == results(records)
+    assert len(attacked) == len(records), "what is there is not run again"
+    for record in records:
+        assert FineTuneStrategy.of(record["strategy"]) == strategies[record["attack"]]
+        assert record["finished"]
+        assert record["test"] is not None
+        assert record["exposure"] == "held_out"
+        assert ("surgery" in record["outside"]) == bool(strategies[record["attack"]].surgery)
+    for role, model in stage.scene.models.items():
+        assert_same_state(model, before[role])
 
 
 def test_takes_part_in_a_search(tmp_path: Path) -> None:
@@ -197,3 +212,30 @@ def test_what_cannot_be_run_is_refused_in_one_line(changes: dict[str, Any], mess
     with pytest.raises(UserError, match=message) as caught:
         plan()
     assert "\n" not in str(caught.value)
+
+
+def test_what_moves_is_orthogonal_to_the_first_gradients_but_for_the_head() -> None:
+    task, model, images = tiny_task(), tiny_model(), RESTRICTED["attack"]
+    plan = FineTuneStrategy(
+        optimizer="sgd", lr=0.1, batch_size=8, steps=3, head="kept", loop="sophon.auditing.complement.complement"
+    )
+    before, twin = state_of(model), tiny_model().train()
+    steps: list[int] = []
+    ended = complement(
+        model, plan, task, images, torch.Generator().manual_seed(0), lambda step, loss: steps.append(step)
+    )
+    assert ended is model
+    assert steps == [1, 2, 3]
+    stream = batches(images, 8, torch.Generator().manual_seed(0))
+    gradients: dict[str, list[Any]] = {name: [] for name, _ in twin.named_parameters()}
+    for _ in range(DIRECTIONS):
+        found = torch.autograd.grad(task.attacker_loss(twin, next(stream)), list(twin.parameters()))
+        for name, gradient in zip(gradients, found, strict=True):
+            gradients[name].append(gradient.flatten())
+    moved = {name: (part.data - before[name]).flatten() for name, part in model.named_parameters()}
+    for name in ("conv1.weight", "conv2.weight"):
+        first = torch.stack(gradients[name])
+        assert moved[name].norm() > 0
+        assert (first @ moved[name]).abs().max() == pytest.approx(0, abs=1e-9)
+    assert (torch.stack(gradients["fc.weight"]) @ moved["fc.weight"]).abs().max() > 1e-6
+    assert not any(part._backward_hooks for part in model.parameters())

@@ -1,4 +1,4 @@
-"""One attempt: which splits it reads and when, what it reports, and that the same seed repeats it."""
+"""One attempt: what it reads and when, what it does before its first step, what it reports, and what it costs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sophon.attacker import FineTuneStrategy
+from sophon.attacker import FineTuneStrategy, Operation
 from sophon.auditing.attacks import Outcome, attack, linear_probe
 from sophon.domains import Batch, ImageSet, LoadedDomain
 from sophon.finetune import flops_per_step
 from sophon.tasks import ClassificationTask
-from tests.tiny import CLASSES, assert_same_state, state_of, tiny_bands, tiny_model, tiny_spec, tiny_task
+from tests.auditing.staging import BENIGN, DISTILLED, ORIGINAL, RESTRICTED
+from tests.tiny import CLASSES, state_of, tiny_model, tiny_spec, tiny_task
 
-SPLITS = ("attack", "select", "test")
-RESTRICTED = tiny_bands("restricted", SPLITS, seed=40, across=True)
 PLAN = FineTuneStrategy(optimizer="adam", lr=0.02, batch_size=8, steps=10, head="kept")
+FRESH = replace(PLAN, head="fresh")
+NOISY = Operation("noise", (("scale", 0.5),))
+HEALED = Operation("heal", (("batch_size", 8), ("domain", "benign"), ("steps", 3)))
 
 
 class Reading(LoadedDomain):
-    """Remembers which splits were asked for; it has the attacker's only."""
+    """Remembers which splits were asked for."""
 
     def __getitem__(self, split: str) -> ImageSet:
         reads.append(split)
@@ -61,70 +63,66 @@ def run(
     seed: int = 0,
     points: int = 3,
     model: Any = None,
+    restricted: LoadedDomain = RESTRICTED,
     **options: Any,
 ) -> Outcome:
     model = tiny_model() if model is None else model
-    return attack(
-        model, strategy, task or tiny_task(), RESTRICTED, spec=tiny_spec(), seed=seed, eval_points=points, **options
-    )
+    rest = {"spec": tiny_spec(), "seed": seed, "eval_points": points, "original": ORIGINAL, "benign": BENIGN}
+    return attack(model, strategy, task or tiny_task(), restricted, **rest, **options)
 
 
-def facts(outcome: Outcome) -> tuple[Any, ...]:
-    return outcome.curve, outcome.test, outcome.finished, outcome.flops
+# --- what it reads and reports ------------------------------------------------------------------------------------
 
 
-def pixels(images: Tensor) -> Counter[bytes]:
-    return Counter(image.numpy().tobytes() for image in images)
-
-
-@pytest.mark.parametrize("head", ["kept", "fresh", "probed"])
-def test_reads_the_attackers_splits_only_and_test_once_at_the_end(head: str) -> None:
+@pytest.mark.parametrize("read_test", [True, False])
+@pytest.mark.parametrize(("head", "steps"), [("kept", 10), ("fresh", 10), ("probed", 10), ("kept", 0)])
+def test_reads_the_attackers_splits_only_and_test_once_at_the_end(head: str, steps: int, read_test: bool) -> None:
+    """A trial of a search does not read ``test`` at all."""
     reads.clear()
     domain = Reading("restricted", CLASSES, RESTRICTED.splits, RESTRICTED.hashes)
-    task = Watching()
-    outcome = attack(
-        tiny_model(), replace(PLAN, head=head, probe_steps=3), task, domain, spec=tiny_spec(), seed=0, eval_points=3
-    )
-    assert set(reads) == set(SPLITS)
-    assert reads[-1] == "test"
-    assert reads.count("test") == 1
-    assert [images is RESTRICTED["test"] for images in task.measured] == [False, False, False, True]
-    assert all(images is RESTRICTED["select"] for images in task.measured[:-1])
-    owned = pixels(RESTRICTED["attack"].images)
-    assert all(set(pixels(batch.images)) <= set(owned) for batch in task.trained)
-    assert 0 <= outcome.test.value <= 100
-    assert outcome.seconds > 0
+    task, plan = Watching(), replace(PLAN, head=head, probe_steps=3, steps=steps)
+    outcome = run(plan, task, restricted=domain, read_test=read_test)
+    assert set(reads) == {"attack", "select"} | ({"test"} if read_test else set())
+    assert not read_test or (reads[-1], reads.count("test")) == ("test", 1)
+    read = [RESTRICTED["select"]] * len(outcome.curve) + [RESTRICTED["test"]] * read_test
+    assert [id(images) for images in task.measured] == [id(images) for images in read]
+    owned = {image.numpy().tobytes() for image in RESTRICTED["attack"].images}
+    assert all(image in owned for batch in task.trained for image in pixels_of(batch))
+    assert math.isnan(outcome.test.value) != read_test
+    assert outcome.curve == run(plan).curve
 
 
 @pytest.mark.parametrize(
     ("steps", "points", "expected"),
     [
         (10, 2, [0, 10]),
-        (10, 3, [0, 5, 10]),
         (10, 6, [0, 2, 4, 6, 8, 10]),
         (7, 4, [0, 2, 5, 7]),
         (2, 9, [0, 1, 2]),
-        (1, 2, [0, 1]),
-        (0, 2, [0]),
         (0, 6, [0]),
     ],
 )
 def test_points_of_the_curve(steps: int, points: int, expected: list[int]) -> None:
     outcome = run(replace(PLAN, steps=steps), points=points)
     assert [step for step, _ in outcome.curve] == expected
-    assert all(0 <= value <= 100 for _, value in outcome.curve)
     assert outcome.finished
 
 
-def test_curve_and_test_measure_the_model_as_it_is_then() -> None:
-    """The start is the untouched model, the end is the fine-tuned one."""
-    model, task = tiny_model(), tiny_task()
+def test_each_point_and_the_end_are_of_the_model_as_it_is_then() -> None:
+    model, task, told = tiny_model(), tiny_task(), []
     start = task.evaluate(model, RESTRICTED["select"])
-    outcome = run(replace(PLAN, steps=60), model=model)
-    assert outcome.curve[0] == (0, start)
-    assert outcome.curve[-1] == (60, task.evaluate(model, RESTRICTED["select"]))
+
+    def at_point(now: nn.Module, step: int, value: float) -> None:
+        assert now is model
+        assert value == task.evaluate(now, RESTRICTED["select"])
+        told.append((step, value))
+
+    outcome = run(replace(PLAN, steps=60), model=model, at_point=at_point)
+    assert told == outcome.curve
+    assert told[0] == (0, start)
     assert outcome.test == task.measure(model, RESTRICTED["test"])
     assert outcome.test.value > start + 20
+    assert outcome.curve == run(replace(PLAN, steps=60)).curve
 
 
 def test_restated_statistics_are_those_of_the_weights_as_they_are_then() -> None:
@@ -148,29 +146,15 @@ def test_restated_statistics_are_those_of_the_weights_as_they_are_then() -> None
     assert restated.curve[-1] == (12, task.evaluate(restated.model, RESTRICTED["select"]))
 
 
-@pytest.mark.parametrize("steps", [0, 4])
-def test_a_search_does_not_read_test(steps: int) -> None:
-    reads.clear()
-    domain = Reading("restricted", CLASSES, RESTRICTED.splits, RESTRICTED.hashes)
-    task, plan = Watching(), replace(PLAN, steps=steps)
-    outcome = attack(tiny_model(), plan, task, domain, spec=tiny_spec(), seed=0, eval_points=3, read_test=False)
-    assert math.isnan(outcome.test.value)
-    assert set(reads) == {"attack", "select"}
-    assert all(images is RESTRICTED["select"] for images in task.measured)
-    assert outcome.curve == run(plan).curve
+@pytest.mark.parametrize("split", ["select", "test"])
+def test_an_attempt_whose_outputs_are_not_finite_has_not_finished(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, genuine = tiny_task(), ClassificationTask.evaluate
 
+    def evaluate(self: ClassificationTask, model: nn.Module, images: ImageSet) -> float:
+        return math.nan if images is RESTRICTED[split] else genuine(self, model, images)
 
-def test_each_point_is_told_with_the_model_as_it_is_then() -> None:
-    model, told = tiny_model(), []
-
-    def at_point(now: nn.Module, step: int, value: float) -> None:
-        assert now is model
-        assert value == tiny_task().evaluate(now, RESTRICTED["select"])
-        told.append((step, value))
-
-    outcome = run(points=6, model=model, at_point=at_point)
-    assert told == outcome.curve
-    assert facts(outcome) == facts(run(points=6))
+    monkeypatch.setattr(ClassificationTask, "evaluate", evaluate)
+    assert not run(PLAN, task).finished
 
 
 @pytest.mark.parametrize("stop", [0, 5, 10])
@@ -185,6 +169,9 @@ def test_it_can_be_given_up_at_any_point(stop: int) -> None:
         run(task=task, at_point=at_point)
     assert len(task.trained) == 1 + stop  # the first is counted, not trained
     assert not any(images is RESTRICTED["test"] for images in task.measured)
+
+
+# --- before its first step ----------------------------------------------------------------------------------------
 
 
 def test_head_starts() -> None:
@@ -216,17 +203,8 @@ def test_probing_moves_the_head_alone() -> None:
     assert all(not torch.equal(probed[name], tuned[name]) for name in before)
 
 
-def test_flops_count_the_steps_and_the_probe() -> None:
-    images, task = RESTRICTED["attack"], tiny_task()
-    one = flops_per_step(tiny_model(), PLAN, task, images)
-    assert run(PLAN).flops == 10 * one
-    assert run(replace(PLAN, steps=20)).flops == 20 * one
-    probed = replace(PLAN, head="probed", probe_steps=7)
-    outcome = run(probed)
-    assert outcome.prepared_flops == 7 * flops_per_step(tiny_model(), linear_probe(probed), task, images) > 0
-    assert outcome.flops == 10 * one + outcome.prepared_flops
-    assert run(PLAN).prepared_flops == 0
-    assert run(replace(PLAN, scope="head")).flops < 10 * one
+def pixels_of(batch: Batch) -> list[bytes]:
+    return [image.numpy().tobytes() for image in batch.images]
 
 
 @pytest.mark.parametrize("budget", [3, 9])
@@ -242,49 +220,65 @@ def test_data_budget(budget: int) -> None:
     assert Counter(seen.values()) == dict.fromkeys(range(3), budget // 3)
 
 
-def pixels_of(batch: Batch) -> list[bytes]:
-    return [image.numpy().tobytes() for image in batch.images]
-
-
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": tiny_model(1)},
+        {"strategy": {"surgery": (NOISY, Operation("shrink_perturb"))}},
+    ],
+    ids=["model", "surgery"],
+)
 @pytest.mark.parametrize("head", ["fresh", "probed"])
-def test_two_models_face_the_same_head_and_batches(head: str) -> None:
+def test_two_models_and_two_surgeries_face_the_same_head_and_batches(head: str, other: dict[str, Any]) -> None:
     plan = replace(PLAN, head=head, augmentation="strong", data_budget=24, probe_steps=2, steps=4)
-    one, other = Watching(), Watching()
-    run(plan, one, model=tiny_model(0))
-    run(plan, other, model=tiny_model(1))
-    assert torch.equal(one.heads[0], other.heads[0])
-    assert len(one.trained) == len(other.trained)
-    for mine, theirs in zip(one.trained, other.trained, strict=True):
+    one, another = Watching(), Watching()
+    run(plan, one)
+    run(replace(plan, **other.get("strategy", {})), another, model=copy.deepcopy(other.get("model")))
+    assert torch.equal(one.heads[0], another.heads[0])
+    for mine, theirs in zip(one.trained, another.trained, strict=True):
         assert torch.equal(mine.images, theirs.images)
         assert torch.equal(mine.labels, theirs.labels)
 
 
-def test_divergence_is_reported_and_measured() -> None:
-    model = tiny_model().float()
-    plan = replace(PLAN, optimizer="nesterov", lr=1e38, steps=20)
-    outcome = run(plan, ClassificationTask(tiny_spec()), points=5, model=model)
-    assert not outcome.finished
-    assert outcome.curve[0][0] == 0
-    assert outcome.curve[-1][0] < 20
-    assert all(math.isfinite(value) for _, value in outcome.curve)
-    assert math.isnan(outcome.test.value)  # so are the weights: no accuracy
+def test_surgery_draws_its_own_numbers_and_the_same_ones_for_every_model() -> None:
+    kept = replace(PLAN, surgery=(NOISY,), steps=0)
+
+    def noise_of(seed: int, model_seed: int) -> Tensor:
+        model = tiny_model(model_seed)
+        before = model.conv1.weight.detach().clone()
+        spread = before.std(correction=0)
+        return (run(kept, model=model, seed=seed).model.conv1.weight.detach() - before) / spread
+
+    assert torch.allclose(noise_of(0, 0), noise_of(0, 1))
+    assert not torch.allclose(noise_of(0, 0), noise_of(1, 0))
 
 
-@pytest.mark.parametrize("split", ["select", "test"])
-def test_an_attempt_whose_outputs_are_not_finite_has_not_finished(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, genuine = tiny_task(), ClassificationTask.evaluate
-
-    def evaluate(self: ClassificationTask, model: nn.Module, images: ImageSet) -> float:
-        return math.nan if images is RESTRICTED[split] else genuine(self, model, images)
-
-    monkeypatch.setattr(ClassificationTask, "evaluate", evaluate)
-    assert not run(PLAN, task).finished
+# --- what it costs ------------------------------------------------------------------------------------------------
 
 
-def test_domain_is_never_changed() -> None:
-    before = {split: images.sha256() for split, images in RESTRICTED.splits.items()}
-    model = tiny_model()
-    spare = copy.deepcopy(model)
-    run(replace(PLAN, augmentation="strong", data_budget=9), model=spare)
-    assert {split: images.sha256() for split, images in RESTRICTED.splits.items()} == before
-    assert_same_state(model, state_of(tiny_model()))
+def cost(plan: FineTuneStrategy) -> int:
+    """Return the operations of one step on the released model."""
+    return flops_per_step(tiny_model(), plan, tiny_task(), RESTRICTED["attack"])
+
+
+@pytest.mark.parametrize(
+    ("plan", "least", "most"),
+    [
+        (PLAN, 0, 0),
+        (replace(PLAN, steps=20), 0, 0),
+        (replace(PLAN, surgery=(NOISY,)), 0, 0),
+        (replace(PLAN, scope="lora", lora_rank=2), 0, 0),
+        (replace(FRESH, surgery=(HEALED,)), 3 * cost(FRESH), 3 * cost(FRESH)),
+        (replace(PLAN, head="probed", probe_steps=7), 7 * cost(linear_probe(PLAN)), 7 * cost(linear_probe(PLAN))),
+        # a student's passes and its teacher's
+        (replace(DISTILLED, batch_size=8), 2 * cost(FRESH) + 1, math.inf),
+    ],
+    ids=["plain", "longer", "noise", "lora", "heal", "probed", "distil"],
+)
+def test_operations_of_the_preparation_and_of_the_steps_are_counted(
+    plan: FineTuneStrategy, least: int, most: float
+) -> None:
+    outcome = run(plan)
+    assert least <= outcome.prepared_flops <= most
+    steps = plan.steps * flops_per_step(outcome.model, plan, tiny_task(), RESTRICTED["attack"])
+    assert outcome.flops == outcome.prepared_flops + steps

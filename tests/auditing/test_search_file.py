@@ -27,7 +27,7 @@ from sophon.errors import UserError
 from tests.auditing.searches import CONFIG, changed, evaluate, run
 
 # a database for each search
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_waiting_for_the_disk")]
+pytestmark = pytest.mark.slow
 
 
 class Killed(BaseException):

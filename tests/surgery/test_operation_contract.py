@@ -196,12 +196,3 @@ def test_operations_compose_in_their_order() -> None:
     assert int((operated([noise, prune]).conv2.weight == 0).sum()) == 72
     assert int((operated([prune, noise]).conv2.weight == 0).sum()) == 0
     assert_same_state(operated([]), state_of(tiny_model()))
-
-
-def test_the_next_operation_gets_what_the_one_before_returned() -> None:
-    model, means = tiny_model(), means_for()
-    before = state_of(model)
-    distilled = surgery.operate(model, [Operation("distil", (("steps", 1),)), Operation("prune")], means)
-    assert distilled is not model
-    assert_same_state(model, before)
-    assert int((distilled.conv2.weight == 0).sum()) == 72

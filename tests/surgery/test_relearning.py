@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -21,8 +20,6 @@ from tests.surgery.surgical import (
     changed,
     fresh_state,
     means_for,
-    resnet,
-    unet,
     wide_domain,
 )
 from tests.tiny import (
@@ -70,31 +67,6 @@ def test_restate_counts_its_forward_passes() -> None:
     assert four.flops == 4 * one.flops
 
 
-def test_restate_a_resnet_of_timms() -> None:
-    """One batch of all images: what a forward pass in training mode sees."""
-    model, means = resnet()
-    means.batch_size = len(means.images)
-    twin = copy.deepcopy(model).train()
-    for norm in (part for part in twin.modules() if isinstance(part, nn.BatchNorm2d)):
-        norm.reset_running_stats()
-        norm.momentum = 1.0
-    before = state_of(model)
-    with torch.no_grad():
-        twin(means.task.prepare(means.images.images))
-    surgery.restate(model, means, batches=1)
-    torch.testing.assert_close(state_of(model), state_of(twin), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model.bn1.running_var, before["bn1.running_var"])
-
-
-def test_restate_without_batch_norm_does_nothing() -> None:
-    model, means = unet()
-    before, state = state_of(model), means.generator.get_state()
-    assert surgery.restate(model, means) is model
-    assert_same_state(model, before)
-    assert means.flops == 0
-    assert torch.equal(means.generator.get_state(), state)
-
-
 # --- heal -----------------------------------------------------------------------------------------------------------
 
 
@@ -122,16 +94,6 @@ def test_heal_on_the_benign_domain_leaves_a_benign_head() -> None:
     assert_same_state(model, state_of(twin))
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-def test_heal_denoisers_on_the_benign_domain(conditional: bool) -> None:
-    model, means = unet(conditional=conditional)
-    means.benign = wide_domain("attack")
-    before = state_of(model)
-    surgery.heal(model, means, domain="benign", steps=1, batch_size=4)
-    assert not torch.equal(model.conv_in.weight, before["conv_in.weight"])
-    assert means.classes_of(model) == (len(WIDE) if conditional else None)
-
-
 def test_heal_on_the_original_domain_with_a_head_that_does_not_fit() -> None:
     means = means_for(original=tiny_domain("original", ("train",)), benign=wide_domain("attack"))
     model = surgery.heal(tiny_model(), means, domain="benign", steps=1)
@@ -150,22 +112,6 @@ def test_heal_that_diverges_gives_the_model_back() -> None:
 
 
 # --- distil ---------------------------------------------------------------------------------------------------------
-
-
-def test_distil_teaches_a_fresh_network() -> None:
-    model, means = tiny_model(), means_for()
-    with torch.no_grad():
-        model.fc.weight.mul_(5)
-    before = state_of(model)
-    batch = Batch(means.images.images, means.images.labels)
-    torch.manual_seed(3)
-    student = surgery.distil(model, means, steps=60, lr=0.02)
-    assert student is not model
-    assert_same_state(model, before)
-    untaught = TinyNet().double()
-    untaught.load_state_dict(fresh_state(3))
-    distances = [means.task.imitation_loss(each.eval(), batch, model).item() for each in (student, untaught)]
-    assert distances[0] < 0.3 * distances[1]
 
 
 @pytest.mark.parametrize("on", ["attack", "original"])

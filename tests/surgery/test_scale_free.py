@@ -12,13 +12,12 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from sophon.domains import Batch
 from sophon.models import adapt
 from sophon.surgery.attacker_means import Means
-from sophon.surgery.renormalise import Per, norms, renormalise, scale_free
+from sophon.surgery.renormalise import Per, renormalise
 from sophon.tasks import ClassificationTask
 from tests.surgery.surgical import changed, means_for, outputs
-from tests.tiny import CLASSES, state_of, tiny_model
+from tests.tiny import CLASSES, state_of
 
 
 class Net(nn.Module):
@@ -97,7 +96,7 @@ def normalised_by(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return make
 
 
-@pytest.mark.parametrize("factor", [0.3, 1.0, 1000.0])
+@pytest.mark.parametrize("factor", [0.3, 1000.0])
 @pytest.mark.parametrize(
     "norm",
     [
@@ -204,13 +203,3 @@ def test_a_linear_layer_whose_outputs_are_not_the_channels(per: Per) -> None:
     renormalise(model, means, per=per)
     torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
     assert model.linear.weight.norm().item() == pytest.approx(fresh.linear.weight.norm().item(), rel=1e-12)
-
-
-def test_scale_free_says_what_it_found() -> None:
-    model, means = tiny_model(), means_for()
-    batch = Batch(means.images.images[:4], means.images.labels[:4])
-    found = scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel")
-    assert [(each.name, each.norm_name, each.axis) for each in found] == [("conv1", "bn1", 0), ("conv2", "bn2", 0)]
-    assert [each.layer for each in found] == [model.conv1, model.conv2]
-    assert norms(model.conv1, 0).shape == (4, 1, 1, 1)
-    assert norms(model.conv1, None).item() == pytest.approx(model.conv1.weight.norm().item())
