@@ -14,9 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import pandas as pd
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+
+from sophon.report.drawing import COLOURS, HUES, STYLE, standalone, svg
 
 HERE = Path(__file__).parent
 ATTACKS = OmegaConf.load(HERE.parents[1] / "conf" / "attack" / "quickstart_strong.yaml")
@@ -74,24 +77,25 @@ def draw(gaps: pd.DataFrame, lost: pd.Series, change: float | None, file: Path) 
 
     A dotted line marks the budget, if any, at which the second row took over.
     """
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7, 4.5), layout="constrained", sharex=True, height_ratios=[3, 1]
-    )
     minutes = [float(budget.split()[0]) for budget in gaps.columns]
-    for name, row in gaps.iterrows():
-        label, line = ("benign (harm)", "--") if name == "benign" else (name, "-")
-        above.plot(minutes, row, line, marker="o", label=label)
-    above.axhline(1, color="grey", linewidth=0.5)
-    if change is not None:
-        above.axvline(change, color="grey", linestyle=":")
-    above.set(xscale="log", ylabel="gap closed", ylim=(-0.03, 1.05))
-    figure.legend(loc="outside center right")
-    below.plot(minutes, lost, color="black", marker="o")
-    below.axhline(0, color="grey", linewidth=0.5)
-    below.set(xlabel="defender's budget, core-minutes", ylabel="original domain,\npoints lost")
-    below.set_xticks(minutes, [f"{each:g}" for each in minutes])
-    below.minorticks_off()
-    figure.savefig(file, metadata={"Date": None})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        for hue, (name, row) in zip(HUES, gaps.iterrows(), strict=False):
+            label, line = ("benign (harm)", "--") if name == "benign" else (name, "-")
+            above.plot(minutes, row, line, color=COLOURS[hue], marker="o", label=label)
+        if change is not None:
+            above.axvline(change, color=COLOURS["line"], linestyle=":")
+        above.set(xscale="log", ylabel="gap closed", ylim=(-0.03, 1.05))
+        below.plot(minutes, lost, color=COLOURS["ink"], marker="o")
+        below.axhline(0, color=COLOURS["line"], linewidth=0.5)
+        below.set(xlabel="defender's budget, core-minutes", ylabel="original domain,\npoints lost")
+        below.set_xticks(minutes, [f"{each:g}" for each in minutes])
+        below.minorticks_off()
+        for axes in (above, below):
+            axes.grid(visible=True, axis="y")
+        figure.legend(loc="outside right upper", frameon=False)
+        file.write_text(standalone(svg(figure, "gap closed and points lost against the defender's budget")))
 
 
 def main() -> None:
