@@ -119,26 +119,26 @@ def test_odd_values_arrive_in_what_would_run() -> None:
     assert config["domain"]["original"]["classes"] == ["007", "1e5"]
 
 
-@pytest.mark.parametrize(
-    ("override", "key", "value"),
-    [
-        ("model.model_args={depth: 4}", "model.model_args", {"depth": 4}),
-        ("sampler.optimizers={sgd: [0.1, 0.2]}", "sampler.optimizers", {"sgd": [0.1, 0.2]}),
-        ("attack.strategies={one: {lr: 0.1}}", "attack.strategies", {"one": {"lr": 0.1}}),
-        ("++sampler.optimizers={}", "sampler.optimizers", {}),
-        ("method.objectives.suppression.weight=2.0", "method.objectives.suppression", {"weight": 2.0}),
-    ],
-)
-def test_a_mapping_replaces(override: str, key: str, value: object) -> None:
-    config = composed("experiment=quickstart", override)
-    for part in key.split("."):
-        config = config[part]
-    assert config == value
-
-
-def test_later_overrides_add_to_a_mapping_that_replaced() -> None:
-    config = composed("sampler.optimizers={sgd: [0.1, 0.2]}", "+sampler.optimizers.adam=[0.1,0.1]")
+def test_a_mapping_replaces_and_later_overrides_add_to_it() -> None:
+    config = composed(
+        "experiment=quickstart",
+        "model.model_args={depth: 4}",
+        "sampler.optimizers={sgd: [0.1, 0.2]}",
+        "+sampler.optimizers.adam=[0.1,0.1]",
+        "method.objectives.suppression.weight=2.0",
+        "attack.strategies={one: {lr: 0.1}}",
+        "+attack.search.mine={trials: 3, optimizers: {sgd: [0.1, 1.0]}}",
+        "attack.search.mine.seeds=1",
+        "attack.masking={steps: 3}",
+    )
+    attack, search = config["attack"], config["attack"]["search"]["mine"]
+    assert config["model"]["model_args"] == {"depth": 4}
     assert config["sampler"]["optimizers"] == {"sgd": [0.1, 0.2], "adam": [0.1, 0.1]}
+    assert config["method"]["objectives"]["suppression"] == {"weight": 2.0}
+    assert attack["strategies"] == {"one": {"lr": 0.1}}
+    assert (search["trials"], search["seeds"], search["optimizers"]) == (3, 1, {"sgd": [0.1, 1.0]})
+    # of declared keys the others are at their defaults
+    assert (search["sampler"], attack["masking"]["steps"], attack["masking"]["heads"]) == ("tpe", 3, ["fresh", "kept"])
 
 
 @pytest.mark.parametrize("override", ["model.architecture=vit_tiny_patch16_224", "model.library=torchvision"])

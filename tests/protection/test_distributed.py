@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from sophon.errors import UserError
-from sophon.protection.distributed import ALONE, Ranks, join
+from sophon.protection.distributed import ALONE, join
 from sophon.protection.resume import STATE_FILE, read_state
 from sophon.tensor_files import read_tensors, write_tensors
 from tests.cli_helpers import REPOSITORY
 from tests.protection.scenarios import CLOSE, SCENARIOS, SIZE, Tensors, left_by_one, own_draw, refusals, resumed
-from tests.tiny import tiny_batches
 
 
 def work(folder: Path) -> None:
@@ -162,29 +161,6 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Path) -> None:
     assert one["batch"].startswith("UserError: method.ntr_batch_size: 1 leaves some of the 2 ranks without work;")
     assert one["not finite"].startswith("UserError: method.ntr_lr: the loss of ntr became nan")
     assert not any("\n" in message for message in one.values())
-
-
-def test_alone_there_is_nothing_to_exchange() -> None:
-    ranks, device = join("cpu")
-    assert (ranks, device) == (ALONE, torch.device("cpu"))
-    assert not torch.distributed.is_initialized()
-    tensors = [torch.ones(2)]
-    assert ranks.sum(tensors)[0] is tensors[0]
-    assert (ranks.gather(3), ranks.any(True), ranks.any(False), list(ranks.mine(3))) == ([3], True, False, [0, 1, 2])
-    with pytest.raises(UserError, match="mine"), ranks.together():
-        raise UserError("mine")
-
-
-@pytest.mark.parametrize(("count", "size"), [(5, 1), (5, 5), (6, 2), (11, 3)])
-def test_slices_make_the_whole(count: int, size: int) -> None:
-    batch, parts = tiny_batches(0, 1, count)[0], []
-    for rank in range(size):
-        ranks = Ranks()
-        ranks.rank, ranks.size = rank, size
-        parts.append(ranks.share(batch))
-    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-    assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
-    assert max(len(part.labels) for part in parts) - min(len(part.labels) for part in parts) <= 1
 
 
 @pytest.mark.parametrize(

@@ -89,19 +89,6 @@ def test_a_used_scratch_is_as_good_as_a_fresh_one() -> None:
         assert stays == (batch_norm == "frozen" or scope == "head")
 
 
-def test_what_no_query_reaches_gets_zeros() -> None:
-    """Nothing is asked at all, or a weight takes no part; and a weight that the attacker's loss misses stays put."""
-    attacker = tiny_model()
-    attacker.spare = nn.Linear(2, 2).double()
-    before = attacker.spare.weight.detach().clone()
-    found = simulate(attacker).gradients
-    assert found["spare.weight"].shape == (2, 2)
-    assert not found["spare.weight"].any()
-    assert found["fc.weight"].any()
-    assert torch.equal(attacker.spare.weight, before)
-    assert not any(value.any() for value in simulate(attacker, gammas=[0.0] * STEPS).gradients.values())
-
-
 def test_rounds_leave_no_tensors_behind() -> None:
     """As many are alive after 40 rounds as after 5."""
     model = tiny_model()

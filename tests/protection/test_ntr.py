@@ -75,20 +75,6 @@ def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
 
 
-def test_annealing_and_factor_last_for_one_run() -> None:
-    """What follows a repair, or a round at a low rate, trains at the full rate again."""
-    model = tiny_model(1)
-    ntr = make_ntr(model, tiny_model(1), tiny_task(), 5)
-    ntr.run(4, 0, anneal=True)
-    assert ntr.optimizer.param_groups[0]["lr"] < 0.2 * METHOD.ntr_lr
-    ntr.run(1, 1)
-    assert ntr.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
-    ntr.run(1, 2, factor=0.5)
-    assert ntr.optimizer.param_groups[0]["lr"] == 0.5 * METHOD.ntr_lr
-    ntr.run(1, 3)
-    assert ntr.optimizer.param_groups[0]["lr"] == METHOD.ntr_lr
-
-
 def test_each_group_of_parameters_keeps_its_own_rate() -> None:
     at = context(tiny_model(1))
     first, *others = at.model.parameters()

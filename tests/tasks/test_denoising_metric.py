@@ -135,18 +135,6 @@ def test_samples_are_pictures_that_depend_on_the_seed_alone() -> None:
     assert not torch.equal(task.sample(model, 5, 8), first)
 
 
-def test_every_model_starts_from_the_same_noise() -> None:
-    task, one, other = task_of(spec(), sample_steps=4), Recorder(), Recorder()
-    with torch.no_grad():
-        other.factor.fill_(0.5)
-    for model in (one, other):
-        task.sample(model, 3, 7)
-    assert torch.equal(one.images[0], other.images[0])
-    assert not torch.equal(one.images[-1], other.images[-1])
-    assert one.images[0].std().item() == pytest.approx(1, abs=0.2)
-    assert [part[0].item() for part in one.timesteps] == [15, 10, 5, 0]
-
-
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 5, STEPS])
 def test_who_knows_the_clean_image_generates_it(kind: str, steps: int) -> None:
