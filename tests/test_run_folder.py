@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from sophon.errors import UserError
 from sophon.files import read_json
+from sophon.locks import lock
 from sophon.run_folder import owned, owned_place, run_folder
 
 IDENTITY: dict[str, Any] = {"seed": 1, "model": {"architecture": "resnet18", "args": [1, 2]}}
@@ -185,3 +187,22 @@ def test_without_locks_the_work_goes_on_and_says_so(
     with owned(tmp_path):
         pass
     assert capsys.readouterr().err == f"sophon: {tmp_path} has no locks; start no second process on it\n"
+
+
+def test_who_waits_comes_next_and_locks_never_overlap(tmp_path: Path) -> None:
+    inside, overlaps, rounds = [], [], 25
+
+    def work() -> None:
+        for _ in range(rounds):
+            with lock(tmp_path / "lock", wait=True):
+                inside.append(1)
+                overlaps.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert overlaps == [1] * 4 * rounds
+    assert not (tmp_path / "lock").exists()

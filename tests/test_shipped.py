@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sophon import cli  # noqa: F401  (tells Hydra the schema)
-from sophon.config.shipped import chosen, conf_dir
+from sophon.config.shipped import STANDARD, USUAL, chosen, conf_dir
 from sophon.errors import UserError
 
 PLAIN = ["guard=relative", "method=mlac", "pretrain=adam_ema", "sampler=tar", "task=denoising"]
@@ -49,3 +49,9 @@ def test_a_file_of_ones_own_and_plain_data(tmp_path: Any) -> None:
     (tmp_path / "sophon_klu.yaml").write_text("name: mine\nrounds: 1\n")
     assert chosen("method", str(tmp_path / "mine.yaml")) == {"name": "mine", "rounds": 3}
     assert chosen("method", {"rounds": 5}) == {"rounds": 5}
+
+
+def test_what_is_usual_exists() -> None:
+    for kind, usual in USUAL.items():
+        for group, choice in {**usual, "attack": STANDARD[kind]}.items():
+            assert chosen(group, choice)

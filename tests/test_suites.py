@@ -100,3 +100,13 @@ def test_a_denoiser_is_asked_for_no_new_head(suite: str) -> None:
     config = composed(f"attack={suite}")
     assert {strategy.head for strategy in strategies(config).values()} == {"kept"}
     assert all(each.choices["head"] == ["kept"] for each in config.search.values())
+
+
+def test_no_two_families_share_a_name() -> None:
+    """One would replace a part of the other without a word."""
+    named = Counter(
+        name
+        for family in FAMILIES
+        for name in yaml.safe_load((FOLDER / "family" / f"{family}.yaml").read_text()).get("strategies", {})
+    )
+    assert max(named.values()) == 1

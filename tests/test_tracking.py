@@ -143,3 +143,9 @@ def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tracker.log({"loss": 0.5}, 1)
     tracker.close()
     assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_nothing_left_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker(progress=True).progress("audit", 3, done=3):
+        pass
+    assert capsys.readouterr().err == ""

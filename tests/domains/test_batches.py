@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sophon import attacker
 from sophon.domains import AUGMENTATIONS, ImageSet, MemoryImages, batch_indices, batches, evaluation_batches
 from sophon.errors import UserError
 
@@ -82,3 +83,7 @@ def test_crops_are_those_of_a_reflect_padded_image(name: str, flip: bool) -> Non
     out = AUGMENTATIONS[name](image.expand(600, -1, -1, -1), seeded())
     # 25 offsets, twice as many with the flip: 600 draws find them all, and nothing else.
     assert {one.numpy().tobytes() for one in out} == padded_crops(image[0], flip)
+
+
+def test_augmentations_are_those_that_attackers_choose_from() -> None:
+    assert tuple(AUGMENTATIONS) == attacker.AUGMENTATIONS

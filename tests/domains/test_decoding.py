@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from sophon.config import DomainConfig
-from sophon.domains.decoding import open_image
+from sophon.domains.decoding import eight_bit, open_image
 from sophon.domains.part import UnreadableError
 from tests.domains.made import load, refused, save_image, write_pets
 
@@ -148,3 +148,14 @@ def test_sizes_may_differ(pets: DomainConfig, tmp_path: Path) -> None:
     images = load(pets).train.images
     assert images.shape == (10, 3, 8, 8)
     assert images[5].unique().tolist() == [77]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "PA", "RGBX"])
+def test_other_colour_spaces_become_rgb(mode: str) -> None:
+    assert eight_bit(Image.new(mode, (2, 2))).mode == "RGB"
+
+
+def test_a_class_of_unreadable_images_is_refused(pets: DomainConfig, tmp_path: Path) -> None:
+    for path in (tmp_path / "test" / "dog").iterdir():
+        path.write_bytes(b"")
+    assert "there is no test image of 'dog'" in refused(replace(pets, skip_unreadable=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sophon.errors import UserError
 from sophon.models.weights import FLOATS, find_weights, load_state, read_state, refuse_pickle
@@ -140,3 +140,17 @@ def test_a_folder_without_the_file_says_what_it_lacks_or_what_lies_there_instead
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"pytorch_model.bin' is a pickle.*model.safetensors"):
         find_weights(tmp_path, "model.safetensors", "k", "timm")
+
+
+def test_whole_numbers_of_any_width_count() -> None:
+    model = TinyNet()
+    load_state(model, {**state_of(model), "bn1.num_batches_tracked": torch.tensor(7, dtype=torch.int32)}, "x")
+    assert model.bn1.num_batches_tracked == 7
+
+
+def test_a_bool_buffer_takes_nothing_else() -> None:
+    model = nn.Module()
+    model.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+    load_state(model, {"mask": torch.tensor([True, False])}, "x")
+    with pytest.raises(UserError, match="'mask' is of type uint8, not bool"):
+        load_state(model, {"mask": torch.tensor([1, 0], dtype=torch.uint8)}, "x")

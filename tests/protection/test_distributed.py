@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from sophon.errors import UserError
-from sophon.protection.distributed import ALONE, join
+from sophon.protection.distributed import ALONE, Ranks, join
 from sophon.protection.resume import STATE_FILE, read_state
 from sophon.tensor_files import read_tensors, write_tensors
 from tests.cli_helpers import REPOSITORY
 from tests.protection.scenarios import CLOSE, SCENARIOS, SIZE, Tensors, left_by_one, own_draw, refusals, resumed
+from tests.tiny import tiny_batches
 
 
 def work(folder: Path) -> None:
@@ -197,3 +198,15 @@ def test_no_thread_of_the_group_outlives_it(ranks: Path) -> None:
         threads = json.loads((ranks / f"threads.{rank}").read_text())
         assert threads
         assert not [name for name in threads if "gloo" in name]
+
+
+@pytest.mark.parametrize(("count", "size"), [(5, 5), (6, 2), (11, 3)])
+def test_slices_make_the_whole(count: int, size: int) -> None:
+    batch, parts = tiny_batches(0, 1, count)[0], []
+    for rank in range(size):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, size
+        parts.append(ranks.share(batch))
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+    assert max(len(part.labels) for part in parts) - min(len(part.labels) for part in parts) <= 1

@@ -160,3 +160,10 @@ def test_a_gradient_of_another_layout_steps_the_weights_that_it_is_of() -> None:
     torch.optim.Adam([plain], lr=0.1).step()
     defenders_adam([fused], 0.1).step()
     torch.testing.assert_close(fused.detach(), plain.detach())
+
+
+def test_zero_steps_do_nothing() -> None:
+    model = tiny_model(1)
+    before = state_of(model)
+    assert make_ntr(model, tiny_model(1), tiny_task(), 0).run(0, 0) == 0
+    assert_same_state(model, before)
