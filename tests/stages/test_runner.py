@@ -77,9 +77,7 @@ def test_a_stage_that_the_guard_never_accepts_ends_the_run(tmp_path: Path) -> No
             {"alternate": {"rounds": 0}},
             r"^method\.stages\.alternate\.rounds: 0 is not allowed; give a whole number >= 1",
         ),
-        ({"alternate": {"rounds": "x"}}, r"^method\.stages\.alternate\.rounds: "),
         ({"reparameterise": {"gains": [0]}}, r"^method\.stages\.reparameterise\.gains\[0\]: 0 is not allowed; .* > 0"),
-        ({"reparameterise": {"spread": 0.5}}, r"^method\.stages\.reparameterise\.spread: 0\.5 is not allowed; "),
     ],
 )
 def test_stages_that_are_refused(stages: dict[str, Any], words: str, tmp_path: Path) -> None:
