@@ -65,25 +65,5 @@ def test_augmentations_keep_form_leave_their_input_alone_and_repeat(name: str, c
     assert torch.equal(images, before)
 
 
-def padded_crops(image: torch.Tensor, flip: bool) -> set[bytes]:
-    """All crops out of the image with a reflected border of an eighth, by torch's own padding."""
-    size = image.shape[-1]
-    padded = torch.nn.functional.pad(image[None].float(), [size // 8] * 4, mode="reflect")[0].byte()
-    crops = [
-        padded[:, row : row + size, column : column + size]
-        for row in range(2 * (size // 8) + 1)
-        for column in range(2 * (size // 8) + 1)
-    ]
-    return {crop.numpy().tobytes() for crop in crops + ([crop.flip(2) for crop in crops] if flip else [])}
-
-
-@pytest.mark.parametrize(("name", "flip"), [("crop", False), ("standard", True)])
-def test_crops_are_those_of_a_reflect_padded_image(name: str, flip: bool) -> None:
-    image = some_images(1).images
-    out = AUGMENTATIONS[name](image.expand(600, -1, -1, -1), seeded())
-    # 25 offsets, twice as many with the flip: 600 draws find them all, and nothing else.
-    assert {one.numpy().tobytes() for one in out} == padded_crops(image[0], flip)
-
-
 def test_augmentations_are_those_that_attackers_choose_from() -> None:
     assert tuple(AUGMENTATIONS) == attacker.AUGMENTATIONS
