@@ -158,7 +158,7 @@ def _curves(audit: AuditReport) -> Iterator[Part]:
         return
     yield (
         f"{metric_name(metric)[:1].upper()}{metric_name(metric)[1:]} on the attacker's own select split in the course "
-        "of fine-tuning; bands are 95 % intervals over seeds. All panels have the same axis."
+        "of fine-tuning; bands span the seeds. All panels have the same axis."
     )
     groups = {
         EXPOSURE_WORDS[exposure]: [a.attack for a in attacks if a.exposure == exposure and a.attack in panels]

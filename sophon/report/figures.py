@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
 from sophon.auditing.attack_scores import Attack
 from sophon.auditing.scores import Score, align, wide
@@ -20,18 +18,13 @@ from sophon.tasks import Metric
 
 
 def band(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the ``mean`` of curves (rows of `Attempts.curves`) by step, and half the width of its interval, ``half``.
-
-    The interval is Student's over seeds; NaN of a single curve.
-    """
+    """Return the ``mean`` of curves (rows of `Attempts.curves`) by step, and the ``low`` and ``high`` ends of them."""
     curves = align(wide(points))
-    count = curves.shape[1]
-    half = stats.t.ppf(0.975, count - 1) * curves.std(axis=1) / math.sqrt(count) if count > 1 else math.nan
-    return pd.DataFrame({"mean": curves.mean(axis=1), "half": half})
+    return pd.DataFrame({"mean": curves.mean(axis=1), "low": curves.min(axis=1), "high": curves.max(axis=1)})
 
 
 def curve_panels(attempts: Attempts, names: Iterable[str], metric: Metric) -> dict[str, str]:
-    """Draw one panel an attack: ``select`` over steps, every role with its confidence band, all on the same y-axis.
+    """Draw one panel an attack: ``select`` over steps, every role with a band over its seeds, all on the same y-axis.
 
     Args:
         names: the attacks on the restricted domain to draw, in this order; those without a finite curve are left out.
@@ -55,8 +48,7 @@ def _limits(bands: Sequence[pd.DataFrame], metric: Metric) -> tuple[float, float
     if not bands:
         return 0.0, 1.0
     every = pd.concat(bands)
-    half = every["half"].fillna(0)
-    low, high = float((every["mean"] - half).min()), float((every["mean"] + half).max())
+    low, high = float(every["low"].min()), float(every["high"].max())
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     least, most = metric.limits
     return max(low - margin, least), min(high + margin, most + 2)
@@ -70,9 +62,9 @@ def _panel(name: str, bands: Mapping[str, pd.DataFrame], limits: tuple[float, fl
         axes.grid(visible=True, axis="y")
         for role, curve in bands.items():
             colour, steps = COLOURS[own(role)], curve.index.to_numpy(float)
-            mean, half = curve["mean"].to_numpy(), curve["half"].to_numpy()
+            mean = curve["mean"].to_numpy()
             axes.plot(steps, mean, color=colour, linestyle=dashes(role), marker="o", markersize=2.2, linewidth=1.5)
-            axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(steps, curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0)
         label_ends(axes, {role: float(curve["mean"].iloc[-1]) for role, curve in bands.items()}, limits)
         axes.set_xlabel("fine-tuning steps")
         return svg(figure, f"{metric.name} on the select split over fine-tuning steps, {name}")
