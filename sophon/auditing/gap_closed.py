@@ -23,7 +23,7 @@ MIDDLE = 0.5
 
 
 class State(StrEnum):
-    """What is made of a gap closed."""
+    """The judgement on a gap closed."""
 
     BROKEN = "BROKEN"
     WEAKENED = "WEAKENED"

@@ -1,4 +1,4 @@
-"""The processes of one run: which part of the work is whose, and how the parts become whole again.
+"""The processes of one run under torchrun: how they divide the work, and how their results are put together.
 
 torchrun starts a process (a rank) for each device. All run the same loops on the same weights; each simulates its own
 attackers and takes its own slice of every batch, and what they find is summed. Without torchrun there is one rank,

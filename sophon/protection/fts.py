@@ -83,8 +83,9 @@ class _Turn:
 class FTS:
     """Takes FTS steps on the released model.
 
-    The attackers of a step are spread over the ranks, and every rank takes the same Adam step on the sum of what they
-    teach. With two attackers on two ranks that is the serial result to the bit; more are added up in another order.
+    The attackers of a step are spread over the ranks, and every rank takes the same Adam step on the sum of their
+    meta-gradients. With two attackers on two ranks that is the serial result to the bit; more are added up in another
+    order.
 
     The meta-gradient of a fresh or probed head belongs to a head that is not released, so it is dropped; that of a
     kept head is applied. The released model is never run here: attackers are scratch copies, so no simulated attacker
@@ -141,7 +142,7 @@ class FTS:
         return FTSStep(query_loss / queries, attacker_loss / finite, norm, diverged)
 
     def _follow(self, sums: list[Tensor], count: float, factor: float, anchor: Mapping[str, Tensor] | None) -> float:
-        """Take the Adam step on the mean of what ``count`` attackers teach; return its norm, before clipping."""
+        """Take the Adam step on the mean meta-gradient of ``count`` attackers; return its norm, before clipping."""
         parameters = dict(self.model.named_parameters())
         for (name, parameter), summed in zip(parameters.items(), sums, strict=True):
             gradient = summed / count
@@ -181,7 +182,7 @@ class FTS:
         return range(index, self.config.pool, self.config.attackers)
 
     def _simulate(self, turn: _Turn) -> tuple[dict[str, Tensor], Simulation]:
-        """Simulate an attacker's turn: in a pool a chunk of its steps, else all; return what it teaches."""
+        """Simulate an attacker's turn: in a pool a chunk of its steps, else all; return its meta-gradient."""
         seed_torch(turn.seed)
         strategy, past = turn.strategy, None
         if turn.member is None:

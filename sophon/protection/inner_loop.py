@@ -31,7 +31,7 @@ from sophon.tasks import Task
 
 
 class Simulation(NamedTuple):
-    """What one simulated attacker teaches.
+    """The result of one simulated attacker.
 
     Attributes:
         gradients: d L / d theta^0 by parameter name, for every parameter of the attacker, its head included.
@@ -48,7 +48,7 @@ class Simulation(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What an attacker that goes on brings along besides its weights.
+    """The state of an attacker that goes on from an earlier turn, besides its weights.
 
     Attributes:
         steps: that it has taken.
@@ -60,7 +60,7 @@ class Past(NamedTuple):
 
 
 class Query(NamedTuple):
-    """Where on an attacker's way the defender asks.
+    """A point of the attacker's trajectory at which the defender evaluates its objectives.
 
     Attributes:
         moving: the parameters that the attacker steps, at theta^k.
@@ -140,7 +140,7 @@ def frozen_statistics(model: nn.Module | Sequence[_BatchNorm]) -> Iterator[None]
     """Let normalisation layers normalise as in training without recording: neither their statistics nor a count.
 
     Args:
-        model: a model, or its `recording_layers`, for who comes here often.
+        model: a model, or its `recording_layers`, which saves looking for them.
     """
     layers = recording_layers(model) if isinstance(model, nn.Module) else model
     for layer in layers:

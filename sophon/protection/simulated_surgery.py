@@ -1,4 +1,4 @@
-"""Attackers of the simulation who operate on the released weights, and what first-order FTS must know of that.
+"""Simulated attackers that change the released weights first, and the factors that first-order FTS then needs.
 
 Surgery makes an attacker's start a function of the released weights. First-order FTS takes what the attacker adds from
 there on as a constant, so that the meta-gradient is the sum of the query gradients times d start / d released weight.

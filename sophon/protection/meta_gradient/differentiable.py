@@ -52,7 +52,7 @@ def _adam_step(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: di
     return moved
 
 
-class Checkpoint(NamedTuple):
+class Snapshot(NamedTuple):
     """Where an attacker stands between two steps: all that the next ones depend on besides their batches.
 
     Attributes:
@@ -123,25 +123,25 @@ class DifferentiableAttacker:
         self._optimizer.state[0] = _detached(self._optimizer.state[0], requires_grad=True)
         return self.position()
 
-    def save(self) -> Checkpoint:
+    def save(self) -> Snapshot:
         """Return where the attacker stands, without a graph."""
         # steps are taken out of place: nothing but the buffers needs to be copied
-        return Checkpoint(
+        return Snapshot(
             [weight.detach() for weight in self._weights()],
             _detached(self._optimizer.state[0]),
             [buffer.detach().clone() for buffer in self.model.buffers()],
             [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else [])],
         )
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, snapshot: Snapshot) -> None:
         """Put the attacker, and torch's global generators, back to where they were."""
-        self._place([weight.detach().requires_grad_() for weight in checkpoint.weights])
-        self._optimizer.state[0] = _detached(checkpoint.state)
+        self._place([weight.detach().requires_grad_() for weight in snapshot.weights])
+        self._optimizer.state[0] = _detached(snapshot.state)
         with torch.no_grad():
-            for buffer, value in zip(self.model.buffers(), checkpoint.buffers, strict=True):
+            for buffer, value in zip(self.model.buffers(), snapshot.buffers, strict=True):
                 buffer.copy_(value)
-        torch.set_rng_state(checkpoint.generators[0])
-        for state in checkpoint.generators[1:]:
+        torch.set_rng_state(snapshot.generators[0])
+        for state in snapshot.generators[1:]:
             torch.cuda.set_rng_state(state, self._device)
 
     def _weights(self) -> list[Tensor]:

@@ -59,7 +59,7 @@ def second_order(
 
 
 class _Sweeps:
-    """One attacker's way, forwards and back; ``total`` gathers the gradient with respect to theta^0."""
+    """One attacker's trajectory, forwards and back; ``total`` gathers the gradient with respect to theta^0."""
 
     def __init__(
         self,
