@@ -7,6 +7,7 @@ The usual methods are settings of this stage:
 | MaxEnt, KL from uniform; the first step of UNDO (arXiv 2506.06278) | ``suppression_loss=klu``; denoisers ``dos`` |
 | gradient difference: ascent on restricted, descent on original ones | ``negative_ce``, or ``mlac``, which is bounded |
 | random labels, one for each image | ``by=random_labels`` |
+| ESD (arXiv 2303.07345), on noised images in place of generated ones | ``by=negative_guidance`` |
 | ascent, with KL to the reference on original images | ``mlac``, ``labels=0`` and ``distillation`` above 0 |
 
 It suppresses what the model *shows*: fine-tuning brings it back within few steps, unless more is done.
@@ -23,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sophon.domains import Batch, ImageSet, LoadedDomain, batches
+from sophon.domains import Batch, ImageSet, batches
 from sophon.errors import UserError
 from sophon.finetune import Loss
 from sophon.protection.context import Context
@@ -41,8 +42,11 @@ class UnlearnConfig:
     """What is unlearnt by.
 
     Attributes:
-        by: what is minimised on the restricted domains: ``suppression_loss``, the method's; or ``random_labels``, the
-            cross-entropy to labels drawn once for each image among the model's own classes.
+        by: what is minimised on the restricted domains: ``suppression_loss``, the method's; ``random_labels``, the
+            cross-entropy to labels drawn once for each image among the model's own classes; or ``negative_guidance``,
+            of a denoiser the distance to the reference's answer to the empty prompt (to one of the original classes
+            where it is told classes), guided away from the image's own.
+        guidance: how far away by ``negative_guidance``, >= 0; 0 ends at that answer itself.
         weight: of that loss, > 0; that of the original domain's loss is 1.
         labels: weight of the labels' loss on the original domain (of a denoiser the noise's), >= 0; the reference's
             answers are learnt there with the weight ``method.distillation``.
@@ -51,7 +55,8 @@ class UnlearnConfig:
             round, and does not release. A loss that reads labels needs ``probed`` unless the classes are as many.
     """
 
-    by: str = limited("suppression_loss", choices=("suppression_loss", "random_labels"))
+    by: str = limited("suppression_loss", choices=("suppression_loss", "random_labels", "negative_guidance"))
+    guidance: float = limited(1.0, ge=0)
     weight: float = limited(1.0, gt=0)
     labels: float = limited(1.0, ge=0)
     head: str = limited("kept", choices=("kept", "probed"))
@@ -77,6 +82,11 @@ class Unlearn(Training):
             raise UserError("method.stages.unlearn.by: 'random_labels' needs a model with a head, and head=kept")
         if random and context.task.features(model, context.original["val"].first(1).images) is None:
             raise UserError("method.stages.unlearn.by: 'random_labels' is for classifiers; give suppression_loss")
+        if self.config.by == "negative_guidance" and (self.config.head != "kept" or not _asked(context)):
+            raise UserError(
+                "method.stages.unlearn.by: 'negative_guidance' needs head=kept and a denoiser that is told prompts, or "
+                "restricted classes (domain.pretrained_on=both, domain.restricted_outputs=true); give suppression_loss"
+            )
         if self.config.head == "kept" and context.task.reads_labels and not random:
             for domain in context.restricted:
                 context.task.start_head(model, "kept", domain.classes)
@@ -94,10 +104,14 @@ class Unlearn(Training):
         """Return the original domain's loss, and that of each half of each restricted domain's images."""
         method, task, config = context.method, context.task, self.config
         kept = partial(task.original_loss, reference=context.reference, labels=config.labels)
-        loss: Loss = task.attacker_loss if config.by == "random_labels" else task.suppression_loss
+        losses: dict[str, Loss] = {
+            "random_labels": task.attacker_loss,
+            "negative_guidance": partial(self._erased, context),
+        }
+        loss = losses.get(config.by, task.suppression_loss)
         terms = [Term(context.original["train"], method.ntr_batch_size, "method.ntr_batch_size", kept)]
         half, weight = (method.query_batch_size + 1) // 2, config.weight / (2 * len(context.restricted))
-        for index, domain in enumerate(context.restricted):
+        for index in range(len(context.restricted)):
 
             def suppressed(model: nn.Module, batch: Batch, index: int = index) -> Tensor:
                 # as users run it; and the statistics stay those of original images
@@ -105,7 +119,7 @@ class Unlearn(Training):
                     return loss(model, batch).mul(weight)
 
             for split in ("adapt", "query"):
-                images = self._labelled(context, domain, split)
+                images = self._labelled(context, index, split)
                 terms.append(Term(images, half, "method.query_batch_size", suppressed))
         return terms
 
@@ -117,11 +131,12 @@ class Unlearn(Training):
 
     def information(self, context: Context) -> Information:
         """Return what was read: of the restricted domains labels only where the loss, or a probed head, reads them."""
-        labelled = self.config.head == "probed" or (context.task.reads_labels and self.config.by != "random_labels")
+        read = {"suppression_loss": context.task.reads_labels, "random_labels": False, "negative_guidance": True}
+        labelled = self.config.head == "probed" or read[self.config.by]
         return Information(
             original=("images", "labels") if self.config.labels else ("images",),
             restricted=("images", "labels") if labelled else ("images",),
-            teacher="reference" if context.method.distillation else "none",
+            teacher="reference" if context.method.distillation or self.config.by == "negative_guidance" else "none",
         )
 
     def state(self, context: Context) -> Remembered:
@@ -166,8 +181,9 @@ class Unlearn(Training):
         finally:
             model.set_submodule(name, own)
 
-    def _labelled(self, context: Context, domain: LoadedDomain, split: str) -> ImageSet:
+    def _labelled(self, context: Context, index: int, split: str) -> ImageSet:
         """Return a split; where its labels are not read, with ones that the head can have, at random if asked for."""
+        domain = context.restricted[index]
         images = domain[split]
         sizes = [len(context.model.get_parameter(name)) for name in context.task.head_names(context.model)]
         if self.config.by == "random_labels":
@@ -176,7 +192,16 @@ class Unlearn(Training):
             return images.relabelled(drawn, images.classes)
         if self._probes or context.task.reads_labels or not sizes:
             return images
-        return images.relabelled(images.labels % sizes[0], images.classes)
+        before = (context.original, *context.restricted[:index])  # in the order of a model that was trained on both
+        start = sum(len(each.classes) for each in before)
+        return images.relabelled((images.labels + start) % sizes[0], images.classes)
+
+    def _erased(self, context: Context, model: nn.Module, batch: Batch) -> Tensor:
+        """Return ESD's loss: away from the batch's classes or prompts, from original classes or the empty prompt."""
+        count = len(batch.labels)
+        labels = torch.randint(len(context.original.classes), (count,), device=batch.labels.device)
+        base = batch._replace(labels=labels, prompts=("",) * count)
+        return context.task.erasure_loss(model, batch, context.reference, base, self.config.guidance)
 
     def _refresh(self, context: Context, index: int, number: int) -> None:
         """Fit a probed head to the features as they are, which stay."""
@@ -195,3 +220,11 @@ class Unlearn(Training):
                 ):
                     parameter.grad = gradient
                 adam.step()
+
+
+def _asked(context: Context) -> bool:
+    """Whether the model is told what restricted images show: prompts, or classes of theirs."""
+    if (frozen := context.task.adapter.frozen) is not None and frozen.reads_prompts:
+        return True
+    classes = sum(len(each.classes) for each in (context.original, *context.restricted))
+    return (context.task.adapter.classes_in(context.model) or 0) >= classes

@@ -23,6 +23,8 @@ from sophon.tasks.inputs import Inputs
 from sophon.tasks.noise_schedule import Noised, noise_schedule
 from sophon.tasks.task import Kind, Measured, Metric, evaluating, within_scope
 
+Conditions = Mapping[str, Tensor]
+
 
 class DenoisingTask(Kind):
     """Denoising diffusion (DDPM, Ho et al., 2020); the primary metric is the error of the predicted noise.
@@ -91,55 +93,59 @@ class DenoisingTask(Kind):
         self.prepare(batch.images)
         self.inputs.conditions(batch)
 
-    def _draw(self, images: Tensor, until: int | None = None) -> Noised:
-        return self.schedule.draw(self.prepare(images), until)
-
-    def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    def _output(self, model: nn.Module, images: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Return what the network says: noise, velocity or clean images, as the scheduler has it; [B, C, H, W]."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             output = self.adapter.forward(model, images, timesteps=timesteps, **conditions)
         return output.float() if self.amp else output
 
+    def _ask(self, model: nn.Module, batch: Batch, until: int | None = None) -> tuple[Tensor, Noised, Conditions]:
+        """Return what the network says of a batch that is noised anew, and what it was asked."""
+        noised, conditions = self.schedule.draw(self.prepare(batch.images), until), self.inputs.conditions(batch)
+        return self._output(model, noised.images, noised.told, conditions), noised, conditions
+
+    def _teach(self, reference: nn.Module, noised: Noised, conditions: Conditions) -> Tensor:
+        with evaluating(reference):
+            return self._output(reference, noised.images, noised.told, conditions)
+
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean squared error of the scheduler's target at drawn timesteps (DDPM's simple loss)."""
-        noised = self._draw(batch.images)
-        output = self._output(model, noised.images, noised.told, self.inputs.conditions(batch))
+        output, noised, _ = self._ask(model, batch)
         return F.mse_loss(output, self.schedule.target(noised))
 
     def suppression_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the configured suppression loss of the predicted noise."""
-        noised = self._draw(batch.images, self._suppressed)
-        output = self._output(model, noised.images, noised.told, self.inputs.conditions(batch))
+        output, noised, _ = self._ask(model, batch, self._suppressed)
         return self._suppress(self.schedule.as_noise(output, noised), noised.noise)
 
     def original_loss(
         self, model: nn.Module, batch: Batch, reference: nn.Module | None = None, labels: float = 1.0
     ) -> Tensor:
         """Return DDPM's loss times ``labels``, plus the weighted squared distance to the reference's output."""
-        noised, conditions = self._draw(batch.images), self.inputs.conditions(batch)
-        output = self._output(model, noised.images, noised.told, conditions)
+        output, noised, conditions = self._ask(model, batch)
         loss = labels * F.mse_loss(output, self.schedule.target(noised))
         if reference is None or self.distillation == 0:
             return loss
-        return loss + self.distillation * self._distance(output, noised, conditions, reference)
+        return loss + self.distillation * F.mse_loss(output, self._teach(reference, noised, conditions))
 
     def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
         """Return the squared distance to the reference's output on freshly noised images; labels are not read.
 
         Where there are classes, both networks are asked for ones drawn uniformly among the reference's.
         """
-        noised = self._draw(batch.images)
+        noised = self.schedule.draw(self.prepare(batch.images))
         labels = torch.randint(max(1, self._classes(reference)), (len(batch.images),), device=batch.images.device)
         conditions = self.inputs.conditions(batch._replace(labels=labels))
         output = self._output(model, noised.images, noised.told, conditions)
-        return self._distance(output, noised, conditions, reference)
+        return F.mse_loss(output, self._teach(reference, noised, conditions))
 
-    def _distance(
-        self, output: Tensor, noised: Noised, conditions: Mapping[str, Tensor], reference: nn.Module
+    def erasure_loss(
+        self, model: nn.Module, batch: Batch, reference: nn.Module, base: Batch, guidance: float
     ) -> Tensor:
-        with evaluating(reference):
-            teacher = self._output(reference, noised.images, noised.told, conditions)
-        return F.mse_loss(output, teacher)
+        """Return the squared distance to the reference's output under negative guidance (ESD, arXiv 2303.07345)."""
+        output, noised, conditions = self._ask(model, batch)
+        unasked, asked = (self._teach(reference, noised, told) for told in (self.inputs.conditions(base), conditions))
+        return F.mse_loss(output, unasked - guidance * (asked - unasked))
 
     def chance_loss(self, model: nn.Module) -> float:
         """Return 1: the mean square of unit noise, which is the error of predicting none."""

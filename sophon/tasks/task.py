@@ -93,6 +93,23 @@ class Task(Protocol):
     def imitation_loss(self, model: nn.Module, batch: Batch, reference: nn.Module) -> Tensor:
         """Return what a student minimises to answer as ``reference`` does; the classes of the images teach nothing."""
 
+    def erasure_loss(
+        self, model: nn.Module, batch: Batch, reference: nn.Module, base: Batch, guidance: float
+    ) -> Tensor:
+        """Return what is minimised to answer a batch as if it were asked what ``base`` is, or guided further away.
+
+        Args:
+            model: what is trained.
+            batch: images with the classes or prompts that are to mean nothing.
+            reference: gives the target: its output for ``base``, less ``guidance`` times what the batch's own classes
+                or prompts add to that.
+            base: the same images with other classes or prompts.
+            guidance: >= 0.
+
+        Raises:
+            UserError: the model is not asked for anything.
+        """
+
     def chance_loss(self, model: nn.Module) -> float:
         """Return the attacker's loss of who can do no better than guess."""
 
@@ -174,6 +191,12 @@ class Kind:
     def blocks(self, model: nn.Module) -> list[Block]:
         """Return the blocks from input to output, the head left out."""
         return self.adapter.blocks(model)
+
+    def erasure_loss(
+        self, model: nn.Module, batch: Batch, reference: nn.Module, base: Batch, guidance: float
+    ) -> Tensor:
+        """Refuse: models of this kind are not asked for anything."""
+        raise UserError(f"method.stages.unlearn.by: 'negative_guidance' is not for task.name={self.kind}")
 
     def _require_classes(self, count: int, classes: Sequence[str]) -> None:
         """Refuse to keep a head of another number of classes."""

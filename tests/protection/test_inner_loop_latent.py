@@ -1,4 +1,4 @@
-"""Both engines on networks that work on latents, against diffusers' and transformers' own parts, in float64."""
+"""Both engines, and erasure, on networks of latents, against diffusers' and transformers' own parts, in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import ModelConfig
+from sophon.domains import Batch
 from sophon.models import create, describe
 from sophon.protection.fts import ENGINES
 from sophon.protection.inner_loop import query_weights
@@ -76,3 +77,22 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(kind: str
     assert kept[True] < 0.5 * kept[False]
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-14)
+
+
+def test_erasure_leads_away_from_the_prompts_from_the_empty_one() -> None:
+    model, spec = create(describe(ModelConfig(weights=str(folder_of("text")))), CLASSES)
+    student = copy.deepcopy(model.double().eval())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    parts, base = Reference("text"), ADAPT[0]._replace(prompts=("",) * len(ADAPT[0].labels))
+
+    def said(network: nn.Module, batch: Batch) -> Tensor:
+        torch.manual_seed(SEED)
+        return parts.predicted(network, dict(network.named_parameters()), batch)[0]
+
+    unasked, asked = said(model, base), said(model, ADAPT[0])
+    assert not torch.allclose(unasked, asked)
+    torch.manual_seed(SEED)
+    found = DenoisingTask(spec, dtype=torch.float64).erasure_loss(student, ADAPT[0], model, base, 2.0)
+    torch.testing.assert_close(found, (said(student, ADAPT[0]) - (3 * unasked - 2 * asked)).square().mean())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sophon.api.manifests import information_path
-from sophon.domains import Batch
+from sophon.domains import Batch, LoadedDomain
 from sophon.errors import GuardError, UserError
 from sophon.protection.stage import Information
 from sophon.protection.training import fresh
@@ -85,6 +85,34 @@ def test_unlearn_takes_the_answers_on_the_restricted_domain_towards_a_guess(by: 
     assert asked(at.model) < 0.5 * before
 
 
+def test_negative_guidance_erases_the_restricted_classes_of_a_conditional_denoiser() -> None:
+    def part(domain: LoadedDomain, classes: tuple[str, ...]) -> LoadedDomain:
+        sets = {
+            name: images.relabelled(images.labels % len(classes), classes) for name, images in domain.splits.items()
+        }
+        return replace(domain, classes=classes, splits=sets)
+
+    model, method = tiny_unet(conditional=True), replace(METHOD, ntr_lr=3e-3, ntr_steps=20, query_batch_size=24)
+    at = context(
+        copy.deepcopy(model), tiny_denoising(conditional=True), method, reference=model,
+        original=part(ORIGINAL, ("a",)), restricted=(part(RESTRICTED, ("b", "c")),),
+    )  # fmt: skip
+    stage = Unlearn(UnlearnConfig(by="negative_guidance", weight=10.0))
+    stage.check(at)
+    stage.prepare(at)
+    _, term, _ = stage.terms(at)
+    batch = term.images.first(12)
+    assert set(batch.labels.tolist()) == {1, 2}
+
+    def missed() -> float:
+        torch.manual_seed(0)
+        return term.loss(at.model, batch).item()
+
+    before = missed()
+    stage.step(at, 0)
+    assert missed() < 0.7 * before
+
+
 def test_a_fresh_student_has_nothing_of_the_weights_that_it_replaces() -> None:
     students = []
     for seed in (0, 1):
@@ -141,6 +169,7 @@ def test_a_student_may_stop_as_soon_as_it_is_within_tolerance(tmp_path: Path) ->
     ("stages", "changes", "words"),
     [
         ({"unlearn": {"labels": 0.0}}, {}, r"^method\.stages\.unlearn\.labels: 0 is not allowed with"),
+        ({"unlearn": {"by": "negative_guidance"}}, {}, r"^method\.stages\.unlearn\.by: .* needs head=kept and a"),
         ({"distil": {}}, {"distillation": 0.0}, r"^method\.distillation: 0 is not allowed with the stage distil"),
         ({"distil": {"optimizer": "none"}}, {}, r"^method\.stages\.distil\.optimizer: "),
         ({"distil": {"optimizer": "muon"}}, {}, r"^method\.stages\.distil\.optimizer: 'muon' is not allowed"),
@@ -172,6 +201,7 @@ def test_agreeing_gradients_of_a_loss_that_reads_labels_need_an_output_a_class()
     ("stage", "words"),
     [
         (Unlearn(UnlearnConfig(head="probed")), r"unlearn\.head: 'probed' is not allowed for a model without a head"),
+        (Unlearn(UnlearnConfig(by="negative_guidance")), r"unlearn\.by: 'negative_guidance' needs head=kept and a "),
         (Distil(DistilConfig(features=1.0)), r"distil\.features: this model has no features"),
     ],
 )
