@@ -71,7 +71,7 @@ def read_json(path: str | Path) -> Any:
         data = Path(path).read_bytes()
     try:
         return json.loads(data)
-    except ValueError as error:  # covers both malformed JSON and bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # covers both malformed JSON and bytes that are not UTF-8
         raise UserError(f"cannot read {path}: it is truncated or not JSON") from error
 
 

@@ -70,7 +70,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path):
         files.write_text(tmp_path / "a" / "b", "x")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"[" * 100_000])
 def test_broken_json_is_refused(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.json: it is truncated or not JSON"):

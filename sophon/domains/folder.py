@@ -56,8 +56,8 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     classes = tuple(sorted({*train.folders, *test.folders}))
     if not classes:
         raise UserError(
-            f"{key}: there is no class folder in {train.folder}; give root/train/CLASS/IMAGE, "
-            f"or {where}.labels=none for images without classes"
+            f"{key}: there is no class folder in {train.folder}; give root/train/CLASS/IMAGE, or "
+            f"{METADATA_FILES[0]} in root/train and in root/test, or {where}.labels=none for images without classes"
         )
     kept = classes if config.classes is None else config.classes
     return train.part(classes, kept), test.part(classes, kept)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from sophon.errors import UserError
+from sophon.domains.names import escaped, few
+from sophon.errors import UserError, one_line
 from sophon.paths import explained
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -39,21 +40,28 @@ def read_metadata(file: Path, key: str) -> Listed:
     with explained(file, "read", key):
         try:
             rows = list(_rows(file.read_text(encoding="utf-8-sig"), file.suffix))
-        except (csv.Error, ValueError) as error:
-            raise UserError(f"{key}: {file} cannot be read: {' '.join(str(error).split())}") from error
-    paths, labels, texts = [], [], []
-    captions = bool(rows) and all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows)
+        except (csv.Error, ValueError, RecursionError) as error:
+            raise UserError(f"{key}: {file} cannot be read: {one_line(error)}") from error
+    if not rows:
+        raise UserError(f"{key}: {file} lists no image; give a row an image, with the columns file_name and label")
+    paths, labels, texts, labelled = [], [], [], dict[str, Any]()
+    captions = all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows)
     unlabelled = captions and not any("label" in row for row in rows)
     for number, row in enumerate(rows, 1):
         name, label = (row.get(column) if isinstance(row, dict) else None for column in ("file_name", "label"))
         if unlabelled and isinstance(name, str):
             label = next(iter(PurePosixPath(name).parts[:-1]), "image")
         if not isinstance(name, str) or label is None or label == "":
-            raise UserError(f"{key}: row {number} of {file} has no file_name or no label; give both columns")
+            columns = escaped(few(str(each) for each in row if each)) if isinstance(row, dict) else "no columns"
+            raise UserError(
+                f"{key}: row {number} of {file} has no file_name or no label; give these two columns (it has {columns})"
+            )
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"{key}: row {number} of {file} names an image outside of the folder; give paths below it")
         paths.append(str(file.parent / name))
         labels.append(label)
+        if labelled.setdefault(paths[-1], label) != label:
+            raise UserError(f"{key}: row {number} of {file} gives '{name}' a second label; give one an image")
         if captions:
             texts.append(row["text"])
     return Listed(paths, _numbers(labels) if file.suffix == ".csv" else labels, texts if captions else None)
@@ -61,7 +69,11 @@ def read_metadata(file: Path, key: str) -> Listed:
 
 def _rows(text: str, suffix: str) -> Iterator[Any]:
     if suffix == ".csv":
-        return iter(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns = [each for each in table.fieldnames or () if each]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"two columns have the same name ({escaped(few(columns))})")
+        return iter(table)
     return (json.loads(line) for line in text.splitlines() if line.strip())
 
 
