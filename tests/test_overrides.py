@@ -164,7 +164,7 @@ def test_another_architecture_starts_without_the_demos_arguments(override: str) 
         (["pretrain", "pretrain.optimizer=adm"], ["pretrain.optimizer: 'adm'", "did you mean adam"]),
         (["protect", "--help", "metod"], ["'metod'", "did you mean method?", "strategy"]),
         (["protect", "experiment=null"], ["experiment: 'null'", "quickstart"]),
-        (["protect", "seed=abc"], ["seed", "abc", "Integer"]),
+        (["protect", "seed=abc"], ["seed: abc is not allowed; it must be int"]),
         (["protect", "method.rounds=1,2"], ["method.rounds=1,2", "--multirun"]),
         (["protect", "name=${nowhere}"], ["name: ", "nowhere"]),
         (["protect", "--bogus"], ["--bogus"]),

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import textwrap
 from dataclasses import is_dataclass
-from typing import Any, get_args
+from typing import Any
 
 import omegaconf
 
 from sophon.cli.groups import choices, groups
-from sophon.config.keys import ANY, below, content, keys
+from sophon.config.keys import ANY, below, content, keys, type_name
 from sophon.errors import UserError, likely
 
 USAGE = """sophon: make pre-trained models non-fine-tunable in a restricted domain, and audit how well that holds
@@ -73,7 +73,7 @@ def explain(name: str) -> str:
         if key.name.startswith(skipped) or not key.meaning:
             continue
         if not is_dataclass(kind):
-            lines.append(f"{key.name}: {_type(key.type)}{_default(key.default)}\n{_wrapped(key.meaning)}")
+            lines.append(f"{key.name}: {type_name(key.type)}{_default(key.default)}\n{_wrapped(key.meaning)}")
         elif name != "run":
             lines.append(f"{key.name}: {key.meaning}")
             if kind in explained:
@@ -85,10 +85,6 @@ def explain(name: str) -> str:
 
 def _wrapped(words: str) -> str:
     return textwrap.fill(words, 120, initial_indent="    ", subsequent_indent="    ")
-
-
-def _type(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
 def _default(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from hydra.errors import HydraException
 
 from sophon.cli.groups import ROLES, choices, groups
-from sophon.config.keys import find, keys
+from sophon.config.keys import find, keys, type_name
 from sophon.errors import likely
 
 _INTERNAL = (
@@ -27,6 +27,9 @@ def one_line(error: Exception, searched: Iterable[str] = ()) -> str:
         return _no_such_key(match[1], searched)
     if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^'/]+)'", whole):
         return _no_such_choice(match[1], match[2], searched)
+    merging = re.match(r"Error merging override \+*([\w.]+)=(.*)", whole)
+    if merging and (key := find(merging[1])) is not None:
+        return f"{merging[1]}: {merging[2]} is not allowed; it must be {type_name(key.type)}"
     if "Ambiguous value" in whole or "mismatched input" in whole or "no viable alternative" in whole:
         advice = "--multirun sweeps over several values; a value with special letters is quoted, as in \"key='a,b'\""
         whole = f"{whole.splitlines()[0]}\n{advice}"

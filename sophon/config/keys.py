@@ -72,6 +72,11 @@ def content(kind: Any) -> Any:
     return kind
 
 
+def type_name(kind: Any) -> str:
+    """Return a type as people write it."""
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+
+
 def optional(kind: Any) -> bool:
     """Return whether a type takes ``None``."""
     return type(None) in get_args(kind)
