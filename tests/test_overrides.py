@@ -165,6 +165,11 @@ def test_another_architecture_starts_without_the_demos_arguments(override: str) 
         (["protect", "--help", "metod"], ["'metod'", "did you mean method?", "strategy"]),
         (["protect", "experiment=null"], ["experiment: 'null'", "quickstart"]),
         (["protect", "seed=abc"], ["seed: abc is not allowed; it must be int"]),
+        (["audit", "+attack.search.mine={sampler: tpe, budget: 4}"], ["attack.search.mine.budget: no such key"]),
+        (
+            ["audit", "+attack.search.mine={sampler: tpe, trials: x}"],
+            ["attack.search.mine.trials: {", "it must be int"],
+        ),
         (["protect", "method.rounds=1,2"], ["method.rounds=1,2", "--multirun"]),
         (["protect", "name=${nowhere}"], ["name: ", "nowhere"]),
         (["protect", "--bogus"], ["--bogus"]),

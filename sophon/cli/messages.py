@@ -27,9 +27,12 @@ def one_line(error: Exception, searched: Iterable[str] = ()) -> str:
         return _no_such_key(match[1], searched)
     if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^'/]+)'", whole):
         return _no_such_choice(match[1], match[2], searched)
+    if match := re.search(r"Key '\S+' not in .*\s+full_key: (\S+)", whole):
+        return _no_such_key(match[1], searched)
     merging = re.match(r"Error merging override \+*([\w.]+)=(.*)", whole)
-    if merging and (key := find(merging[1])) is not None:
-        return f"{merging[1]}: {merging[2]} is not allowed; it must be {type_name(key.type)}"
+    within = re.search(r"full_key: (\S+)", whole) or merging
+    if merging and within and (key := find(within[1])) is not None:
+        return f"{within[1]}: {merging[2]} is not allowed; it must be {type_name(key.type)}"
     if "Ambiguous value" in whole or "mismatched input" in whole or "no viable alternative" in whole:
         advice = "--multirun sweeps over several values; a value with special letters is quoted, as in \"key='a,b'\""
         whole = f"{whole.splitlines()[0]}\n{advice}"
