@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tests.cli_helpers import REPOSITORY, sophon
-from tests.models.pipelines import CLASSES, folder_of
+from tests.models.pipelines import CLASSES, KINDS, folder_of
 from tests.test_docs import commands
 
 SMALL = ("tracking.progress=false", "task.sample_steps=2", "task.evaluation_images=6", "threads=1")
@@ -38,7 +38,7 @@ def write(root: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "text-xl", "classes"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_pages_commands(kind: str, tmp_path: Path) -> None:
     write(tmp_path / "path/to/photos", 0)
     write(tmp_path / "path/to/paintings", 1)

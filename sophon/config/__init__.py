@@ -67,12 +67,15 @@ class TaskConfig:
         sample_steps: denoising: DDIM (or Euler) steps of a generated image.
         gradient_checkpointing: denoising: keep no activations inside the network's blocks but compute them again on the
             way back, by diffusers' `enable_gradient_checkpointing`: the same gradients, less memory, more time.
+        frozen_dtype: of latent pipelines: what autoencoder and text encoders compute in, ``float32``, ``bfloat16`` or
+            ``float16``; latents and embeddings are float32 from there on, and what is released is unchanged.
     """
 
     name: str = "classification"
     evaluation_images: int = limited(1000, ge=1)
     sample_steps: int = limited(25, ge=1)
     gradient_checkpointing: bool = False
+    frozen_dtype: str = limited("float32", choices=("float32", "bfloat16", "float16"))
 
 
 @dataclass

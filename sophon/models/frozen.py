@@ -108,7 +108,7 @@ class FrozenParts:
             pooled = torch.cat([first[0], rest[0][0]], -1)
             return {"encoder_hidden_states": torch.cat([states, rest[1][0]], -2), "pooled_projections": pooled}
         sizes = [image_size, image_size, 0, 0, image_size, image_size]  # as it was, where it was cropped, as it is
-        ids = torch.tensor([sizes] * len(prompts), dtype=like.dtype, device=like.device)
+        ids = torch.tensor([sizes] * len(prompts), dtype=torch.float32, device=like.device)
         return {"encoder_hidden_states": states, "text_embeds": rest[0][0], "time_ids": ids}
 
     def _read_texts(self, name: str, prompts: Sequence[str], like: Tensor) -> Any:

@@ -38,6 +38,7 @@ class DenoisingTask(Kind):
         evaluation_images: at most so many (image, timestep, noise) triples are measured.
         sample_steps: DDIM steps of a generated image.
         gradient_checkpointing: compute activations again on the way back.
+        frozen_dtype: torch's name of the type that autoencoder and text encoders compute in; None for ``dtype``.
         amp: autocast passes to bfloat16; what they return, and so every loss, is float32.
         dtype: of the images; float64 serves gradient checks.
 
@@ -62,6 +63,7 @@ class DenoisingTask(Kind):
         evaluation_images: int = 1000,
         sample_steps: int = 25,
         gradient_checkpointing: bool = False,
+        frozen_dtype: str | None = None,
         amp: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -71,7 +73,8 @@ class DenoisingTask(Kind):
         self.gradient_checkpointing = gradient_checkpointing
         self.dtype = dtype
         self.schedule = noise_schedule(spec.scheduler, dtype)
-        self.inputs = Inputs(self.adapter, spec.image_size, dtype)
+        frozen = None if frozen_dtype is None else getattr(torch, frozen_dtype)
+        self.inputs = Inputs(self.adapter, spec.image_size, dtype, frozen)
         self.evaluation_batch_size = 250 if self.adapter.frozen is None else 16  # networks on latents are large
         self._suppressed = max(1, round(suppression_timesteps * len(self.schedule)))
 

@@ -24,10 +24,14 @@ class Inputs:
         adapter: of the denoiser.
         image_size: of the images, in pixels.
         dtype: of the inputs.
+        frozen_dtype: of the autoencoder and the text encoders.
     """
 
-    def __init__(self, adapter: ModelAdapter, image_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, image_size: int, dtype: torch.dtype, frozen_dtype: torch.dtype | None = None
+    ) -> None:
         self._frozen, self._image_size, self._dtype = adapter.frozen, image_size, dtype
+        self._frozen_dtype = frozen_dtype or dtype
         self._latents: dict[bytes, Tensor] = {}
         self._told: dict[str, dict[str, Tensor]] = {}
         self._bytes = 0
@@ -46,7 +50,8 @@ class Inputs:
         key = hashlib.sha256(image.cpu().numpy().tobytes() + repr(image.shape).encode()).digest()
         latent = self._latents.get(key)
         if latent is None:
-            latent = self._frozen.encode(self._scaled(image)).contiguous()  # noise is drawn in the order of memory
+            latent = self._frozen.encode(self._scaled(image).to(self._frozen_dtype)).to(self._dtype)
+            latent = latent.contiguous()  # noise is drawn in the order of memory
             if self._bytes < _MOST:
                 self._latents[key] = latent
                 self._bytes += latent.nbytes
@@ -55,7 +60,8 @@ class Inputs:
     def images(self, clean: Tensor) -> Tensor:
         """Return uint8 images [B, C, H, W] on the CPU of x_0."""
         if self._frozen is not None:
-            clean = torch.cat([self._frozen.decode(part[None]) for part in clean])
+            parts = [self._frozen.decode(part[None].to(self._frozen_dtype)) for part in clean]
+            clean = torch.cat(parts).to(self._dtype)
         pixels = (clean.clamp(-1, 1) + 1) * 127.5
         return pixels.nan_to_num(0).round().to(torch.uint8).cpu()
 
@@ -79,6 +85,7 @@ class Inputs:
     def _embedding(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
         assert self._frozen is not None  # `conditions` asked
         if prompt not in self._told:
-            like = torch.empty(0, dtype=self._dtype, device=device)
-            self._told[prompt] = self._frozen.embed([prompt], like, self._image_size)
+            like = torch.empty(0, dtype=self._frozen_dtype, device=device)
+            told = self._frozen.embed([prompt], like, self._image_size)
+            self._told[prompt] = {name: part.to(self._dtype) for name, part in told.items()}
         return {name: part.to(device) for name, part in self._told[prompt].items()}

@@ -25,7 +25,7 @@ def sample(config: Config) -> None:
     with owned(run_dir(config)) as folder:
         path = folder / "samples.png"
         write_bytes(path, image_grid(_drawn(config, folder)))
-    print(f"{path}: {config.n} images, {config.task.sample_steps} DDIM steps")
+    print(f"{path}: {config.n} images, {config.task.sample_steps} steps")
 
 
 def _drawn(config: Config, folder: Path) -> Tensor:

@@ -96,3 +96,14 @@ def test_erasure_leads_away_from_the_prompts_from_the_empty_one() -> None:
     torch.manual_seed(SEED)
     found = DenoisingTask(spec, dtype=torch.float64).erasure_loss(student, ADAPT[0], model, base, 2.0)
     torch.testing.assert_close(found, (said(student, ADAPT[0]) - (3 * unasked - 2 * asked)).square().mean())
+
+
+@pytest.mark.parametrize("kind", ["text-xl", "classes", "flow"])
+def test_frozen_parts_in_half_precision_give_almost_the_same_inputs_in_float32(kind: str) -> None:
+    spec = create(describe(ModelConfig(weights=str(folder_of(kind)))), CLASSES).spec
+    plain, half = (DenoisingTask(spec, frozen_dtype=name).inputs for name in ("float32", "bfloat16"))
+    pairs = [(part.clean(ADAPT[0].images), *part.conditions(ADAPT[0]).values()) for part in (plain, half)]
+    for wanted, found in zip(*pairs, strict=True):
+        assert found.dtype == wanted.dtype
+        assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    assert not torch.equal(pairs[0][0], pairs[1][0])
