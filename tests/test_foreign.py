@@ -165,14 +165,6 @@ def test_opening_draws_nothing(tmp_path: Path) -> None:
 # ---- what does not --------------------------------------------------------------------------------------------------
 
 
-def test_a_timm_folder_with_nothing_but_a_pickle(tmp_path: Path) -> None:
-    folder = timm_folder(tmp_path, resnet())
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = refusal(folder)
-    assert f"'{folder / 'pytorch_model.bin'}' is a pickle" in message
-    assert f"'{folder / 'model.safetensors'}'" in message
-
-
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_a_timm_folder_that_lacks_a_file(tmp_path: Path, missing: str) -> None:
     folder = timm_folder(tmp_path, resnet())
@@ -187,16 +179,19 @@ def test_a_path_that_is_nothing(tmp_path: Path) -> None:
     assert "holds neither sophon.json nor config.json nor model_index.json" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '"x"'])
+def test_a_config_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    (timm_folder(tmp_path, resnet()) / "config.json").write_text(text)
+    assert "config.json" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"architecture": None},
         {"pretrained_cfg": None},
-        {"pretrained_cfg": {}},
         {"pretrained_cfg": {"input_size": 32, "mean": [0.5], "std": [0.5]}},
-        {"pretrained_cfg": {"input_size": [3, 32], "mean": [0.5], "std": [0.5]}},
         {"pretrained_cfg": {"input_size": [1, 32, 32], "mean": 0.5, "std": [0.5]}},
-        {"pretrained_cfg": {"input_size": [1, 32, 32], "mean": [], "std": [0.5]}},
         {"model_args": 3},
     ],
 )
@@ -207,9 +202,6 @@ def test_a_config_that_is_not_timms(tmp_path: Path, change: dict[str, Any]) -> N
         del config["architecture"]
     write_json(folder / "config.json", config)
     assert "config.json' is not timm's" in refusal(folder)
-    for text in ("[]", "{", '"x"'):
-        (folder / "config.json").write_text(text)
-        assert "config.json" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +242,8 @@ def test_a_config_cannot_make_timm_load_another_file(tmp_path: Path) -> None:
     assert open_foreign(folder, OTHER, CLASSES).spec.model_args == SMALL
 
 
-@pytest.mark.parametrize("kept", [0, 100])
 @pytest.mark.parametrize("kind", ["file", "folder", "pipeline"])
-def test_truncated_weights(tmp_path: Path, kind: str, kept: int) -> None:
+def test_truncated_weights(tmp_path: Path, kind: str) -> None:
     if kind == "file":
         path = weights = state_dict(tmp_path / "weights.safetensors", resnet())
     elif kind == "folder":
@@ -261,7 +252,7 @@ def test_truncated_weights(tmp_path: Path, kind: str, kept: int) -> None:
     else:
         path = pipeline(tmp_path, unet())
         weights = path / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:kept])
+    weights.write_bytes(weights.read_bytes()[:100])
     assert f"cannot read {weights}: it is truncated or not a safetensors file" in refusal(path)
 
 

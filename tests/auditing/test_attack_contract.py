@@ -132,6 +132,7 @@ def test_is_plain_data_and_held_out_unless_it_is_simulated(name: str) -> None:
 TAKE_PART = ("kfac", "muon", "nadam", "own loop", "scope lora", "surgery heal", "surgery distil", "all at once")
 
 
+@pytest.mark.slow  # an audit
 def test_takes_part_in_an_audit_is_not_run_again_and_says_so(tmp_path: Path, attacked: list[Any]) -> None:
     strategies = {name.replace(" ", "_"): strategy(name) for name in ("adam", *TAKE_PART)}
     config = AttackConfig(eval_points=2, roles=["protected", "unprotected"], strategies=strategies)
@@ -152,6 +153,7 @@ def test_takes_part_in_an_audit_is_not_run_again_and_says_so(tmp_path: Path, att
         assert_same_state(model, before[role])
 
 
+@pytest.mark.slow  # an audit
 def test_takes_part_in_a_search(tmp_path: Path) -> None:
     """Optimizers by name and by path, and loops, are chosen as everything else is."""
     search = SearchConfig(

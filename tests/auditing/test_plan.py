@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophon.attacker import FineTuneStrategy, Operation
@@ -137,6 +137,7 @@ def named(job: Job) -> str:
     return job.identifier("p")
 
 
+@settings(max_examples=5)  # each makes a plan
 @given(
     st.lists(st.integers(0, 50), min_size=1, max_size=6),
     st.integers(1, 3),

@@ -105,6 +105,7 @@ def test_without_anything_that_builds_the_model_scratch_is_left_out_and_said(tmp
     assert {record["role"] for record in attempts_of(runner)} == {"protected", "unprotected"}
 
 
+@pytest.mark.slow  # two audits
 def test_goes_on_with_what_is_missing(tmp_path: Path, attacked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of the third attempt, two are whole; the rest, and nothing else, is run later."""
     whole = results(attempts_of(staged(tmp_path / "whole")))

@@ -5,13 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,37 +98,6 @@ def _killed_at(beginning: str) -> Iterator[None]:
         yield
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", executed)
-
-
-_CHILD = """
-    import os, signal, sys
-    from pathlib import Path
-    import sqlalchemy
-    from tests.auditing import searches as here
-
-    def evaluate(strategy, report):
-        evaluate.calls += 1
-        return here.evaluate(strategy, report)
-
-    @sqlalchemy.event.listens_for(sqlalchemy.Engine, "after_cursor_execute")
-    def executed(connection, cursor, statement, *rest):
-        if evaluate.calls == 6 and statement.startswith("INSERT INTO trial_intermediate_values"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    evaluate.calls = 0
-    here.run(here.CONFIG, Path(sys.argv[1]), evaluate)
-"""
-
-
-def test_a_process_killed_is_as_if_it_had_not_been(tmp_path, whole):
-    path = tmp_path / "search.db"
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(_CHILD), str(path)]
-    root = Path(__file__).parents[2]
-    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert (child.returncode, child.stderr) == (-signal.SIGKILL, "")
-    assert run(changed(trials=5), path, lambda strategy, report: pytest.fail("a trial was lost")) == whole[:5]
-    assert run(CONFIG, path) == whole
 
 
 def _execute(path: Path, statement: str) -> list[tuple]:
@@ -230,14 +194,6 @@ def test_a_file_that_is_no_search_is_named_in_one_line(path: Path, damage: Calla
     assert message.startswith(f"cannot read {path} as a search: ")
     assert message.endswith("; delete this file to search anew")
     assert "\n" not in message
-
-
-def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    path = tmp_path / "file" / "search.db"
-    with pytest.raises(UserError, match=r"^cannot write .*file/search\.db: File exists$") as caught:
-        run(CONFIG, path)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_trial_that_cannot_be_written_is_told_of_in_one_line(path, monkeypatch):

@@ -1,18 +1,15 @@
 import re
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
-from sophon.auditing.gallery import image_grid, write_gallery
 from sophon.auditing.scores import Difference
 from sophon.auditing.summary import AuditReport, Intactness
 from sophon.errors import UserError
 from sophon.report.audit import command, experiment, table, write_reports
-from sophon.report.masking import extreme
 from sophon.report.tables import gap_strength, strengths
-from tests.auditing.records import ACCURACY, CONTEXT, MSE, attempt, audit, idle, trio
-from tests.report.reports import EVIL, MASKING, check, rows, several, small, write
+from tests.auditing.records import ACCURACY, CONTEXT, MSE, attempt, audit, trio
+from tests.report.reports import EVIL, check, rows, several, small, write
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +140,6 @@ def test_tables_by_hand(written, title, row):
     assert row in rows(written[1], title)
 
 
-def test_what_is_out_of_all_proportion_is_explained(written):
-    assert "after 10 steps the attacker's gradient is 3.3e+09 on the protected model, 1 on the" in written[1]
-    assert extreme(MASKING.seen[:2]) == ""
-
-
 def test_colours_say_what_is_good_for_the_attacker():
     assert strengths([10.0, 20.0, float("nan"), 30.0], ACCURACY) == [0, 50, None, 100]
     assert strengths([0.01, 0.1, 1.0], MSE) == [100, 50, 0]  # by ratios
@@ -167,11 +159,28 @@ def test_an_audit_of_many_attacks_is_folded_away(tmp_path):
     assert re.findall(r"<figcaption>(.*?)</figcaption>", shown) == ["attack013"]
 
 
-def test_controls_alone_make_a_page(tmp_path):
-    page, markdown = write(tmp_path, audit(idle(5.0, 15.0, 10.0)))
-    assert "CANNOT BE JUDGED: No attack was tried." in markdown
-    assert rows(markdown, "## Controls")[1][1] == "`none`"
-    check(page)
+# ---- filtered models, and how far models are from the reference ----------------------------------------------------
+
+GEOMETRY = [
+    {"role": "protected", "distance": 0.5, "barrier": 1.2, "neighbours": 61.0},
+    {"role": "unprotected", "distance": None, "barrier": None, "neighbours": None},
+]
+
+
+def test_a_filtered_model_is_shown_wherever_roles_are(tmp_path):
+    values = {"protected": 61.0, "unprotected": 80.0, "filtered": 60.0, "filtered_2": 50.0, "scratch": 40.0}
+    origins = {role: {"path": f"out/{role}", "sha256": "ef" * 32, "name": role} for role in ("filtered", "filtered_2")}
+    found = audit([attempt("a", *each) for each in values.items()], filtered=origins, geometry=GEOMETRY)
+    page, markdown = write(tmp_path, found)
+    assert ["protected", "0.5", "1.2 points", "61.0 %"] in rows(markdown, "## Distance to the reference")
+    assert ["unprotected", "-", "-", "-"] in rows(markdown, "## Distance to the reference")
+    assert "filtered_2" in check(page)
+    cells = {title: dict(zip(*rows(markdown, title)[:2], strict=True)) for title in ("## Worst cases", "## Attacks")}
+    for found in cells.values():
+        assert found["R"] == "0.95 [0.95, 0.95]"
+        assert [found[role].split()[0] for role in values] == [f"{value:.1f}" for value in values.values()]
+    assert ["filtered_2", "filtered_2", "-", f"out/filtered_2; sha256 {'ef' * 32}"] in rows(markdown, "## To repeat")
+    assert "'filtered=[out/filtered,out/filtered_2]'" in markdown
 
 
 # ---- whatever names and numbers there are ---------------------------------------------------------------------------
@@ -229,58 +238,6 @@ def test_an_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "run").write_text("a file, not a folder")
     with pytest.raises(UserError, match="cannot write"):
         write_reports(tmp_path / "run", small())
-
-
-# ---- generated images and further measurements ----------------------------------------------------------------------
-
-
-def generating(folder):
-    """Two attacks on denoisers, two seeds, pictures of the first; the last picture of the first row was not drawn."""
-    (folder / "samples").mkdir(exist_ok=True)
-    attempts = []
-    for name in ("momentum", EVIL):
-        for seed in range(2):
-            for one in trio(name, 0.75, 0.125, 0.5, seed=seed, metric=MSE):
-                files = [(step, f"samples/{len(attempts)}-{step}.png") for step in (0, 100)] if seed == 0 else []
-                for step, file in files:
-                    (folder / file).write_bytes(
-                        image_grid(torch.full((4, 1, 4, 4), 20 * len(attempts) + step // 50, dtype=torch.uint8))
-                    )
-                details = {"eps-MSE t 0-9": one["test"] / 10, "Frechet distance": None}
-                samples = [{"step": step, "file": file} for step, file in files]
-                attempts.append(one | {"details": details, "samples": samples})
-    attempts[0]["samples"].pop()
-    return attempts
-
-
-def test_pictures_are_embedded_or_named(tmp_path):
-    gallery = write_gallery(tmp_path, {"real <dogs>": torch.full((4, 1, 4, 4), 255, dtype=torch.uint8)})
-    attempts = generating(tmp_path)
-    (tmp_path / "samples" / "1-0.png").unlink()
-    (tmp_path / "samples" / "2-0.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    page, markdown = write(tmp_path, audit(attempts, gallery=gallery))
-    text = check(page)
-    shown = [dict(re.findall(r'(src|alt)="([^"]*)"', tag)) for tag in re.findall(r"<img[^>]*>", page)]
-    assert len(shown) == 1 + 12 - 3
-    assert len({one["alt"] for one in shown}) == len({one["src"] for one in shown}) == len(shown)
-    assert shown[0]["alt"] == "real &lt;dogs&gt;"
-    assert "generated by the scratch model after 100 steps of momentum" in [one["alt"] for one in shown]
-    assert "samples/1-0.png is missing or damaged" in text
-    assert "samples/2-0.png is missing or damaged" in text
-    assert text.count("not drawn") == 1
-    strip = section(page, "samples").partition("momentum")[2]
-    assert re.findall(r'<th scope="row" class="text">\s*(\w+)', strip)[:3] == ["scratch", "unprotected", "protected"]
-    assert "img" not in markdown
-
-
-def test_further_measurements_by_hand(tmp_path):
-    page, markdown = write(tmp_path, audit(generating(tmp_path), feature_network="a network"))
-    assert rows(markdown, "## Further")[-1] == ["`momentum`", "eps-MSE t 0-9", "0.05", "0.0125", "0.075"]
-    assert len(rows(markdown, "## Further")) == 3
-    assert "Frechet" not in page
-    found = [one | {"details": {"Frechet distance": 9.0}} for one in trio("a", 1.0, 2.0, 3.0)]
-    assert "features: a network." in write(tmp_path, audit(found, feature_network="a network"))[0]
-    assert "features: a network that the audit does not name." in write(tmp_path, audit(found))[0]
 
 
 # ---- to repeat it ---------------------------------------------------------------------------------------------------

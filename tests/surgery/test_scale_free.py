@@ -87,97 +87,24 @@ def test_renormalise_touches_only_what_normalisation_alone_reads() -> None:
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
-def normalised_by(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def normalised_by(norm: Callable[[], nn.Module], *layers: nn.Module) -> Callable[[], nn.Module]:
+    """Return what builds a network of ``layers``, by default a convolution, ``norm`` and a head."""
+
     def make() -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), norm(), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
-        )
+        first = [copy.deepcopy(layer) for layer in layers] or [nn.Conv2d(1, 4, 3, padding=1)]
+        for layer in first:
+            layer.reset_parameters()
+        return nn.Sequential(*first, norm(), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
     return make
 
 
-@pytest.mark.parametrize("factor", [0.3, 1000.0])
-@pytest.mark.parametrize(
-    "norm",
-    [
-        lambda: nn.GroupNorm(2, 4),
-        lambda: nn.BatchNorm2d(4, affine=False),
-        lambda: nn.BatchNorm2d(4, track_running_stats=False),
-        lambda: LayerNorm2d(4),
-    ],
-    ids=["group", "not affine", "no statistics", "layer"],
-)
-def test_renormalise_where_epsilon_cannot_be_made_up_for(norm: Callable[[], nn.Module], factor: float) -> None:
-    model, means = other_means(normalised_by(norm))
-    with torch.no_grad():
-        model[0].weight.mul_(factor)
-        model[0].bias.mul_(factor)
-        if getattr(model[1], "running_var", None) is not None:
-            model[1].running_mean.mul_(factor)
-            model[1].running_var.mul_(factor**2)
-    expected = outputs(model)
-    torch.manual_seed(2)
-    fresh = means.fresh(model)
-    torch.manual_seed(2)
-    renormalise(model, means)
-    assert model[0].weight.norm().item() == pytest.approx(fresh[0].weight.norm().item())
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
+def transposed(groups: int) -> Callable[[], nn.Module]:
+    return normalised_by(batch_norm, nn.Conv2d(1, 2, 1), nn.ConvTranspose2d(2, 4, 3, groups=groups))
 
 
-@pytest.mark.parametrize(
-    ("norm", "alone"),
-    [
-        (lambda: nn.BatchNorm2d(4), True),
-        (lambda: nn.BatchNorm2d(4, track_running_stats=False), True),
-        (lambda: nn.InstanceNorm2d(4, affine=True), True),
-        (lambda: nn.GroupNorm(4, 4), True),
-        (lambda: nn.GroupNorm(2, 4), False),
-        (lambda: LayerNorm2d(4), False),
-    ],
-    ids=["batch", "no statistics", "instance", "group of one", "group of two", "layer"],
-)
-def test_per_channel_falls_back_to_the_layer_where_channels_are_normalised_together(
-    norm: Callable[[], nn.Module], alone: bool
-) -> None:
-    model, means = other_means(normalised_by(norm))
-    twin, expected = copy.deepcopy(model), outputs(model)
-    torch.manual_seed(2)
-    fresh = means.fresh(model)
-    for each, per in ((model, "channel"), (twin, "layer")):
-        torch.manual_seed(2)
-        renormalise(each, means, per=per)
-    found, wanted = (each[0].weight.flatten(1).norm(dim=1) for each in (model, fresh))
-    assert torch.allclose(found, wanted, rtol=1e-12) == alone
-    assert alone or not changed(model, state_of(twin))
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("per", ["layer", "channel"])
-def test_transposed_convolutions(groups: int, per: Per) -> None:
-    """Their output channels lie on the second axis; in groups on two, so that the whole layer is scaled."""
-
-    def make() -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(1, 2, 1),
-            nn.ConvTranspose2d(2, 4, 3, groups=groups),
-            nn.BatchNorm2d(4),
-            nn.Tanh(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(4, 3),
-        )
-
-    model, means = other_means(make)
-    expected = outputs(model)
-    torch.manual_seed(2)
-    fresh = means.fresh(model)
-    torch.manual_seed(2)
-    renormalise(model, means, per=per)
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
-    axes = (0, 2, 3) if per == "channel" and groups == 1 else (0, 1, 2, 3)
-    found, wanted = (each[1].weight.square().sum(axes) for each in (model, fresh))
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+def batch_norm() -> nn.Module:
+    return nn.BatchNorm2d(4)
 
 
 class Tokens(nn.Module):
@@ -193,13 +120,59 @@ class Tokens(nn.Module):
         return self.fc(torch.tanh(self.norm(self.linear(images[:, 0]))).mean(1))
 
 
+WHOLE, FIRST_AXIS, SECOND_AXIS = (0, 1, 2, 3), (1, 2, 3), (0, 2, 3)
+# a normalisation, and the axes of the weights of a channel that it normalises by itself
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "batch": (batch_norm, FIRST_AXIS),
+    "not affine": (lambda: nn.BatchNorm2d(4, affine=False), FIRST_AXIS),
+    "no statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), FIRST_AXIS),
+    "instance": (lambda: nn.InstanceNorm2d(4, affine=True), FIRST_AXIS),
+    "group of one": (lambda: nn.GroupNorm(4, 4), FIRST_AXIS),
+    "group of two": (lambda: nn.GroupNorm(2, 4), WHOLE),
+    "layer": (lambda: LayerNorm2d(4), WHOLE),
+}
+# what builds the network; its layer; the axes of a channel; how near the function stays: epsilon counts where weights
+# cannot make up for it
+CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...], float]] = {
+    **{name: (normalised_by(norm), "0", axes, 1e-2) for name, (norm, axes) in NORMS.items()},
+    # output channels lie on the second axis; in groups on two, so that the whole layer is scaled
+    "transposed": (transposed(1), "1", SECOND_AXIS, 1e-10),
+    "transposed, in groups": (transposed(2), "1", WHOLE, 1e-10),
+    "outputs that are no channels": (Tokens, "linear", (0, 1), 1e-10),
+}
+
+
 @pytest.mark.parametrize("per", ["layer", "channel"])
-def test_a_linear_layer_whose_outputs_are_not_the_channels(per: Per) -> None:
-    model, means = other_means(Tokens)
+@pytest.mark.parametrize("case", CASES)
+def test_norms_become_those_of_fresh_weights_and_the_function_stays(case: str, per: Per) -> None:
+    """Per channel, where no other channel is normalised with it; else the whole layer."""
+    make, name, axes, tolerance = CASES[case]
+    model, means = other_means(make)
     expected = outputs(model)
     torch.manual_seed(2)
     fresh = means.fresh(model)
     torch.manual_seed(2)
     renormalise(model, means, per=per)
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-12)
-    assert model.linear.weight.norm().item() == pytest.approx(fresh.linear.weight.norm().item(), rel=1e-12)
+    torch.testing.assert_close(outputs(model), expected, rtol=tolerance, atol=tolerance)
+    found, wanted = (each.get_submodule(name).weight for each in (model, fresh))
+    axes = axes if per == "channel" else tuple(range(found.dim()))
+    torch.testing.assert_close(found.square().sum(axes), wanted.square().sum(axes), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("factor", [0.3, 1000.0])
+@pytest.mark.parametrize("name", ["not affine", "no statistics", "group of two", "layer"])
+def test_a_scale_that_was_hidden_is_taken_away(name: str, factor: float) -> None:
+    model, means = other_means(normalised_by(NORMS[name][0]))
+    with torch.no_grad():
+        for part in model[0].parameters():
+            part.mul_(factor)
+        if getattr(model[1], "running_var", None) is not None:
+            model[1].running_mean.mul_(factor)
+            model[1].running_var.mul_(factor**2)
+    expected = outputs(model)
+    torch.manual_seed(2)
+    fresh = means.fresh(model)
+    torch.manual_seed(2)
+    renormalise(model, means)
+    assert model[0].weight.norm().item() == pytest.approx(fresh[0].weight.norm().item())
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-2, atol=1e-2)
