@@ -49,7 +49,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sophon, "protect", partial(protect, settings=SMALL), raising=False)
-    monkeypatch.setattr(sophon, "audit", partial(audit, settings=ATTACKS), raising=False)
+    monkeypatch.setattr(sophon, "audit", lambda *a, attacks=None, **k: audit(*a, settings=ATTACKS, **k), raising=False)
     (tmp_path / "my_networks.py").write_text(NETWORK)
     for name in ("animals", "people"):
         image_folder(tmp_path / "data" / name)
