@@ -73,14 +73,6 @@ def test_splits_are_disjoint_complete_and_stratified(
     assert again.hashes == domain.hashes
 
 
-def test_the_seed_moves_images_and_only_split_seed_does() -> None:
-    train, test = images_of([0] * 50), images_of([0], first=50)
-    base = loaded(load_original, train, test)
-    assert loaded(load_original, train, test, replace(CONFIG, split_seed=1)).hashes["val"] != base.hashes["val"]
-    torch.manual_seed(123)
-    assert loaded(load_original, train, test).hashes == base.hashes
-
-
 def test_duplicates_reach_one_split_only() -> None:
     distinct, test = images_of([0, 1] * 10), images_of([0, 1], first=20)
     pixels = torch.cat([distinct.images, distinct.images[:6], test.images])

@@ -54,14 +54,6 @@ def suppression(way: Way, weight: float = 1.0) -> Weights:
     return added(*parts)
 
 
-@SCOPES
-@pytest.mark.parametrize("weight", [1.0, 0.25])
-def test_suppression_with_a_weight(weight: float, scope: str) -> None:
-    plan = replace(PLAN, scope=scope)
-    run, _ = run_with((Suppression(weight),), plan)
-    assert_gradients(run.gradients, suppression(Way(plan), weight))
-
-
 def test_without_weight_the_suppression_loss_is_measured_only() -> None:
     measured, _ = run_with((Suppression(0.0),))
     asked, _ = run_with(PLAIN)
