@@ -15,18 +15,7 @@ from sophon import __version__
 from sophon.protection.runner import Runner
 from sophon.surgery.equalise import equalise_channels
 from sophon.verbs import VERBS
-from tests.cli_helpers import (
-    AUDIT,
-    PRETRAIN,
-    PROTECT,
-    RUNS,
-    load,
-    refusal,
-    refused,
-    sophon,
-    tree,
-    weights_sha256,
-)
+from tests.cli_helpers import AUDIT, PRETRAIN, PROTECT, RUNS, load, refusal, refused, sophon, tree, weights_sha256
 
 NEW = "run_dir=new"
 

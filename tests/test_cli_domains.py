@@ -16,17 +16,7 @@ from sophon.cli import conf_dir
 from sophon.config import Config, plain
 from sophon.losses import SUPPRESSION_LOSSES, reads_labels
 from sophon.validation import from_omegaconf
-from tests.cli_helpers import (
-    AUDIT,
-    PROTECT,
-    RUNS,
-    load,
-    refusal,
-    refused,
-    sophon,
-    tree,
-    weights_sha256,
-)
+from tests.cli_helpers import AUDIT, PROTECT, RUNS, load, refusal, refused, sophon, tree, weights_sha256
 
 DIGITS = (
     "+domain.restricted.digits="
@@ -90,6 +80,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow  # commands
 @pytest.mark.parametrize("case", WRONG)
 def test_what_makes_no_domains_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     overrides, words = WRONG[case]

@@ -10,13 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli_helpers import (
-    AUDIT,
-    PROTECT,
-    RUNS,
-    SMALL,
-    refused,
-)
+from tests.cli_helpers import AUDIT, PROTECT, RUNS, SMALL, refused
 
 NEW = "run_dir=new"
 

@@ -52,7 +52,7 @@ run = partial(protect, original=ORIGINAL, restricted=RESTRICTED, method=METHOD, 
 run = partial(run, settings=SETTINGS)
 STRATEGY = {"optimizer": "adamw", "lr": 0.01, "head": "kept", "batch_size": 3, "steps": 2}
 
-EVERY = ["text", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("text-xl", "flow")), "classes"]
+EVERY = ["text", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("text-xl", "flow", "classes"))]
 
 
 @pytest.fixture(autouse=True)

@@ -14,16 +14,7 @@ from sophon.auditing import reuse as module
 from sophon.config import AttackConfig
 from sophon.errors import UserError
 from sophon.sampler import SamplerConfig, StrategySampler
-from tests.auditing.staging import (
-    BENIGN,
-    FRESH,
-    SEARCH,
-    Drawing,
-    attempts_of,
-    results,
-    run_all,
-    staged,
-)
+from tests.auditing.staging import BENIGN, FRESH, SEARCH, Drawing, attempts_of, results, run_all, staged
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.slow  # whole audits

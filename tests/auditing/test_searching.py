@@ -17,16 +17,7 @@ from sophon.auditing.workers import run_jobs
 from sophon.domains import ImageSet, LoadedDomain, MemoryImages
 from sophon.tasks import ClassificationTask
 from sophon.tracking import Tracker
-from tests.auditing.staging import (
-    BENIGN,
-    FRESH,
-    RESTRICTED,
-    SEARCH,
-    SEARCHING,
-    results,
-    run_all,
-    staged,
-)
+from tests.auditing.staging import BENIGN, FRESH, RESTRICTED, SEARCH, SEARCHING, results, run_all, staged
 from tests.tiny import assert_same_state, state_of, tiny_spec
 
 pytestmark = pytest.mark.slow  # whole searches

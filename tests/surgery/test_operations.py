@@ -12,18 +12,8 @@ from timm.layers import BatchNormAct2d, GroupNorm1, LayerNorm2d
 from torch import nn
 
 from sophon.surgery import operations as surgery
-from tests.surgery.surgical import (
-    changed,
-    fresh_state,
-    means_for,
-    resnet,
-    unet,
-)
-from tests.tiny import (
-    assert_same_state,
-    state_of,
-    tiny_model,
-)
+from tests.surgery.surgical import changed, fresh_state, means_for, resnet, unet
+from tests.tiny import assert_same_state, state_of, tiny_model
 
 # --- reinitialise ---------------------------------------------------------------------------------------------------
 

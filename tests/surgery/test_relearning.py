@@ -15,23 +15,8 @@ from sophon.errors import UserError
 from sophon.finetune import fine_tune, flops_per_step
 from sophon.surgery import operations as surgery
 from sophon.tasks import ClassificationTask
-from tests.surgery.surgical import (
-    WIDE,
-    changed,
-    fresh_state,
-    means_for,
-    wide_domain,
-)
-from tests.tiny import (
-    TinyNet,
-    assert_same_state,
-    state_of,
-    tiny_bands,
-    tiny_domain,
-    tiny_model,
-    tiny_spec,
-    tiny_task,
-)
+from tests.surgery.surgical import WIDE, changed, fresh_state, means_for, wide_domain
+from tests.tiny import TinyNet, assert_same_state, state_of, tiny_bands, tiny_domain, tiny_model, tiny_spec, tiny_task
 
 # --- restate --------------------------------------------------------------------------------------------------------
 
