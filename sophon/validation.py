@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import Config, DomainConfig, MethodConfig, StrategyConfig
-from sophon.config.keys import keys
+from sophon.config.keys import find, keys, type_name
 from sophon.errors import UserError, likely
 from sophon.ranges import check, expand_paths
 
@@ -24,8 +24,9 @@ def from_omegaconf(config: DictConfig) -> Config:
     Raises:
         UserError: a key is missing, a value is outside its range, or torchrun started what does not spread over ranks.
     """
+    data: Any = {}
     try:
-        data: Any = OmegaConf.to_container(config, resolve=True)
+        data = OmegaConf.to_container(config, resolve=True)
         if isinstance(domain := data.get("domain"), dict):
             for role in ("original", "benign"):
                 if isinstance(domain.get(role), dict) and domain[role].get("name", MISSING) == MISSING:
@@ -35,14 +36,13 @@ def from_omegaconf(config: DictConfig) -> Config:
         # merged anew: a key appended with `+` has slipped past the types of the composed configuration
         merged = OmegaConf.merge(_schema(Config), data)
         for key in sorted(OmegaConf.missing_keys(merged)):
-            key = re.sub(_ALONE, "", key) if len(merged.domain.restricted) == 1 else key
-            raise UserError(f"{key}: missing; give a value")
+            raise UserError(f"{_typed_key(key, data)}: missing; give a value")
         typed = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        name = getattr(error, "full_key", None) or "configuration"
+        name = _typed_key(getattr(error, "full_key", None) or "configuration", data)
         if isinstance(error, ConfigKeyError):
             raise UserError(f"{name}: no such key{likely(name, keys())}") from error
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+        raise _misfit(name, error) from error
     if not isinstance(typed, Config):
         raise UserError("the configuration is not a whole sophon configuration")
     typed.pretrain = strategy_from("pretrain", vars(typed.pretrain))
@@ -57,8 +57,16 @@ def from_omegaconf(config: DictConfig) -> Config:
     return typed
 
 
-# the name that a restricted domain has in the typed configuration, but not on the command line if it is the only one
-_ALONE = r"(?<=^domain\.restricted\.)[^.]*\."
+def _typed_key(key: str, data: Any) -> str:
+    """Return a key as people type it: without the name of a restricted domain that is the only one."""
+    alone = isinstance(data.get("domain"), dict) and len(data["domain"].get("restricted") or ()) == 1
+    return re.sub(r"(?<=^domain\.restricted\.)[^.]*\.", "", key) if alone else key
+
+
+def _misfit(key: str, error: Exception) -> UserError:
+    known = find(key)
+    must = f"; it must be {type_name(known.type)}" if known else ""
+    return UserError(f"{key}: {str(error).splitlines()[0]}{must}")
 
 
 @cache
@@ -89,11 +97,13 @@ def _by_name(given: dict[str, Any]) -> dict[str, Any]:
 
 def strategy_from(key: str, values: Any) -> FineTuneStrategy:
     """Make a strategy of plain data: untyped in `AttackConfig`, so that ``+attack.strategies.NAME.lr=...`` adds one."""
+    if not isinstance(values, dict):
+        raise UserError(f"{key}: {values} is not allowed; give a mapping, such as {{optimizer: adam, lr: 1e-3}}")
     try:
         strategy = OmegaConf.to_object(OmegaConf.merge(_schema(StrategyConfig), values))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         below = getattr(error, "full_key", None)
-        raise UserError(f"{key}{f'.{below}' if below else ''}: {str(error).splitlines()[0]}") from error
+        raise _misfit(f"{key}.{below}" if below else key, error) from error
     return FineTuneStrategy.of(vars(strategy), key)
 
 

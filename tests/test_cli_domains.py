@@ -71,7 +71,11 @@ WRONG = {
     "a key a letter off": (("+domain.restricted.rot=x",), ["domain.restricted.rot", "did you mean root?"]),
     "without a source": (("+domain.restricted.a={root: b}",), ["domain.restricted.a.source", "missing"]),
     "unknown key": (("+domain.restricted.a={sourc: b}",), ["domain.restricted.a", "sourc"]),
-    "wrong type": (("+domain.restricted.a={per_class: many}",), ["domain.restricted.a.per_class", "many"]),
+    "wrong type": (
+        ("+domain.restricted.a={per_class: many}",),
+        ["domain.restricted.a.per_class", "must be int | None"],
+    ),
+    "wrong type of the only one": (("domain.restricted.split_seed=x",), ["domain.restricted.split_seed: Value "]),
     "a list": (("domain.restricted=[mnist,svhn]",), ["domain.restricted=[mnist,svhn]"]),
     "labels": (("domain.restricted.labels=some",), ["domain.restricted.labels", "some", "given, none"]),
     "one cluster": (("domain.restricted.clusters=1",), ["domain.restricted.clusters", "1", ">= 2"]),

@@ -42,6 +42,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [
     (AUDIT, ("checkpoint=nowhere",), ["checkpoint: 'nowhere' does not exist"]),
     (AUDIT, ("attack=tinny",), ["attack: 'tinny'", "did you mean tiny?", "standard"]),
     (AUDIT, ("+attack.strategies.my attack={lr: 0.1}",), ["my attack"]),
+    (AUDIT, ("+attack.strategies.mine=5",), ["attack.strategies.mine: 5 is not allowed; give a mapping"]),
     (AUDIT, ("++attack.strategies.adam_fresh.surgery=[{operation: amputate}]",), ["amputate", "renormalise"]),
     (AUDIT, ("attack.oracle=nobody",), ["attack.oracle", "nobody", "adam_fresh"]),
     (AUDIT, ("attack.benign=[nobody]",), ["attack.benign", "nobody"]),

@@ -32,6 +32,8 @@ def audit(config: Config) -> None:
     say_domains(first.original, *(audit.scene.restricted for audit in audits.values()), first.scene.benign)
     runners = {path: runner_of(audit, path) for path, audit in audits.items()}  # refuses before a folder is begun
     given = [(first.protected, "checkpoint"), (first.reference, "reference")]
+    if first.reference.sha256 == first.protected.sha256:
+        warn("reference: it has the checkpoint's own weights, so that the audit compares a model with itself")
     for checkpoint, key in (*given, *((each, "filtered") for each in first.filtered)):
         warn(doubt(first.scene.task, checkpoint.model, first.original, key))
     if len(parts) > 1 and exists(run_dir(config) / "run.json"):
