@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,11 @@ def test_a_config_of_older_timm_keeps_everything_on_one_level(tmp_path: Path) ->
     write_json(folder / "config.json", older)
     spec = open_foreign(folder, PLAIN, CLASSES).spec
     assert (spec.image_size, spec.mean, spec.std, spec.model_args) == (40, (0.4,), (0.2,), {})
+
+
+def test_the_tag_of_the_same_architecture_is_taken_from_the_model_group(tmp_path: Path) -> None:
+    tagged = dataclasses.replace(OTHER, architecture="resnet18.a1_in1k")
+    assert open_foreign(timm_folder(tmp_path, resnet()), tagged, CLASSES).spec.architecture == "resnet18.a1_in1k"
 
 
 def test_arguments_that_somebody_chose_stay(tmp_path: Path) -> None:
