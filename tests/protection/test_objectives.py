@@ -35,7 +35,6 @@ from tests.protection.way import (
     SHARP,
     STEPS,
     Way,
-    Weights,
     added,
     assert_gradients,
     run_with,
@@ -45,19 +44,10 @@ from tests.tiny import assert_same_state, state_of, tiny_denoising, tiny_model, 
 # ---- suppression ----------------------------------------------------------------------------------------------------
 
 
-def suppression(way: Way, weight: float = 1.0) -> Weights:
-    parts = []
-    for k, batch in way.batches.items():
-        weights = way.at(k)
-        loss = way.loss(weights, batch, "suppression_loss")
-        parts.append((weight * GAMMA[k - 1], way.grad(loss, weights)))
-    return added(*parts)
-
-
-def test_without_weight_the_suppression_loss_is_measured_only() -> None:
-    measured, _ = run_with((Suppression(0.0),))
-    asked, _ = run_with(PLAIN)
-    assert measured.query_losses == asked.query_losses
+def test_suppression_is_asked_with_its_weight_and_measured_without() -> None:
+    asked, part, measured = (run_with((Suppression(weight),))[0] for weight in (1.0, 0.25, 0.0))
+    assert_gradients(part.gradients, added((0.25, asked.gradients)))
+    assert measured.query_losses == part.query_losses == asked.query_losses
     assert not any(value.any() for value in measured.gradients.values())
 
 
