@@ -59,7 +59,8 @@ def from_omegaconf(config: DictConfig) -> Config:
 
 def _typed_key(key: str, data: Any) -> str:
     """Return a key as people type it: without the name of a restricted domain that is the only one."""
-    alone = isinstance(data.get("domain"), dict) and len(data["domain"].get("restricted") or ()) == 1
+    domains = data["domain"].get("restricted") if isinstance(data.get("domain"), dict) else None
+    alone = isinstance(domains, dict) and len(domains) == 1
     return re.sub(r"(?<=^domain\.restricted\.)[^.]*\.", "", key) if alone else key
 
 

@@ -76,7 +76,10 @@ WRONG = {
         ["domain.restricted.a.per_class", "must be int | None"],
     ),
     "wrong type of the only one": (("domain.restricted.split_seed=x",), ["domain.restricted.split_seed: Value "]),
-    "a list": (("domain.restricted=[mnist,svhn]",), ["domain.restricted=[mnist,svhn]"]),
+    "a list": (
+        ("domain.restricted=[mnist,svhn]",),
+        ["domain.restricted: [mnist,svhn]", "domain@domain.restricted=NAME"],
+    ),
     "labels": (("domain.restricted.labels=some",), ["domain.restricted.labels", "some", "given, none"]),
     "one cluster": (("domain.restricted.clusters=1",), ["domain.restricted.clusters", "1", ">= 2"]),
     "original labels": (("domain.original.labels=none",), ["domain.original.labels", "none"]),

@@ -72,7 +72,7 @@ def check_pretraining(
 def _splits_seen(checkpoint: Checkpoint, domain: LoadedDomain) -> list[dict[str, str]]:
     """Return the hashes of a restricted domain's splits, as a checkpoint was made with them; the domain may be renamed.
 
-    Whatever the splits, the test images are the same.
+    Whatever the splits, the test images are the same, unless ``test_per_class`` draws some of them.
     """
     manifest = checkpoint.manifest
     made_with = "pretrained_on" in manifest or manifest.get("method") is not None

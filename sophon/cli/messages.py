@@ -32,7 +32,9 @@ def one_line(error: Exception, searched: Iterable[str] = ()) -> str:
     merging = re.match(r"Error merging override \+*([\w.]+)=(.*)", whole)
     within = re.search(r"full_key: (\S+)", whole) or merging
     if merging and within and (key := find(within[1])) is not None:
-        return f"{within[1]}: {merging[2]} is not allowed; it must be {type_name(key.type)}"
+        domains = within[1] == "domain.restricted"
+        allowed = "choose by domain@domain.restricted=NAME" if domains else f"it must be {type_name(key.type)}"
+        return f"{within[1]}: {merging[2]} is not allowed; {allowed}"
     if "Ambiguous value" in whole or "mismatched input" in whole or "no viable alternative" in whole:
         advice = "--multirun sweeps over several values; a value with special letters is quoted, as in \"key='a,b'\""
         whole = f"{whole.splitlines()[0]}\n{advice}"

@@ -16,6 +16,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError, one_line
 from sophon.models.spec import ModelSpec
 
+PIPELINE_INDEX = "model_index.json"  # of a folder of diffusers
 _SHOWN = 3  # as many names as fit into a message of one line
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from sophon import paths
 from sophon.errors import UserError, one_line
 from sophon.files import read_json, sha256_file
-from sophon.models.common import imported, quiet
-from sophon.models.pipeline import CONFIG
+from sophon.models.common import PIPELINE_INDEX, imported, quiet
 from sophon.models.weights import PICKLES, refuse_pickle
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -47,7 +46,7 @@ class FrozenParts:
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        return dict(read_json(self._folder / CONFIG))
+        return dict(read_json(self._folder / PIPELINE_INDEX))
 
     @property
     def _encoders(self) -> list[str]:

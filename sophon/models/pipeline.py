@@ -12,12 +12,12 @@ from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, one_line
 from sophon.files import read_json
-from sophon.models.common import described
+from sophon.models.common import PIPELINE_INDEX, described
 from sophon.models.noise import read_schedule
 
 ARCHITECTURE = "UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "model_index.json"
+WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", PIPELINE_INDEX
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 FILES = (CONFIG, *(name for path in (WEIGHTS, UNET, SCHEDULER) for name in (path, Path(path).name)))
 # what else whole pipelines have in folders of their own, and variants of it that are not read where there is another
