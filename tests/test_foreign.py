@@ -198,6 +198,7 @@ def test_a_config_that_is_no_mapping(tmp_path: Path, text: str) -> None:
         {"pretrained_cfg": None},
         {"pretrained_cfg": {"input_size": 32, "mean": [0.5], "std": [0.5]}},
         {"pretrained_cfg": {"input_size": [1, 32, 32], "mean": 0.5, "std": [0.5]}},
+        {"pretrained_cfg": {"input_size": [1, 32, 32], "mean": [], "std": []}},
         {"model_args": 3},
     ],
 )

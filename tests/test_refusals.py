@@ -34,6 +34,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [
     (PROTECT, ("method.suppression_loss=magic",), ["method.suppression_loss", "magic", "klu"]),
     (PROTECT, ("+method.objectives.magic={}",), ["method.objectives.magic", "clamp"]),
     (PROTECT, ("+method.stages.reparameterise.gains=[1,2]",), ["method.stages.reparameterise.gains", "1 or 6"]),
+    (PROTECT, ("+method.stages.reparameterise.rounds=many",), ["method.stages.reparameterise.rounds", "many"]),
     (PROTECT, ("+method.stages.reparameterise={}", "amp=all"), ["amp", "none"]),
     (PROTECT, ("domain.restricted.fractions.adapt=0.9",), ["domain.restricted.fractions"]),
     (PROTECT, ("reference=nowhere",), ["reference: 'nowhere' does not exist"]),

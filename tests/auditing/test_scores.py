@@ -90,6 +90,14 @@ def test_what_diverged_is_counted_and_left_out():
         (three(of(1), of(0.0), of(0.0)), MSE, math.nan, (math.nan,) * 2, UNCLEAR),
         (three(of(70), of(80, 15), of(60, 15)), ACCURACY, 0.5, (math.nan,) * 2, ERROR),
         ({"protected": of(1)}, ACCURACY, math.nan, (math.nan,) * 2, "no result of unprotected and scratch"),
+        (three(of(-1e308), of(1e308), of(9e307)), MSE, math.nan, (math.nan,) * 2, UNCLEAR),
+        (
+            three(of(1e308), of(-1e308), of(-9e307)),
+            MSE,
+            math.nan,
+            (math.nan,) * 2,
+            "the results are too large to compare",
+        ),
         (three(of(1), Score(diverged=1), of(1)), ACCURACY, math.nan, (math.nan,) * 2, "no result of unprotected"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
 from sophon.models import adapter_of, create
-from sophon.models.noise import NEUTRAL, SAMPLING, SCHEDULERS, read_schedule
+from sophon.models.noise import NEUTRAL, SAMPLING, SCHEDULERS, read_flow, read_schedule
 from tests.models.unets import CLASSES, INPUT, NETWORK, config_of
 
 # diffusers' own, in its schedulers' constructors
@@ -77,6 +78,20 @@ def test_settings_that_make_other_noise_are_refused(name: str, settings: dict[st
     with pytest.raises(UserError, match=f"^x.*{message}") as caught:
         read_schedule("x", name, settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("DDPMScheduler", {}, "DDPMScheduler"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas: True makes another flow"),
+        ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 0}, "num_train_timesteps 0 and shift 1.0 must be"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": math.inf}, "shift inf must be"),
+    ],
+)
+def test_what_is_no_flow_with_a_fixed_shift_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^x.*{message}"):
+        read_flow("x", name, settings)
 
 
 def test_a_schedule_that_ends_in_pure_noise_is_understood_where_the_network_can_say_what_it_hides() -> None:

@@ -197,6 +197,13 @@ def test_agreeing_gradients_of_a_loss_that_reads_labels_need_an_output_a_class()
         Reinitialise(ReinitialiseConfig(which="agreeing")).check(at)
 
 
+@pytest.mark.parametrize(("loss", "reads"), [("negative_ce", ("images", "labels")), ("klu", ("images",))])
+def test_agreeing_gradients_read_what_their_loss_reads(loss: str, reads: tuple[str, ...]) -> None:
+    at, stage = context(tiny_model(), tiny_task(loss)), Reinitialise(ReinitialiseConfig(which="agreeing"))
+    stage.check(at)
+    assert stage.information(at).restricted == reads
+
+
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
