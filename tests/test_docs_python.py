@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 import sophon
 from sophon.api.calls import audit, protect
+from sophon.config import DomainConfig
 from tests.cli_helpers import REPOSITORY, image_folder
+from tests.domains.made import load, save_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no better than a guess")
 
@@ -68,6 +70,18 @@ def test_a_network_of_ones_own(small: list[str]) -> None:
     assert torch.equal(alone.eval()(images), names["result"].model(images))
     assert "SmallNet" in Path("release/README.md").read_text()
     assert Path("report.html").stat().st_size > 1000
+
+
+def test_a_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [f"images/{number}.png,{'cat' if number % 2 else 'dog'}" for number in range(10)]
+    for number in range(10):
+        save_image(Path(f"data/animals/images/{number}.png"), (number, 0, 0))
+    Path("data/animals/labels.csv").write_text("\n".join(["image,label", *rows]))
+    exec(re.search(r"```python\n(.*?)```", (REPOSITORY / "docs/data.md").read_text(), re.DOTALL)[1], {})
+    train, test, _ = load(DomainConfig(name="x", source="imagefolder", root="data/animals"))
+    assert (train.classes, train.labels.bincount().tolist()) == (("cat", "dog"), [4, 4])
+    assert test.labels.bincount().tolist() == [1, 1]
 
 
 @pytest.mark.slow  # imports transformers

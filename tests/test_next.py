@@ -40,10 +40,11 @@ def config(verb: str, **values: Any) -> Config:
             ["domain@domain.original=folder"],
             [],
             [
-                "next: sophon protect domain@domain.original=folder",
-                "with domain@domain.restricted=NAME for what it must not be fine-tuned for; now it is shoes",
+                "next: sophon protect domain@domain.original=folder domain@domain.restricted=folder "
+                "domain.restricted.root=path/to/restricted"
             ],
         ),
+        (config("pretrain"), ["name=x"], [], ["next: sophon protect name=x"]),
         (
             config("protect"),
             [*EXPERIMENT, "method.rounds=5", "workers=2", "+attack/family=[lora]", "~domain@domain.benign"],
@@ -74,9 +75,7 @@ def config(verb: str, **values: Any) -> Config:
 def test_the_next_command(made: Config, overrides: list[str], flags: list[str], lines: list[str]) -> None:
     found = next_steps(made, overrides, flags)
     assert found == lines
-    for line in found:
-        if line.startswith("next: "):
-            assert shlex.split(line)[1] == "sophon"
+    assert all(shlex.split(line)[:2] == ["next:", "sophon"] for line in found)
 
 
 def test_a_shard_is_followed_by_the_audit_of_all() -> None:

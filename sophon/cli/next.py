@@ -34,7 +34,7 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
     made = [] if config.run_dir is None else [folder]  # what the next verb does not find by itself
     match config.verb:
         case "pretrain":
-            commands = [command("protect", *(f"reference={each}" for each in made))]
+            commands = [command("protect", *_restricted(overrides), *(f"reference={each}" for each in made))]
         case "protect":
             commands = [command("audit", *(f"checkpoint={each}" for each in made)), _export(config, folder)]
         case "export":
@@ -51,13 +51,15 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
             commands = [command("audit", *([] if config.checkpoint is None else [f"checkpoint={config.checkpoint}"]))]
         case _:
             commands = []
-    lines = [f"next: {each}" for each in commands]
-    if config.verb == "pretrain" and not any(
-        "experiment=" in each or "domain.restricted" in each for each in overrides
-    ):
-        given = ", ".join(config.domain.restricted)
-        lines.append(f"with domain@domain.restricted=NAME for what it must not be fine-tuned for; now it is {given}")
-    return lines
+    return [f"next: {each}" for each in commands]
+
+
+def _restricted(overrides: Sequence[str]) -> list[str]:
+    """Return a restricted domain to fill in where the original one is the user's own and this one is the default."""
+    own = any("domain.original" in each for each in overrides)
+    if not own or any("experiment=" in each or "domain.restricted" in each for each in overrides):
+        return []
+    return ["domain@domain.restricted=folder", "domain.restricted.root=path/to/restricted"]
 
 
 def _default(config: Config, verb: str) -> str:

@@ -1,4 +1,4 @@
-"""Image folders: ``root/train/CLASS/IMAGE`` and ``root/test/CLASS/IMAGE``."""
+"""Image folders: ``root/train/CLASS/IMAGE`` and ``root/test/CLASS/IMAGE``, or a list of the images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from sophon.config import DomainConfig
 from sophon.domains.decoding import SUFFIXES, open_image
@@ -15,7 +19,7 @@ from sophon.domains.metadata import METADATA_FILES, read_metadata
 from sophon.domains.names import escaped, few, is_writable
 from sophon.domains.part import Part, data_root
 from sophon.errors import UserError
-from sophon.paths import entries, exists, explained, is_folder
+from sophon.paths import entries, exists, explained, is_file, is_folder
 
 # What archives, file servers and desktops leave in folders; names with a dot in front are hidden anyway.
 _JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
@@ -29,7 +33,8 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     The classes are the folders of ``train`` and of ``test`` (else ``val``, ``valid``), in the order of torchvision's
     ImageFolder; a class's images are the files at any depth below it whose suffix Pillow reads. Where both sides have a
     ``metadata.csv`` or ``metadata.jsonl``, as in Hugging Face's imagefolder, it says what the images and labels are.
-    Hidden files and folders are no data, and a folder that links lead to again is read once.
+    Without a folder ``train`` it may lie in the root, with a column ``split`` besides. Hidden files and folders are no
+    data, and a folder that links lead to again is read once.
 
     Raises:
         UserError: a folder is missing or may not be listed, or a name in it cannot be written as UTF-8.
@@ -38,20 +43,24 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     if config.dataset:
         raise UserError(f"{where}.dataset: '{config.dataset}' is not allowed; leave it empty for an image folder")
     root = data_root(config, where)
+    if not is_folder(root, key):
+        raise UserError(f"{key}: there is no folder {root}; give one that has train and test in it")
+    if not is_folder(root / "train", key) and any(is_file(root / name, key) for name in METADATA_FILES):
+        return _Side(root, key).split()
     tests = [root / name for name in _TEST_FOLDERS if is_folder(root / name, key)]
     if not is_folder(root / "train", key) or not tests:
         missing = "test (nor val, nor valid)" if is_folder(root / "train", key) else "train"
-        folders = [path.name for path in entries(root, key) if is_folder(path, key)] if is_folder(root, key) else []
+        folders = [path.name for path in entries(root, key) if is_folder(path, key)]
         only = f", only {escaped(few(folders))}" if folders else ""
         raise UserError(
             f"{key}: there is no folder {missing} in {root}{only}; give root/train/CLASS/IMAGE and "
-            f"root/test/CLASS/IMAGE, or {METADATA_FILES[0]} in root/train and in root/test"
+            f"root/test/CLASS/IMAGE, or {METADATA_FILES[0]} in root with the columns file_name, label and split"
         )
     train, test = _Side(root / "train", key), _Side(tests[0], key)
     if config.labels == "none" and not train.folders:
         return train.unlabelled(), test.unlabelled()
     if train.metadata or test.metadata:
-        train_part, test_part = labelled([train.listed(), test.listed()], None, f"{key}: {root}")
+        train_part, test_part = labelled([train.listed()[0], test.listed()[0]], None, f"{key}: {root}")
         return train_part, test_part
     classes = tuple(sorted({*train.folders, *test.folders}))
     if not classes:
@@ -105,8 +114,8 @@ class _Side:
         """The file that lists the images and their labels, if there is one."""
         return next((self.folder / name for name in METADATA_FILES if name in self._files), None)
 
-    def listed(self) -> Side:
-        """Return the images that a file lists.
+    def listed(self) -> tuple[Side, list[Any]]:
+        """Return the images that a file lists, and what it says of their splits.
 
         Raises:
             UserError: there is no such file, or it is malformed.
@@ -115,11 +124,24 @@ class _Side:
             raise UserError(
                 f"{self._key}: {self.folder} has no {' or '.join(METADATA_FILES)}, which the other side has"
             )
-        side = read_metadata(self.metadata, self._key)
-        unlisted = set(self._images(str(self.folder))) - set(side.paths)
+        paths, labels, texts, splits = read_metadata(self.metadata, self._key)
+        unlisted = set(self._images(str(self.folder))) - set(paths)
         self._skip(f"without a row in {self.metadata.name}", len(unlisted))
         del self.left_out[self.metadata.suffix]
-        return Side(side.labels, None, lambda index: open_image(side.paths[index]), self.left_out, side.texts)
+        return Side(labels, None, lambda index: open_image(paths[index]), self.left_out, texts), splits
+
+    def split(self) -> tuple[Part, Part]:
+        """Return the train and the test images of a file that lists both."""
+        side, splits = self.listed()
+        (both,) = labelled([side], None, f"{self._key}: {self.folder}")
+        test = next((name for name in _TEST_FOLDERS if name in splits), None)
+        if "train" not in splits or test is None:
+            raise UserError(
+                f"{self._key}: {self.metadata} must list train and test images; tell them by a column split"
+            )
+        self._skip("of another split", sum(each not in ("train", test) for each in splits))
+        of_train, of_test = (torch.tensor([each == name for each in splits]) for name in ("train", test))
+        return replace(both.take(of_train), left_out=self.left_out), both.take(of_test)
 
     def unlabelled(self) -> Part:
         """Return all images as one class."""

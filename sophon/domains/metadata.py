@@ -18,11 +18,12 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
 class Listed(NamedTuple):
-    """Image files, their labels as they stand in the list, and their captions if it has them."""
+    """Image files, their labels as they stand in the list, their captions if it has them, their column ``split``."""
 
     paths: list[str]
     labels: list[Any]
     texts: list[str] | None
+    splits: list[Any]
 
 
 def read_metadata(file: Path, key: str) -> Listed:
@@ -64,7 +65,8 @@ def read_metadata(file: Path, key: str) -> Listed:
             raise UserError(f"{key}: row {number} of {file} gives '{name}' a second label; give one an image")
         if captions:
             texts.append(row["text"])
-    return Listed(paths, _numbers(labels) if file.suffix == ".csv" else labels, texts if captions else None)
+    numbered = _numbers(labels) if file.suffix == ".csv" else labels
+    return Listed(paths, numbered, texts if captions else None, [row.get("split") for row in rows])
 
 
 def _rows(text: str, suffix: str) -> Iterator[Any]:

@@ -112,6 +112,14 @@ def write_listed(
     return config
 
 
+def write_one_list(root: Path, write: Callable[[Path, list[dict[str, Any]]], None]) -> DomainConfig:
+    """Write the images of both sides into one folder, with a list of them all."""
+    config = write_files(root, lambda side, number, label: f"images/{side}{number:02}.png")
+    labels = [(side, number, int(label)) for side in COUNTS for number, label in enumerate(pixels(side)[1])]
+    write(root, [{"file_name": f"images/{s}{n:02}.png", "label": label, "split": s} for s, n, label in labels])
+    return config
+
+
 def write_csv(folder: Path, rows: list[dict[str, Any]]) -> None:
     with (folder / "metadata.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))

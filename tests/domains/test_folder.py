@@ -183,11 +183,14 @@ def test_a_class_without_images_matters_only_where_it_is_kept(side: str, other: 
 
 
 def test_missing_folders(pets: DomainConfig, tmp_path: Path) -> None:
-    assert "domain.original.root: there is no folder train in " in refused(replace(pets, root=str(tmp_path / "no")))
+    assert f"domain.original.root: there is no folder {tmp_path}/no; give" in refused(
+        replace(pets, root=str(tmp_path / "no"))
+    )
     assert "cannot read" in refused(replace(pets, root="x" * 300))
     assert "~nobody-of-that-name" in refused(replace(pets, root="~nobody-of-that-name/data"))
     (tmp_path / "test").rename(tmp_path / "exam")
     assert "there is no folder test (nor val, nor valid) in " in refused(pets)
+    assert "there is no folder train in " in refused(replace(pets, root=str(tmp_path / "train")))
     assert "domain.original.dataset: 'cifar10' is not allowed; leave it empty" in refused(
         replace(pets, dataset="cifar10")
     )

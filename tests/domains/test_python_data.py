@@ -17,7 +17,19 @@ from sophon.config import DomainConfig
 from sophon.domains import Domain, load_original
 from sophon.domains.python_data import as_image
 from sophon.errors import UserError
-from tests.domains.made import COUNTS, SIDE, Pairs, Table, loaded, of, pictures, pixels, write_csv, write_listed
+from tests.domains.made import (
+    COUNTS,
+    SIDE,
+    Pairs,
+    Table,
+    loaded,
+    of,
+    pictures,
+    pixels,
+    write_csv,
+    write_listed,
+    write_one_list,
+)
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
@@ -49,6 +61,14 @@ def listed(text: str, name: str = "metadata.csv") -> Callable[[Path], DomainConf
         (root / "train" / "metadata.csv").unlink()
         (root / "train" / name).write_text(text)
         return config
+
+    return write
+
+
+def one_list(rows: str) -> Callable[[Path], DomainConfig]:
+    def write(root: Path) -> DomainConfig:
+        (root / "metadata.csv").write_text(f"file_name,label,split\n{rows}")
+        return DomainConfig(name="x", source="imagefolder", root=str(root))
 
     return write
 
@@ -103,6 +123,8 @@ REFUSED: dict[str, tuple[Callable[[Path], DomainConfig], str]] = {
     "JSON of something else": (listed("[1, 2]", "metadata.jsonl"), "row 1 of "),
     "JSON that is nested without end": (listed("[" * 100_000, "metadata.jsonl"), "metadata.jsonl cannot be read: "),
     "label of many digits": (listed(f"file_name,label\nall/00.png,{'9' * 5000}\n"), "some labels are numbers and some"),
+    "one list without splits": (one_list("a,0\nb,1\n"), "tell them by a column split"),
+    "one list without test images": (one_list("a,0,train\nb,1,train\n"), "tell them by a column split"),
     "row without a label": (listed("file_name,label\nx,"), "row 1 of "),
 }
 
@@ -130,6 +152,13 @@ def test_images_without_a_row_are_left_out_and_said(tmp_path: Path) -> None:
     config = write_listed(tmp_path, write_csv)
     Image.new("L", (SIDE, SIDE)).save(tmp_path / "train" / "all" / "more.png")
     assert "left out: 1 without a row in metadata.csv" in loaded(config).notes
+
+
+def test_images_of_another_split_are_left_out_and_said(tmp_path: Path) -> None:
+    config = write_one_list(tmp_path, write_csv)
+    with (tmp_path / "metadata.csv").open("a") as file:
+        file.write("images/train00.png,0,val\n")
+    assert "left out: 1 of another split" in loaded(config).notes
 
 
 def test_without_test_images_a_part_of_each_class_is_set_aside() -> None:

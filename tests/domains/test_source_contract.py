@@ -26,6 +26,7 @@ from tests.domains.made import (
     write_jsonl,
     write_listed,
     write_mnist,
+    write_one_list,
 )
 
 SOURCES: dict[str, Callable[[Path], DomainConfig]] = {
@@ -33,6 +34,7 @@ SOURCES: dict[str, Callable[[Path], DomainConfig]] = {
     "image folder in Python": lambda root: Domain(write_folder(root).root, name="x"),
     "metadata.csv": lambda root: write_listed(root, write_csv),
     "metadata.jsonl": lambda root: write_listed(root, write_jsonl),
+    "metadata.csv of both sides": lambda root: write_one_list(root, write_csv),
     "torchvision": write_mnist,
     "bundled": write_bundled,
     "arrays": of(pixels),
