@@ -17,7 +17,8 @@ from sophon.errors import UserError, choose
 from sophon.files import atomic_directory, read_json, sha256_file, write_json, write_text
 from sophon.model_card import model_card
 from sophon.models import ModelSpec
-from sophon.models.weights import refuse_pickle, require_finite
+from sophon.models.weights import require_finite
+from sophon.pickles import refuse_pickle
 
 FORMAT_VERSION = 1
 _MANIFEST, _CARD = "sophon.json", "README.md"

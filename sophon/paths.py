@@ -52,6 +52,12 @@ def is_folder(path: str | Path, key: str = "") -> bool:
     return mode is not None and stat.S_ISDIR(mode)
 
 
+def require_folder(path: str | Path, key: str) -> None:
+    """Raise a `UserError` that names ``key`` unless ``path`` is a folder; see `exists` for what else is raised."""
+    if not is_folder(path, key):
+        raise UserError(f"{key}: there is no folder {path}; give one that is there")
+
+
 def is_file(path: str | Path, key: str = "") -> bool:
     """Return whether ``path`` is a regular file or a link to one; see `exists` for what is raised."""
     mode = _mode(path, key)

@@ -273,7 +273,8 @@ def test_a_pipeline_keeps_its_sampler_and_its_error_through_every_verb(folder: P
     ids=" ".join,
 )
 def test_every_verb_says_how_to_convert_a_pickle(tmp_path: Path, words: tuple[str, ...]) -> None:
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "original", "restricted"):
+        (tmp_path / name).mkdir()
     write_json(tmp_path / "folder" / "config.json", {"architecture": "resnet18", "pretrained_cfg": PUBLISHED})
     for path in (tmp_path / "theirs.pth", tmp_path / "folder" / "pytorch_model.bin"):
         torch.save(GroupNormNet().state_dict(), path)

@@ -28,6 +28,7 @@ LIBRARIES = {
     "wandb",
 }
 
+FOLDER = [f"domain@domain.{role}=folder" for role in ("original", "restricted")]
 COMMANDS = [
     ["--help"],
     ["protect", "--help"],
@@ -36,6 +37,10 @@ COMMANDS = [
     ["audit", "attack=smok"],
     ["protect", "method.rounds=0"],
     ["audit", "experiment=quickstart", "--cfg", "job"],
+    ["pretrain", *FOLDER, "domain.original.root=nowhere"],
+    ["protect", *FOLDER, "domain.original.root=."],  # and no folder data for the restricted one
+    ["pretrain", *FOLDER, "domain.original.root=.", "model.weights=a.pth"],
+    ["audit", *FOLDER, "domain.original.root=.", "domain.restricted.root=.", "checkpoint=a.pth"],
 ]
 CODE = f"""
 import contextlib, sys
@@ -57,6 +62,7 @@ def loaded(folder: Path, code: str) -> list[set[str]]:
 
 
 def test_help_and_refusals_import_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").touch()
     for arguments, packages in zip(COMMANDS, loaded(tmp_path, CODE), strict=True):
         assert "hydra" in packages
         assert not packages & {"torch", "numpy", *LIBRARIES}, arguments

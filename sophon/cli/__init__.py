@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sophon import __version__
 from sophon.cli import overrides as said
 from sophon.cli.completion import BASH, complete
+from sophon.cli.early import refuse_early
 from sophon.cli.follow import following
 from sophon.cli.groups import conf_dir, groups
 from sophon.cli.help import USAGE, explain
@@ -58,6 +59,7 @@ def _run(config: DictConfig) -> None:
 
 def _perform(config: DictConfig) -> str | None:
     typed = from_omegaconf(config)
+    refuse_early(typed)
     run = action(typed.verb)
     if typed.threads:
         import torch

@@ -19,7 +19,7 @@ from sophon.domains.metadata import METADATA_FILES, read_metadata
 from sophon.domains.names import escaped, few, is_writable
 from sophon.domains.part import Part, data_root
 from sophon.errors import UserError
-from sophon.paths import entries, exists, explained, is_file, is_folder
+from sophon.paths import entries, exists, explained, is_file, is_folder, require_folder
 
 # What archives, file servers and desktops leave in folders; names with a dot in front are hidden anyway.
 _JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
@@ -43,8 +43,7 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     if config.dataset:
         raise UserError(f"{where}.dataset: '{config.dataset}' is not allowed; leave it empty for an image folder")
     root = data_root(config, where)
-    if not is_folder(root, key):
-        raise UserError(f"{key}: there is no folder {root}; give one that has train and test in it")
+    require_folder(root, key)
     if not is_folder(root / "train", key) and any(is_file(root / name, key) for name in METADATA_FILES):
         return _Side(root, key).split()
     tests = [root / name for name in _TEST_FOLDERS if is_folder(root / name, key)]

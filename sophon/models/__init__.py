@@ -16,7 +16,7 @@ from sophon.errors import UserError, choose
 from sophon.files import read_json
 from sophon.models.adapter import AdaptedModel, Card, ModelAdapter
 from sophon.models.spec import ModelSpec
-from sophon.models.weights import refuse_pickle
+from sophon.pickles import refuse_pickle
 
 __all__ = [
     "LIBRARIES",

@@ -19,7 +19,7 @@ from sophon import paths
 from sophon.errors import UserError, one_line
 from sophon.files import read_json, sha256_file
 from sophon.models.common import PIPELINE_INDEX, imported, quiet
-from sophon.models.weights import PICKLES, refuse_pickle
+from sophon.pickles import PICKLES, refuse_pickle
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")

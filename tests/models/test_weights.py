@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sophon.errors import UserError
-from sophon.models.weights import FLOATS, find_weights, load_state, read_state, refuse_pickle
+from sophon.models.weights import FLOATS, find_weights, load_state, read_state
+from sophon.pickles import refuse_pickle
 from tests.tiny import TinyNet, assert_same_state, state_of, tiny_model
 
 State = dict[str, Tensor]

@@ -1,0 +1,41 @@
+"""What can be refused before torch is imported: weights that are a pickle, and data folders that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sophon.config import Config, DomainConfig, keyed
+from sophon.paths import require_folder
+from sophon.pickles import refuse_pickle
+
+# what each verb opens, beside the original domain
+_RESTRICTED, _BENIGN = {"protect", "audit"}, {"audit"}
+_WEIGHTS = {"pretrain": (), "protect": ("reference",), "audit": ("checkpoint", "reference")}
+
+
+def refuse_early(config: Config) -> None:
+    """Look at what a run is going to open.
+
+    Raises:
+        UserError: weights are a pickle, or an image folder is not there.
+    """
+    if config.verb not in _WEIGHTS:
+        return
+    weights = {key: getattr(config, key) for key in _WEIGHTS[config.verb]}
+    if config.verb == "pretrain":
+        weights["model.weights"] = config.model.weights
+    for key, path in weights.items():
+        if path:
+            refuse_pickle(Path(path), key, config.model.library)
+    for key, domain in _domains(config).items():
+        if domain.source == "imagefolder":
+            require_folder(domain.root, f"{key}.root")
+
+
+def _domains(config: Config) -> dict[str, DomainConfig]:
+    domain, opened = config.domain, {"domain.original": config.domain.original}
+    if config.verb in _RESTRICTED or domain.pretrained_on == "both":
+        opened |= keyed(domain.restricted)
+    if config.verb in _BENIGN and domain.benign:
+        opened["domain.benign"] = domain.benign
+    return opened
