@@ -36,7 +36,8 @@ def function_at(path: str, key: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # a module may raise anything
-        raise UserError(f"{key}: '{path}' cannot be imported: {one_line(error)}") from error
+        hint = "; give its folder as PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(f"{key}: '{path}' cannot be imported: {one_line(error)}{hint}") from error
     if not callable(function):
         raise UserError(f"{key}: '{path}' is not allowed; {module} has no function '{name}'")
     return function  # type: ignore[no-any-return]

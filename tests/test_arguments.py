@@ -105,7 +105,11 @@ OPTIMIZERS = "sgd, momentum, nesterov, adam, adamw, adagrad, adadelta, rmsprop, 
         (f"{HERE}.needy", {"count": 1, "mode": "y"}, "mode: y is not allowed; it must be x or 2"),
         (f"{HERE}.loose", {"means": 1}, f"means: '{HERE}.loose' has no such argument; allowed: plain"),
         (f"{HERE}.absent", {}, f"operation: '{HERE}.absent' is not allowed; {HERE} has no function 'absent'"),
-        ("no.such.thing", {}, "operation: 'no.such.thing' cannot be imported: No module named 'no'"),
+        (
+            "no.such.thing",
+            {},
+            "operation: 'no.such.thing' cannot be imported: No module named 'no'; give its folder as PYTHONPATH",
+        ),
         (
             "..a.b",
             {},

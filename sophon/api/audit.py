@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from sophon.config import Config, keyed, plain
 from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
+from sophon.models import ModelSpec
 from sophon.paths import explained
 from sophon.tracking import Tracker
 
@@ -70,6 +71,18 @@ def named_checkpoints(config: Config) -> Checkpoints:
     )
 
 
+def _difference(theirs: ModelSpec, ours: ModelSpec) -> str:
+    """Say in which field two specs differ first, and how."""
+    name = next(
+        each.name for each in fields(ours) if each.compare and getattr(theirs, each.name) != getattr(ours, each.name)
+    )
+    values = [getattr(spec, name) for spec in (theirs, ours)]
+    if isinstance(values[0], tuple):
+        differing = [pair for pair in zip(*values, strict=False) if pair[0] != pair[1]]
+        values = list(differing[0]) if differing else [len(each) for each in values]
+    return f"of {name} it has {values[0]!s:.60}, the checkpoint {values[1]!s:.60}"
+
+
 def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filtered: Checkpoint) -> list[Audit]:
     """Load the domains once, and prepare the audit of each of the restricted ones.
 
@@ -87,8 +100,8 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
             )
         if other.spec != spec:
             raise UserError(
-                f"{key}: its model ({other.spec.architecture}, {len(other.spec.classes)} classes) is not built as the "
-                f"checkpoint's ({spec.architecture}, {len(spec.classes)} classes)"
+                f"{key}: its model is not built as the checkpoint's: {_difference(other.spec, spec)}; give one that "
+                "differs in its weights only"
             )
     task = task_of(config, spec, device)
     require_float32(bool(protected.manifest.get("float32")), task)

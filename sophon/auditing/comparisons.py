@@ -42,7 +42,7 @@ class Undone:
     """An attack beside the same ``without`` the surgery ``operations``, which take scale away.
 
     ``share`` is the part of the protection against the other that they undo: below 0 where they help the defender, NaN
-    where there is none to undo (less than `NO_PROTECTION_BELOW`) or a gap is not known.
+    where there is none to undo (less than `NO_PROTECTION_BELOW`, or an interval that reaches 0) or a gap is not known.
     """
 
     attack: str
@@ -93,7 +93,8 @@ def undone_of(attacks: Iterable[Attack]) -> list[Undone]:
     pairs = []
     for attack, operations, key in parted:
         if operations and key in plain:
-            gap, without = attack.gap_closed.value, plain[key].gap_closed.value
-            share = 1 - gap / without if without >= NO_PROTECTION_BELOW else math.nan
-            pairs.append(Undone(attack.attack, plain[key].attack, operations, gap, without, share))
+            gap, without = attack.gap_closed.value, plain[key].gap_closed
+            protected = without.value >= NO_PROTECTION_BELOW and without.low > 0
+            share = 1 - gap / without.value if protected else math.nan
+            pairs.append(Undone(attack.attack, plain[key].attack, operations, gap, without.value, share))
     return pairs

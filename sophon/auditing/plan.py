@@ -16,7 +16,8 @@ from sophon.auditing.scene import Scene, unfit
 from sophon.auditing.words import FILTERED, ORACLE, ROLES, in_order
 from sophon.config import AttackConfig, SearchConfig
 from sophon.domains import LoadedDomain
-from sophon.errors import UserError, choose
+from sophon.domains.names import few
+from sophon.errors import UserError, choose, likely
 from sophon.finetune import check
 from sophon.validation import strategy_from
 
@@ -160,7 +161,11 @@ class Plan:
             key = "attack.oracle" if name == config.oracle else "attack.benign"
             choose(key, name, self.named)
         for name in config.knowing:
-            choose("attack.knowing", name, [*self.named, *config.search])
+            if name not in (known := [*self.named, *config.search]):
+                raise UserError(
+                    f"attack.knowing: there is no attack '{name}'{likely(name, known)}; it names attacks of the suite: "
+                    f"{few(known)}; attack.knowing={{}} names none"
+                )
         fitting = self._fitting(self.named, scene.restricted)
         narrowed = {name: self._narrowed(name, each) for name, each in config.search.items()}
         searches = {name: each for name, each in narrowed.items() if each is not None}

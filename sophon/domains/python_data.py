@@ -107,6 +107,10 @@ def _side(data: Any, name: str) -> Side:
         if len(images) != len(labels):
             raise UserError(f"{name}: {len(images)} images do not match {len(labels)} labels")
         return Side(plain(labels), None, _reader(lambda index: images[index], name))
+    if isinstance(data, tuple) and len(data) == 4:
+        raise UserError(
+            f"{name}: a tuple of 4 is not allowed; give sophon.Domain((images, labels), test=(more, labels))"
+        )
     return _dataset(data, name)
 
 

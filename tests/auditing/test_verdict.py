@@ -205,11 +205,11 @@ def weights(mean, most=None):
     return Masking([Norms("layers", 3, mean, mean, most or mean)] if mean else [], [], {})
 
 
-def pair(undone):
+def pair(undone, **more):
     """Attacks of which one takes scale away, and with it ``undone`` of a gap closed of 0.6."""
     after = 75.0 - 25 * 0.6 * (1 - undone)
-    return trio("plain", 60.0, 75.0, 50.0) + trio(
-        "r", after, 75.0, 50.0, strategy={"surgery": [{"operation": "renormalise", "per": "channel"}]}
+    return trio("plain", 60.0, 75.0, 50.0, **more) + trio(
+        "r", after, 75.0, 50.0, strategy={"surgery": [{"operation": "renormalise", "per": "channel"}]}, **more
     )
 
 
@@ -225,6 +225,7 @@ RUN = "which may be masking: run the family surgery."
         (pair(0.51), weights(1.05), f"Most of it is masking (gap closed 0.29 {UNDONE}"),
         (pair(0.3), None, f"Part of it is masking (gap closed 0.42 {UNDONE}"),
         (pair(0.2), weights(3.14), None),
+        (pair(0.9, error=9.0), weights(1.05), None),  # the protection that it would undo is within its error
         (SEEN, weights(3.14), f"Its weights before normalisation are 3.1 times as large, {RUN}"),
         (SEEN, weights(1234.5), "are 1234 times as large"),
         (SEEN, weights(1.2, 6.6), f"are up to 6.6 times as large, {RUN}"),

@@ -80,6 +80,7 @@ REFUSED: dict[str, tuple[Callable[[Path], DomainConfig], str]] = {
     "folder and test": (lambda root: Domain(str(root), pixels("test")), "a folder holds its own test images"),
     "fraction": (lambda root: Domain([], test_fraction=1.0), "test_fraction=1.0 is not allowed"),
     "numbers of both": (of(lambda side: (pictures(side), [0])), "24 images do not match 1 labels"),
+    "four arrays": (lambda root: Domain((*pixels("train"), *pixels("test")), name="x"), "give sophon.Domain((images, "),
     "no pairs": (of(lambda side: pictures(side)), "item 0 is no pair (image, label)"),
     "other columns": (of(lambda side: Table(picture=[], label=[])), "columns picture, label are not allowed"),
     "augmentation": (of(lambda side: Changing(*pixels(side))), "image 0 is another one each time"),
