@@ -47,10 +47,10 @@ ORIGINAL = sophon.Domain(arrays(0), arrays(1, 6), name="bands", val_fraction=0.3
 RESTRICTED = sophon.Domain(arrays(2), arrays(3, 6), name="others")
 
 
-def own_model(seed: int = 0) -> Any:
+def own_model(seed: int = 0, mean: float = 0.5) -> Any:
     torch.manual_seed(seed)
     net = GroupNormNet(classes=len(CLASSES)).requires_grad_(False)  # as its owner may have frozen it
-    return sophon.adapt(net, head="fc", image_size=8, channels=1, mean=[0.5], std=[0.5], classes=CLASSES)
+    return sophon.adapt(net, head="fc", image_size=8, channels=1, mean=[mean], std=[0.5], classes=CLASSES)
 
 
 run = partial(protect, original=ORIGINAL, restricted=RESTRICTED, method=METHOD, attackers=ATTACKERS, guard=GUARD)
@@ -178,6 +178,10 @@ def test_a_model_that_guesses_is_warned_of() -> None:
         (lambda: run(own_model(), device="gpu"), r"^device: 'gpu' is not known"),
         (lambda: audit(own_model()), r"^reference, original, restricted: missing"),
         (lambda: audit(own_model(), own_model(1), ORIGINAL, [RESTRICTED, ORIGINAL]), r"^restricted: .* are several"),
+        (
+            lambda: audit(own_model(), own_model(mean=0.4), ORIGINAL, RESTRICTED),
+            "of mean it has 0.4, ",
+        ),
         (lambda: attack(attacks="standart"), r"^attack: .*standard"),
         (lambda: load("nowhere"), r"^folder: 'nowhere' is not a folder"),
     ],

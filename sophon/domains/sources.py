@@ -128,6 +128,10 @@ def _read(
 ) -> ImageSet:
     """Decode images once, and keep them, or with a limit to memory only what tells them apart."""
 
+    in_memory = config.source == "python"
+    key = where if in_memory else f"{where}.root"
+    skipping = "sophon.Domain(..., skip_unreadable=True)" if in_memory else f"{where}.skip_unreadable=true"
+
     def decoded(number: int) -> tuple[Tensor, tuple[int, int]] | UnreadableError:
         try:
             image = part.read(number)
@@ -138,7 +142,7 @@ def _read(
     def pixels(number: int) -> Tensor:
         result = decoded(number)
         if isinstance(result, UnreadableError):
-            raise UserError(f"{where}.root: {result}") from result
+            raise UserError(f"{key}: {result}") from result
         return result[0]
 
     notes.left_out.update(part.left_out)
@@ -150,7 +154,7 @@ def _read(
             advance()
             if isinstance(result, UnreadableError):
                 if not config.skip_unreadable:
-                    raise UserError(f"{where}.root: {result}; {where}.skip_unreadable=true leaves such out") from result
+                    raise UserError(f"{key}: {result}; {skipping} leaves such out") from result
                 notes.saw_unreadable(str(result))
                 readable[row] = False
                 continue

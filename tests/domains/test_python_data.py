@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[Path], DomainConfig], str]] = {
     "other columns": (of(lambda side: Table(picture=[], label=[])), "columns picture, label are not allowed"),
     "augmentation": (of(lambda side: Changing(*pixels(side))), "image 0 is another one each time"),
     "targets": (of(lambda side: Lying(*pixels(side))), "item 0 has the label 0 and the target 1"),
-    "normalised": (spoilt(np.full((8, 8), -0.5)), "image 23 of x cannot be read: its values are not in 0..1"),
+    "normalised": (spoilt(np.full((8, 8), -0.5)), "it: image 23 of x cannot be read: its values are not in 0..1"),
     "not a number": (spoilt(np.full((8, 8), np.nan)), "its values are not in 0..1"),
     "bytes as floats": (spoilt(torch.full((3, 8, 8), 255.0)), "its values are not in 0..1"),
     "whole numbers": (spoilt(np.zeros((8, 8), np.int64)), "its values are int64; give uint8"),
