@@ -81,6 +81,7 @@ def test_a_model_in_memory_is_protected_saved_loaded_without_us_and_audited(nowh
     assert result.manifest["intactness"]["before"].keys() == {"val", "test"}
     assert not list(nowhere.iterdir())
 
+    assert repr(result).endswith(", 4 rounds)")
     result.save("release")
     alone = GroupNormNet(classes=len(CLASSES))
     alone.load_state_dict(load_file("release/model.safetensors"))
@@ -89,7 +90,7 @@ def test_a_model_in_memory_is_protected_saved_loaded_without_us_and_audited(nowh
     assert loaded.sha256 == loaded.manifest["weights_sha256"]
 
     report = audit(result, attacks=ATTACKS)
-    assert str(report.verdict)
+    assert repr(report) == f"Audited({report.verdict})"
     assert sorted(zip(report.table["attack"], report.table["role"], strict=True)) == [
         ("adam", "protected"),
         ("adam", "scratch"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # scores, tables and drawings need libraries that take long t
     from sophon.auditing.worst_case import WorstCase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Protected:
     """A protected model.
 
@@ -35,6 +35,10 @@ class Protected:
     history: list[dict[str, Any]]
     manifest: dict[str, Any]
     protection: Protection
+
+    def __repr__(self) -> str:
+        """Return one line: what is protected, and for how long; a notebook prints it."""
+        return f"Protected({self.protection.reference.spec.architecture}, {len(self.history)} rounds)"
 
     def save(self, folder: str | Path, audit: Audited | None = None) -> None:
         """Write the checkpoint: the library's own files, ``sophon.json`` and the model card.
@@ -53,7 +57,7 @@ class Protected:
         write_checkpoint(folder, self.model, self.protection.reference.spec, manifest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audited:
     """What an audit found.
 
@@ -64,6 +68,10 @@ class Audited:
 
     found: AuditReport
     html: str
+
+    def __repr__(self) -> str:
+        """Return the verdict as one line; a notebook prints it."""
+        return f"Audited({self.verdict})"
 
     @property
     def verdict(self) -> Verdict:
