@@ -84,8 +84,8 @@ class KFAC(torch.optim.Optimizer):
         """Take a step at the group's rate; ``trust`` counts at the rate that the optimizer was made with."""
         group, peak = self.param_groups[0], self.defaults["lr"]
         if self._taken % self._every == 0:
-            seen = {name: found for name, found in self._moments.items() if name.endswith((" reads", " writes"))}
-            self._inverses = {name: _inverse(found, self._damping) for name, found in seen.items()}
+            matrices = {name: part for name, part in self._moments.items() if name.endswith((" reads", " writes"))}
+            self._inverses = {name: _inverse(part, self._damping) for name, part in matrices.items()}
         self._taken += 1
         steps = dict([*self._layer_steps(), *self._diagonal_steps("other", self._others)])
         norm = sum(float((step.gradient * step.direction).sum()) for step in steps.values()) * peak**2
@@ -104,7 +104,7 @@ class KFAC(torch.optim.Optimizer):
             if f"{name} writes" not in self._inverses:  # its weights are used without it
                 yield from self._diagonal_steps(name, parameters)
                 continue
-            gradient = torch.cat([self._gradient(each) for each in parameters], 1)
+            gradient = torch.cat([self._gradient(weight) for weight in parameters], 1)
             direction = self._inverses[f"{name} writes"] @ gradient @ self._inverses[f"{name} reads"]
             yield name, _Step(parameters, gradient, direction)
 
@@ -137,8 +137,8 @@ def _read(layer: nn.Module, given: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         padding: Any = layer.padding
         given = F.unfold(given, layer.kernel_size, layer.dilation, padding, layer.stride)
-    found = _columns(layer, given)
-    return torch.cat([found, torch.ones_like(found[:1])]) if layer.bias is not None else found
+    columns = _columns(layer, given)
+    return torch.cat([columns, torch.ones_like(columns[:1])]) if layer.bias is not None else columns
 
 
 def _inverse(moments: Tensor, damping: float) -> Tensor:

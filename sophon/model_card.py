@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from sophon import models
 from sophon.config import MethodConfig
 from sophon.models import ModelSpec
-from sophon.models.adapter import Card
+from sophon.models.adapter import ModelCard
 
 
 def model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
@@ -33,7 +33,7 @@ def model_card(spec: ModelSpec, manifest: Mapping[str, Any]) -> str:
     return template.render(spec=spec, card=card, manifest=manifest, domains=domains, **parts) + "\n"
 
 
-def _metadata(spec: ModelSpec, card: Card, manifest: Mapping[str, Any]) -> str:
+def _metadata(spec: ModelSpec, card: ModelCard, manifest: Mapping[str, Any]) -> str:
     """Return the card's YAML header: what the Hub reads, with the figures of intactness and audits as `model-index`."""
     audits, intactness = manifest.get("audits") or [], manifest.get("intactness") or {}
     original = (manifest.get("domains") or {}).get("original") or {"name": "original"}

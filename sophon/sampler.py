@@ -132,6 +132,6 @@ class StrategySampler:
         """Return what can be drawn, as plain JSON data: the form that a checkpoint's manifest stores."""
         lists = {name: sorted(set(getattr(self.config, key))) for name, key in _LISTS.items()}
         ranges = {name: [float(limit) for limit in limits] for name, limits in sorted(self.ranges.items())}
-        surgeries = [[operation.plain() for operation in each] for each in dict.fromkeys(self.surgeries)]
+        surgeries = [[operation.plain() for operation in operations] for operations in dict.fromkeys(self.surgeries)]
         rest = {"data_budget": [None], "ema": [0.0], "surgery": surgeries}
         return {"optimizer": ranges, "steps": list(self.config.steps), **lists, **rest}

@@ -14,15 +14,15 @@ from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose
 from sophon.files import read_json
-from sophon.models.adapter import AdaptedModel, Card, ModelAdapter
+from sophon.models.adapter import AdaptedModel, ModelAdapter, ModelCard
 from sophon.models.spec import ModelSpec
 from sophon.pickles import refuse_pickle
 
 __all__ = [
     "LIBRARIES",
     "AdaptedModel",
-    "Card",
     "ModelAdapter",
+    "ModelCard",
     "ModelSpec",
     "adapt",
     "adapter_of",

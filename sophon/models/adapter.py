@@ -21,7 +21,7 @@ class AdaptedModel(NamedTuple):
     spec: ModelSpec
 
 
-class Card(NamedTuple):
+class ModelCard(NamedTuple):
     """What a model card says of the model itself.
 
     Attributes:
@@ -146,5 +146,5 @@ class ModelAdapter(Protocol):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write weights and configuration into ``folder`` as the library loads them."""
 
-    def card(self) -> Card:
+    def card(self) -> ModelCard:
         """Return what a model card says of the model itself."""

@@ -12,7 +12,7 @@ class Interface(NamedTuple):
     """Where features are handed on: names of the last convolution before it, its normalisation, ReLU and readers."""
 
     convolution: str
-    norm: str
+    normaliser: str
     act: str
     readers: tuple[str, ...]
 
@@ -24,7 +24,7 @@ class Channels(NamedTuple):
     written, and divided by it where it is read, leaves the function as it is.
     """
 
-    norms: tuple[str, ...]
+    writers: tuple[str, ...]
     readers: tuple[str, ...]
 
 
@@ -54,7 +54,7 @@ def interfaces(model: nn.Module) -> list[Interface]:
         for name, block in blocks.items()
     ]
     before = [("conv1.3",)] if deep else []
-    return [Interface(*end, each) for end, each in zip(ends, [*before, *readers, ("fc",)], strict=True)]
+    return [Interface(*end, read_by) for end, read_by in zip(ends, [*before, *readers, ("fc",)], strict=True)]
 
 
 def channels(model: nn.Module) -> list[Channels]:
@@ -63,34 +63,36 @@ def channels(model: nn.Module) -> list[Channels]:
     Returns:
         Empty where `interfaces` is.
     """
-    found: list[Channels] = []
-    for each in interfaces(model):
-        block, _, _ = each.norm.rpartition(".")
+    merged: list[Channels] = []
+    for interface in interfaces(model):
+        block, _, _ = interface.normaliser.rpartition(".")
         shortcut = getattr(model.get_submodule(block), "downsample", None)
         if shortcut is None and block.startswith("layer"):
-            found[-1] = Channels((*found[-1].norms, each.norm), (*found[-1].readers, *each.readers))
+            merged[-1] = Channels(
+                (*merged[-1].writers, interface.normaliser), (*merged[-1].readers, *interface.readers)
+            )
         else:
             added = [f"{block}.downsample.{index}" for index in _parts(shortcut, nn.BatchNorm2d)]
-            found.append(Channels((each.norm, *added), each.readers))
-    return found
+            merged.append(Channels((interface.normaliser, *added), interface.readers))
+    return merged
 
 
 @torch.no_grad()
-def scale(model: nn.Module, each: Channels, factors: Tensor) -> None:
+def scale(model: nn.Module, place: Channels, factors: Tensor) -> None:
     """Multiply channels, in place, where they are written, and divide where they are read.
 
     Args:
         factors: > 0, floating point, [channels].
     """
-    for name in each.norms:
+    for name in place.writers:
         for part in ("weight", "bias"):
             model.get_parameter(f"{name}.{part}").mul_(factors.to(model.get_parameter(f"{name}.{part}").dtype))
-    for name in each.readers:
+    for name in place.readers:
         weight = model.get_parameter(f"{name}.weight")
         weight.div_(factors.to(weight.dtype).view(1, -1, *[1] * (weight.dim() - 2)))
 
 
-def norm_behind(reader: str) -> str:
+def normaliser_behind(reader: str) -> str:
     """Name the normalisation behind a convolution that reads an interface."""
     if reader.endswith("conv1"):
         return f"{reader.removesuffix('conv1')}bn1"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
-from sophon.models.adapter import Card
+from sophon.models.adapter import ModelCard
 from sophon.models.common import OnPixels, check_input, described, outline
 from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
@@ -172,12 +172,12 @@ class ClassifierAdapter(OnPixels):
         tensors = read_state(path, key, strip_prefix)
         load_state(model, tensors, f"{key}: {path}", explain=partial(self._other_classes, model, tensors))
 
-    def _other_classes(self, model: nn.Module, found: Mapping[str, Tensor], wrong: Sequence[str]) -> str | None:
+    def _other_classes(self, model: nn.Module, tensors: Mapping[str, Tensor], wrong: Sequence[str]) -> str | None:
         """Say it plainly when nothing but the number of classes differs."""
         heads = tuple(f"{name}." for name in self.head_names(model))
         if not heads or not all(name.startswith(heads) for name in wrong):
             return None
-        counts = len(found[wrong[0]]), len(model.state_dict()[wrong[0]])
+        counts = len(tensors[wrong[0]]), len(model.state_dict()[wrong[0]])
         return f": class counts do not match: checkpoint has {counts[0]} classes, original domain has {counts[1]}"
 
     def _check_order(self, path: Path) -> None:
@@ -216,13 +216,13 @@ class ClassifierAdapter(OnPixels):
         """Return Python code that makes ``model`` of a folder at ``PATH``."""
         raise NotImplementedError
 
-    def card(self) -> Card:
+    def card(self) -> ModelCard:
         """Return what a model card says of a classifier."""
         spec = self.spec
         mean, std = (json.dumps(list(values)) for values in (spec.mean, spec.std))
         size = f"{spec.image_size}, {spec.image_size}"
         shape = f"[B, {spec.channels}, {size}]"
-        return Card(
+        return ModelCard(
             pipeline_tag="image-classification",
             kind=f"A classifier of {len(spec.classes)} classes",
             notes=(

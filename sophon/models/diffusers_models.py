@@ -16,7 +16,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
 from sophon.files import write_text
 from sophon.models import pipeline
-from sophon.models.adapter import Card
+from sophon.models.adapter import ModelCard
 from sophon.models.common import OnPixels, check_input
 from sophon.models.noise import complete_schedule, read_schedule
 from sophon.models.partition import Block
@@ -246,7 +246,7 @@ class DiffusersAdapter(OnPixels):
             write_text(folder / name, self.spec.files.get(name) or part.to_json_string())
         write_tensors(folder / pipeline.WEIGHTS, model.state_dict())
 
-    def card(self) -> Card:
+    def card(self) -> ModelCard:
         """Return what a model card says of a denoiser."""
         spec = self.spec
         shape = (spec.channels, spec.image_size, spec.image_size)
@@ -258,11 +258,11 @@ class DiffusersAdapter(OnPixels):
         count = spec.model_args.get("num_class_embeds")
         if not count:
             loading = _UNCONDITIONAL.format(steps=steps)
-            return Card("unconditional-image-generation", "A denoising diffusion model", notes, loading)
+            return ModelCard("unconditional-image-generation", "A denoising diffusion model", notes, loading)
         classes = f"Classes, in the order of the labels: {', '.join(f'`{name}`' for name in spec.classes)}."
         kind = f"A denoising diffusion model conditioned on {count} classes"
         # the Hub has no tag for generation by class
-        return Card(
+        return ModelCard(
             "unconditional-image-generation",
             kind,
             (*notes, classes),

@@ -68,8 +68,8 @@ class FrozenParts:
             float [B, c, h, w].
         """
         vae = self._module("vae", images)
-        found = vae.encode(images)
-        latents = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+        encoded = vae.encode(images)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         shift, scale = self._scales(vae)
         return (latents - shift) * scale  # type: ignore[no-any-return]
 

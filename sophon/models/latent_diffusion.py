@@ -13,7 +13,7 @@ from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
 from sophon.files import write_text
-from sophon.models.adapter import Card
+from sophon.models.adapter import ModelCard
 from sophon.models.common import check_input, described
 from sophon.models.frozen import AUTOENCODERS, TEXT_ENCODERS, FrozenParts, check_part, copy_part, part_sha256
 from sophon.models.noise import read_schedule
@@ -88,9 +88,9 @@ class TextToImageAdapter:
         return adapter
 
     @staticmethod
-    def _schedule(where: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    def _schedule(where: str, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the scheduler's saved configuration says of noise."""
-        return read_schedule(where, name, found) | {"clip_sample": False}  # latents may lie outside -1 .. 1
+        return read_schedule(where, name, saved) | {"clip_sample": False}  # latents may lie outside -1 .. 1
 
     @classmethod
     def _check_index(cls, where: str, index: Mapping[str, Any]) -> None:
@@ -240,11 +240,11 @@ class TextToImageAdapter:
         write_text(folder / self.part / "config.json", model.to_json_string())  # type: ignore[operator]
         write_tensors(folder / self.weights, model.state_dict())
 
-    def card(self) -> Card:
+    def card(self) -> ModelCard:
         """Return what a model card says of a pipeline."""
         steps = self.spec.scheduler["num_train_timesteps"]
         loading = LOADING.format(prompt='"a photo of a cat"', steps=min(50, steps - 1))
-        return Card("text-to-image", "A text-to-image latent diffusion model", self._notes(), loading)
+        return ModelCard("text-to-image", "A text-to-image latent diffusion model", self._notes(), loading)
 
     def _notes(self) -> tuple[str, ...]:
         spec = self.spec

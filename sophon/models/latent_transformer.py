@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sophon.errors import UserError
-from sophon.models.adapter import Card
+from sophon.models.adapter import ModelCard
 from sophon.models.latent_diffusion import LOADING, TextToImageAdapter
 from sophon.models.noise import read_flow
 from sophon.models.partition import Block, owned
@@ -77,7 +77,7 @@ class ClassToImageAdapter(TextToImageAdapter):
             embedder.num_classes = len(classes)
         model.register_to_config(num_embeds_ada_norm=len(classes))  # type: ignore[operator]
 
-    def card(self) -> Card:
+    def card(self) -> ModelCard:
         """Return what a model card says of a pipeline."""
         steps = self.spec.scheduler["num_train_timesteps"]
         classes = f"Classes, in the order of the labels: {', '.join(f'`{name}`' for name in self.spec.classes)}."
@@ -85,7 +85,7 @@ class ClassToImageAdapter(TextToImageAdapter):
         asked = "class_labels=[0]" if len(self.spec.classes) == 1000 else "class_labels=[0], guidance_scale=1.0"
         loading = LOADING.format(prompt=asked, steps=min(50, steps - 1))
         kind = f"A latent diffusion transformer conditioned on {len(self.spec.classes)} classes"
-        return Card("unconditional-image-generation", kind, (*self._notes(), classes), loading)
+        return ModelCard("unconditional-image-generation", kind, (*self._notes(), classes), loading)
 
 
 class FlowMatchingAdapter(TextToImageAdapter):

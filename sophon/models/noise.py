@@ -51,19 +51,19 @@ _CHOICES = {
 }
 
 
-def read_flow(where: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def read_flow(where: str, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flow that a scheduler's saved configuration describes: ``num_train_timesteps`` and ``shift``.
 
     Args:
         where: what messages begin with.
         name: the scheduler's class in diffusers.
-        found: ``scheduler_config.json``.
+        saved: ``scheduler_config.json``.
 
     Raises:
         UserError: it is no `FlowMatchEulerDiscreteScheduler` with a fixed shift, or a setting is out of range.
     """
     choose(f"{where}: scheduler", name, ("FlowMatchEulerDiscreteScheduler",))
-    own = {key: value for key, value in found.items() if not key.startswith("_") and value is not None}
+    own = {key: value for key, value in saved.items() if not key.startswith("_") and value is not None}
     for key in ("use_dynamic_shifting", "invert_sigmas", "shift_terminal"):
         if own.get(key):
             raise UserError(f"{where}: {key}: {own[key]!r} makes another flow; only a fixed shift is known")
@@ -73,13 +73,13 @@ def read_flow(where: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]
     return {"prediction_type": "flow", "num_train_timesteps": steps, "shift": float(shift)}
 
 
-def read_schedule(where: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def read_schedule(where: str, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the noise schedule that a scheduler's saved configuration describes.
 
     Args:
         where: what messages begin with.
         name: the scheduler's class in diffusers, whose own defaults stand in for what is not saved.
-        found: ``scheduler_config.json``.
+        saved: ``scheduler_config.json``.
 
     Returns:
         Every setting of the `DDPMScheduler` with the same forward process.
@@ -87,12 +87,12 @@ def read_schedule(where: str, name: str, found: Mapping[str, Any]) -> dict[str, 
     Raises:
         UserError: the scheduler or a setting is not known here, or makes other noise than DDPM's.
     """
-    for each in (name, found.get("_class_name", name)):
-        if each not in SCHEDULERS:
+    for kind in (name, saved.get("_class_name", name)):
+        if kind not in SCHEDULERS:
             raise UserError(
-                f"{where} has a scheduler {each}, whose noise may not be DDPM's; allowed: {', '.join(SCHEDULERS)}"
+                f"{where} has a scheduler {kind}, whose noise may not be DDPM's; allowed: {', '.join(SCHEDULERS)}"
             )
-    own = {key: value for key, value in found.items() if not key.startswith("_") and value is not None}
+    own = {key: value for key, value in saved.items() if not key.startswith("_") and value is not None}
     for key, value in own.items():
         if key in NEUTRAL:
             if value != NEUTRAL[key]:

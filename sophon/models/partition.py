@@ -65,10 +65,10 @@ def partition(module: nn.Module, head: str) -> list[Block]:
         names = [name for name in state if places.get(name) == place]
         number += any(name.endswith("weight") and state[name].dim() > 1 for name in names)
         numbers |= dict.fromkeys(names, max(0, number))
-    found: list[list[str]] = [[] for _ in range(max(numbers.values(), default=-1) + 1)]
+    blocks: list[list[str]] = [[] for _ in range(max(numbers.values(), default=-1) + 1)]
     for index, name in _named(module, state, numbers):
-        found[index].append(name)
-    return [tuple(block) for block in found]
+        blocks[index].append(name)
+    return [tuple(block) for block in blocks]
 
 
 def _matched(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -46,12 +46,12 @@ class TimmAdapter(ClassifierAdapter):
 
         Only the tag of an architecture is taken from ``config``, which timm does not write down.
         """
-        found = super().describe(folder, config)
-        if config.architecture.split(".")[0] == found.architecture:
-            found = replace(found, architecture=config.architecture)
-        if found.channels == 1:  # as timm does with the statistics of colours
-            found = replace(found, mean=[fmean(found.mean)], std=[fmean(found.std)])
-        return _without_restatements(found)
+        described = super().describe(folder, config)
+        if config.architecture.split(".")[0] == described.architecture:
+            described = replace(described, architecture=config.architecture)
+        if described.channels == 1:  # as timm does with the statistics of colours
+            described = replace(described, mean=[fmean(described.mean)], std=[fmean(described.std)])
+        return _without_restatements(described)
 
     @classmethod
     def recognise(cls, module: nn.Module, **facts: Any) -> ModelSpec | None:

@@ -151,7 +151,7 @@ class TransformersAdapter(ClassifierAdapter):
         """Let transformers give the tensors their names in the model; what it cannot place stays as it is."""
         build = getattr(imported(), self.spec.architecture)
         with torch.random.fork_rng(devices=[]), quiet():
-            found, report = build.from_pretrained(
+            loaded, report = build.from_pretrained(
                 None,
                 config=self.settings_of(),
                 state_dict=dict(tensors),
@@ -159,7 +159,7 @@ class TransformersAdapter(ClassifierAdapter):
                 ignore_mismatched_sizes=True,
                 dtype=torch.float32,
             )
-        state = {name: part for name, part in found.state_dict().items() if name not in report["missing_keys"]}
+        state = {name: part for name, part in loaded.state_dict().items() if name not in report["missing_keys"]}
         state |= {name: torch.empty(shape, device="meta") for name, shape, _ in report["mismatched_keys"]}
         return state | {name: tensors.get(name, torch.empty(0)) for name in report["unexpected_keys"]}
 
@@ -200,13 +200,13 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
             f"'{folder}' holds no {PROCESSOR}, so that mean and std of its images are not known; add it, or give its "
             "model.safetensors with model.library=transformers, model.architecture, model_args, mean and std"
         )
-    found = read_json(path)
-    if not found.get("do_rescale", True) or abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+    processor = read_json(path)
+    if not processor.get("do_rescale", True) or abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise UserError(f"'{path}' does not scale images to 0..1; only processors that do are understood")
     facts: dict[str, Any] = {"mean": [0.0], "std": [1.0]}
-    if found.get("do_normalize", True):
-        facts = {"mean": list(found.get("image_mean") or [0.5]), "std": list(found.get("image_std") or [0.5])}
-    size = (found.get("crop_size") if found.get("do_center_crop") else None) or found.get("size")
+    if processor.get("do_normalize", True):
+        facts = {"mean": list(processor.get("image_mean") or [0.5]), "std": list(processor.get("image_std") or [0.5])}
+    size = (processor.get("crop_size") if processor.get("do_center_crop") else None) or processor.get("size")
     if isinstance(size, Mapping):
         sides = {name: size[name] for name in ("height", "width", "shortest_edge") if name in size}
         size = sides.get("shortest_edge") or square(folder, sides.get("height", 0), sides.get("width", 0))

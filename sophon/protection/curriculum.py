@@ -82,20 +82,20 @@ class Curriculum:
         lr = math.exp(low + (high - low) * _uniform(generator))
         return FineTuneStrategy(optimizer=optimizer, lr=lr, steps=self.sampler.steps(generator), **drawn)
 
-    def learn_all(self, found: Sequence[tuple[FineTuneStrategy, float]]) -> None:
+    def learn_all(self, successes: Sequence[tuple[FineTuneStrategy, float]]) -> None:
         """Learn from all attackers of one step, in any order.
 
         Args:
-            found: each attacker with its success: how well it recovers, higher for better, in a unit that compares
+            successes: each attacker with its success: how well it recovers, higher for better, in a unit that compares
                 across strategies, such as minus its own loss at the end of its turn. Those that are not finite are
                 ignored, and a value that the sampler does not have teaches nothing about its field.
         """
-        finite = [(strategy, float(success)) for strategy, success in found if math.isfinite(success)]
+        finite = [(strategy, float(success)) for strategy, success in successes if math.isfinite(success)]
         if not finite or self.config.curriculum == "uniform":
             return
         self._recent = [*self._recent[1 - RECENT :], sorted(success for _, success in finite)]
         recent = sorted(success for step in self._recent for success in step)
-        ranks = [(bisect_left(recent, each) + bisect_right(recent, each)) / len(recent) - 1 for _, each in finite]
+        ranks = [(bisect_left(recent, own) + bisect_right(recent, own)) / len(recent) - 1 for _, own in finite]
         memory = self.config.curriculum_memory
         for name, arms in self._arms.items():
             places = [_place(name, arms, strategy) for strategy, _ in finite]

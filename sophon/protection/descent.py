@@ -108,8 +108,8 @@ class Descent:
                 # weighted before it is differentiated: through BatchNorm a slice's loss reaches other slices' images
                 losses.append(term.loss(self.model, part) * (len(part.labels) / len(batch.labels)))
             loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
-            found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        *gradients, loss = ranks.sum([*found, loss.detach()])
+            own = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        *gradients, loss = ranks.sum([*own, loss.detach()])
         value, method = loss.item(), self.context.method
         if not math.isfinite(value):
             raise UserError(

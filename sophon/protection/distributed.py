@@ -110,15 +110,15 @@ class Group(Ranks):
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for index, tensor in enumerate(tensors):
             kinds.setdefault((tensor.dtype, tensor.device), []).append(index)
-        found = [torch.empty_like(tensor) for tensor in tensors]
+        sums = [torch.empty_like(tensor) for tensor in tensors]
         for indices in kinds.values():
             flat = torch.cat([tensors[index].detach().reshape(-1) for index in indices])
             dist.all_reduce(flat)
             # copied back: a view of the message would lose the memory format that the optimizer's kernels want
             parts = torch.split(flat, [tensors[index].numel() for index in indices])
             for index, part in zip(indices, parts, strict=True):
-                found[index].copy_(part.view(tensors[index].shape))
-        return found
+                sums[index].copy_(part.view(tensors[index].shape))
+        return sums
 
     def any(self, flag: bool) -> bool:
         """Count the flags."""
@@ -143,12 +143,12 @@ class Group(Ranks):
             self.gather(len(message))
             dist.send(message, dst=0)
             return {}
-        found = dict(tensors)
+        collected = dict(tensors)
         for rank, length in enumerate(self.gather(0)[1:], start=1):
             message = torch.empty(length, dtype=torch.uint8)
             dist.recv(message, src=rank)
-            found |= load(message.numpy().tobytes())
-        return found
+            collected |= load(message.numpy().tobytes())
+        return collected
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
         """Send one message for each by order of name: a dict made from a set has another order in every process."""
@@ -161,8 +161,8 @@ class Group(Ranks):
         with self.together():
             if self.rank == 0:
                 value = compute()
-        found: T = self.gather(value)[0]
-        return found
+        result: T = self.gather(value)[0]
+        return result
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -172,9 +172,9 @@ class Group(Ranks):
             yield
         except (UserError, GuardError) as error:
             failure = [type(error).__name__, str(error)]
-        for found in self.gather(failure):
-            if found is not None:
-                raise (GuardError if found[0] == "GuardError" else UserError)(found[1])
+        for reported in self.gather(failure):
+            if reported is not None:
+                raise (GuardError if reported[0] == "GuardError" else UserError)(reported[1])
 
     def whole_batch(self) -> AbstractContextManager[Any]:
         """Exchange the statistics of the slices."""

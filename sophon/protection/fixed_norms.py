@@ -29,12 +29,12 @@ class FixedNorms:
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a denoiser's loss draws noise
             self._layers = scale_free(model, lambda: task.attacker_loss(model, batch), per=per)
-        self._norms = [norms(each.layer, each.axis) for each in self._layers]
+        self._norms = [norms(layer.layer, layer.axis) for layer in self._layers]
 
     @property
     def names(self) -> list[str]:
         """The layers that keep their norms."""
-        return [each.name for each in self._layers]
+        return [layer.name for layer in self._layers]
 
     def project(self) -> None:
         """Scale each layer back to its norm, in place.

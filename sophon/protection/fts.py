@@ -159,8 +159,8 @@ class FTS:
     def _learn(self, successes: list[list[Any]]) -> None:
         """Tell the curriculum of every rank how the attackers of all ranks did."""
         if self.config.curriculum != "uniform":
-            found = [each for part in self.ranks.gather(successes) for each in part]
-            self.curriculum.learn_all([(FineTuneStrategy.of(plain), success) for plain, success in found])
+            reported = [pair for part in self.ranks.gather(successes) for pair in part]
+            self.curriculum.learn_all([(FineTuneStrategy.of(plain), success) for plain, success in reported])
 
     def _draw(self, key: tuple[object, ...], index: int) -> _Turn:
         """Draw a new attacker, or one of the pool that goes on."""
@@ -212,22 +212,22 @@ class FTS:
         if not self.attackers.probed:
             return
         begun = [turn.domain for turn in turns if turn.member is None and turn.strategy.head == "probed"]
-        for domain in sorted({each for part in self.ranks.gather(begun) for each in part}):
+        for domain in sorted({domain for part in self.ranks.gather(begun) for domain in part}):
             self.attackers.refresh_probe(domain, *key)
             self.ranks.broadcast(self.attackers.probed[domain])  # ranks on unlike hardware differ in the last bits
 
 
 def _to_released(gradients: Mapping[str, Tensor], factors: Factors) -> dict[str, Tensor]:
     """Turn gradients of attackers' weights into those of released ones; a weight of the attacker's own has none."""
-    found = {}
+    released = {}
     for name, gradient in gradients.items():
         factor = factors.get(name, 1.0)
         if isinstance(factor, float):
             if factor:
-                found[name] = gradient if factor == 1.0 else gradient * factor
+                released[name] = gradient if factor == 1.0 else gradient * factor
         elif factor.any():
-            found[name] = gradient * factor
-    return found
+            released[name] = gradient * factor
+    return released
 
 
 # steps at the end of a turn over which an attacker's loss is averaged: one batch's says little

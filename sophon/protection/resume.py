@@ -46,7 +46,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class State:
+class SavedRun:
     """All that a run has to remember.
 
     Attributes:
@@ -61,7 +61,7 @@ class State:
     data: Mapping[str, Any]
 
 
-def write_state(path: Path, state: State) -> None:
+def write_state(path: Path, state: SavedRun) -> None:
     """Write a state, atomically.
 
     Raises:
@@ -71,7 +71,7 @@ def write_state(path: Path, state: State) -> None:
     write_tensors(path, flat, {"at": asdict(state.at), "data": state.data})
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> SavedRun:
     """Read what `write_state` wrote; the tensors lie on the CPU.
 
     Raises:
@@ -82,4 +82,4 @@ def read_state(path: Path) -> State:
     for key, tensor in flat.items():
         part, name = key.split("/", 1)
         tensors[part][name] = tensor
-    return State(Position(**metadata["at"]), tensors, metadata["data"])
+    return SavedRun(Position(**metadata["at"]), tensors, metadata["data"])

@@ -18,7 +18,7 @@ from sophon.config import GuardConfig, MethodConfig
 from sophon.protection.context import Context
 from sophon.protection.guard import Guard, copied
 from sophon.protection.profiling import profiled
-from sophon.protection.resume import STATE_FILE, Position, State, read_state, write_state
+from sophon.protection.resume import STATE_FILE, Position, SavedRun, read_state, write_state
 from sophon.protection.stage import Remembered, Stage
 from sophon.seeds import derive_seed
 from sophon.tasks import Task
@@ -139,7 +139,7 @@ class Runner:
             "teacher": {} if self.at.whole else self.context.teacher.state_dict(),
             "stage": remembered.tensors,
         }
-        state = State(self.at, tensors, remembered.data)
+        state = SavedRun(self.at, tensors, remembered.data)
         self.context.ranks.first(lambda: write_state(self.folder / STATE_FILE, state))
 
     def _started(self) -> int:

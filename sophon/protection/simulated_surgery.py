@@ -71,7 +71,7 @@ def check_simulated(operations: Sequence[Operation], where: str) -> None:
 def _arguments(operation: Operation) -> dict[str, Any]:
     """Return the arguments that an operation is applied with, its defaults among them."""
     parameters = inspect.signature(OPERATIONS[operation.name]).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    defaults = {part.name: part.default for part in parameters if part.kind is inspect.Parameter.KEYWORD_ONLY}
     return defaults | dict(operation.arguments)
 
 
@@ -109,15 +109,15 @@ def _names(model: nn.Module) -> list[str]:
 
 
 _SIMULATED: dict[str, Callable[[nn.Module, Means, Operation], Factors]] = {
-    "reinitialise": _replaces(lambda model, means, each: reinitialised(model, means, **_arguments(each))),
+    "reinitialise": _replaces(lambda model, means, operation: reinitialised(model, means, **_arguments(operation))),
     "noise": _adds,
     "prune": _prunes,
     "shrink_perturb": _shrinks,
     "restate": _adds,
-    "reset_affine": _replaces(lambda model, means, each: affine(model)),
-    "renormalise": lambda model, means, each: dict(rescale_to_fresh(model, means, **_arguments(each))),
-    "centre": lambda model, means, each: centre_channels(model, means, **_arguments(each)),
-    "equalise": lambda model, means, each: dict(equalise_channels(model)),
+    "reset_affine": _replaces(lambda model, means, operation: affine(model)),
+    "renormalise": lambda model, means, operation: dict(rescale_to_fresh(model, means, **_arguments(operation))),
+    "centre": lambda model, means, operation: centre_channels(model, means, **_arguments(operation)),
+    "equalise": lambda model, means, operation: dict(equalise_channels(model)),
     "heal": _adds,
-    "distil": _replaces(lambda model, means, each: _names(model)),
+    "distil": _replaces(lambda model, means, operation: _names(model)),
 }

@@ -56,12 +56,12 @@ class WholeBatch(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
         scale = (var + eps).rsqrt()
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        each = (1, -1, *[1] * (input.dim() - 2))
-        return torch.addcmul(shift.view(each), wide, scale.view(each)).to(input.dtype)
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        return torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(input.dtype)
 
     def _statistics(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean [C], biased variance [C] and the number of values behind each, of all ranks' parts."""
-        # The parts' own moments combine without the cancellation that sums of squares suffer from.
+        # The parts' own means and variances combine without the cancellation that sums of squares suffer from.
         channels = part.shape[1]
         var, mean = torch.var_mean(part, [0, *range(2, part.dim())], correction=0)
         rows = self._stack(torch.cat([mean, var, mean.new_tensor([part.numel() // channels])]))

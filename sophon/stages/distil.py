@@ -124,7 +124,7 @@ def _feature_distance(context: Context, model: nn.Module, batch: Batch) -> Tenso
     """Return the mean squared distance of the student's features from the teacher's, both of length one."""
     with evaluating(context.teacher):
         wanted = context.task.features(context.teacher, batch.images)
-    found = context.task.features(model, batch.images)
-    assert found is not None  # `check` has seen to it
+    features = context.task.features(model, batch.images)
+    assert features is not None  # `check` has seen to it
     assert wanted is not None
-    return (F.normalize(found, dim=1) - F.normalize(wanted, dim=1)).square().sum(1).mean()
+    return (F.normalize(features, dim=1) - F.normalize(wanted, dim=1)).square().sum(1).mean()

@@ -84,12 +84,12 @@ def chosen_blocks(context: Context, stage: str, blocks: int, end: str) -> set[st
     Raises:
         UserError: the model has fewer blocks.
     """
-    names, found = context.model.state_dict(), context.task.blocks(context.model)
-    if blocks > len(found):
-        raise UserError(f"method.stages.{stage}.blocks: {blocks} is not allowed; the model has {len(found)}")
+    names, parts = context.model.state_dict(), context.task.blocks(context.model)
+    if blocks > len(parts):
+        raise UserError(f"method.stages.{stage}.blocks: {blocks} is not allowed; the model has {len(parts)}")
     if blocks == 0:
         return set(names)
-    return owned(names, at_end(found, blocks, end))
+    return owned(names, at_end(parts, blocks, end))
 
 
 def restate(context: Context) -> None:

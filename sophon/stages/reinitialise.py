@@ -95,7 +95,7 @@ def _agreement(context: Context) -> dict[str, Tensor]:
         _gradients(context, domain["adapt"], lambda batch: task.suppression_loss(model, batch))
         for domain in context.restricted
     ]
-    return {name: -value * sum(each[name] for each in restricted) for name, value in original.items()}
+    return {name: -value * sum(gradients[name] for gradients in restricted) for name, value in original.items()}
 
 
 @torch.enable_grad()
@@ -107,5 +107,5 @@ def _gradients(context: Context, images: ImageSet, loss: Callable[[Batch], Tenso
     stream = batches(images, context.method.ntr_batch_size, torch.Generator().manual_seed(seed))
     context.model.eval()
     total = torch.stack([loss(next(stream)) for _ in range(BATCHES)]).mean()
-    found = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
-    return dict(zip(parameters, found, strict=True))
+    gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+    return dict(zip(parameters, gradients, strict=True))

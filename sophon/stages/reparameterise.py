@@ -45,7 +45,7 @@ from sophon.protection.context import Context
 from sophon.protection.stage import Constraint, Information, Row, Stage
 from sophon.ranges import limited
 from sophon.seeds import derive_seed
-from sophon.surgery.channel_statistics import channel_moments
+from sophon.surgery.channel_statistics import channel_statistics
 from sophon.surgery.equalise import reader, scale_channels
 from sophon.surgery.renormalise import norms, rescale
 from sophon.tasks import Task
@@ -124,11 +124,11 @@ class Reparameterise(Stage):
         """
         images, gains = context.original["train"], self.config.gains
         made = release(context.model, context.reference, context.task, images, gains, self.config.spread, context.seed)
-        kept, found = (context.task.evaluate(each, context.original["val"]) for each in (context.model, made))
-        if not abs(found - kept) <= ROUNDING:
+        before, after = (context.task.evaluate(model, context.original["val"]) for model in (context.model, made))
+        if not abs(after - before) <= ROUNDING:
             raise GuardError(
                 f"method.stages.reparameterise.gains: {list(gains)} drowns the original work in rounding: "
-                f"{context.task.metric.name} on val {found:.4g} instead of {kept:.4g}; lower them"
+                f"{context.task.metric.name} on val {after:.4g} instead of {before:.4g}; lower them"
             )
         return made
 
@@ -211,7 +211,9 @@ def release(
     few = images.take(torch.arange(min(STATISTICS, len(images)))).in_memory()
     shared = [_Shared.of(trained, place, task, few, seed, index) for index, place in enumerate(places)]
     if isinstance(reference.maxpool, nn.MaxPool2d):
-        shared = [each.constant() if place.norm == "bn1" else each for each, place in zip(shared, places, strict=True)]
+        shared = [
+            part.constant() if place.normaliser == "bn1" else part for part, place in zip(shared, places, strict=True)
+        ]
     model = copy.deepcopy(reference)
     model.load_state_dict(trained.state_dict())
     with evaluating(model):
@@ -236,7 +238,7 @@ def spread_channels(model: nn.Module, spread: float, seed: int) -> None:
         seed: of which channel has which scale.
     """
     for index, place in enumerate(channels(model)):
-        like = model.get_parameter(f"{place.norms[0]}.weight")
+        like = model.get_parameter(f"{place.writers[0]}.weight")
         generator = torch.Generator().manual_seed(derive_seed(seed, "spread", index))
         ranks = torch.randperm(len(like), generator=generator) / max(1, len(like) - 1)
         scale_channels(model, place, torch.exp2((ranks * math.log2(spread)).round()).to(like))
@@ -261,7 +263,7 @@ class _Shared(NamedTuple):
             return F.conv2d(given, drawn.to(given.dtype), None, convolution.stride, convolution.padding)
 
         with evaluating(model):
-            mean, variance = _moments(model, convolution, task, images, response)
+            mean, variance = _statistics(model, convolution, task, images, response)
         return cls(drawn.double(), mean, variance.sqrt())
 
     def constant(self) -> _Shared:
@@ -274,21 +276,21 @@ def _mix(
 ) -> None:
     """Add ``gain`` times what is shared to what convolution and normalisation did, and say it in their terms."""
     convolution = cast(nn.Conv2d, model.get_submodule(place.convolution))
-    norm = cast(nn.BatchNorm2d, model.get_submodule(place.norm))
-    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    slope = norm.weight.double() / (variance.double() + norm.eps).sqrt()
+    bn = cast(nn.BatchNorm2d, model.get_submodule(place.normaliser))
+    mean, variance = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+    slope = bn.weight.double() / (variance.double() + bn.eps).sqrt()
     whole = convolution.weight.double() * slope.view(-1, 1, 1, 1) + gain * shared.filter / shared.deviation
-    level = norm.bias - mean * slope + gain * (OPEN - shared.mean / shared.deviation)
+    level = bn.bias - mean * slope + gain * (OPEN - shared.mean / shared.deviation)
     scale = wanted / whole.norm()
     convolution.weight.copy_(scale * whole)
-    moments = _moments(model, convolution, task, images, lambda _, output: output)
-    mean.copy_(moments[0])
-    variance.copy_(moments[1])
-    norm.weight.copy_((variance.double() + norm.eps).sqrt() / scale)
-    norm.bias.copy_(level + mean.double() / scale)
+    statistics = _statistics(model, convolution, task, images, lambda _, output: output)
+    mean.copy_(statistics[0])
+    variance.copy_(statistics[1])
+    bn.weight.copy_((variance.double() + bn.eps).sqrt() / scale)
+    bn.bias.copy_(level + mean.double() / scale)
 
 
-def _moments(
+def _statistics(
     model: nn.Module, layer: nn.Module, task: Task, images: ImageSet, of: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return mean and variance by channel, float64, of what ``of`` makes of a layer's input and output."""
@@ -297,4 +299,4 @@ def _moments(
         for batch in evaluation_batches(images, _BATCH):
             task.features(model, batch.images)
 
-    return channel_moments(layer, run, of)
+    return channel_statistics(layer, run, of)

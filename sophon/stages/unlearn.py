@@ -193,7 +193,7 @@ class Unlearn(Training):
         if self._probes or context.task.reads_labels or not sizes:
             return images
         before = (context.original, *context.restricted[:index])  # in the order of a model that was trained on both
-        start = sum(len(each.classes) for each in before)
+        start = sum(len(domain.classes) for domain in before)
         return images.relabelled((images.labels + start) % sizes[0], images.classes)
 
     def _erased(self, context: Context, model: nn.Module, batch: Batch) -> Tensor:
@@ -226,5 +226,5 @@ def _asked(context: Context) -> bool:
     """Whether the model is told what restricted images show: prompts, or classes of theirs."""
     if (frozen := context.task.adapter.frozen) is not None and frozen.reads_prompts:
         return True
-    classes = sum(len(each.classes) for each in (context.original, *context.restricted))
+    classes = sum(len(domain.classes) for domain in (context.original, *context.restricted))
     return (context.task.adapter.classes_in(context.model) or 0) >= classes

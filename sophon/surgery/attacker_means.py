@@ -100,7 +100,7 @@ class Means:
         Raises:
             UserError: the audit has no such domain.
         """
-        found: LoadedDomain | None = getattr(self, name)
-        if found is None:
+        chosen: LoadedDomain | None = getattr(self, name)
+        if chosen is None:
             raise UserError(f"{where}: the audit was given no {name} domain; set domain.{name}")
-        return found
+        return chosen

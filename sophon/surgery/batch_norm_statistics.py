@@ -16,28 +16,28 @@ def reestimated(model: nn.Module, run: Callable[[], object]) -> None:
 
     All else stays in evaluation mode. A model without such layers is left as it is, and ``run`` is not called.
     """
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
-    if not norms:
+    layers = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+    if not layers:
         return
-    momenta = [norm.momentum for norm in norms]
+    momenta = [layer.momentum for layer in layers]
     with evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative mean
-            norm.training = True
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative mean
+            layer.training = True
         run()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 @contextmanager
 def held(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalise with its running statistics for a while, and leave them as they are."""
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
-    for norm in norms:
-        norm.training = False
+    layers = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
+    for layer in layers:
+        layer.training = False
     try:
         yield
     finally:
-        for norm in norms:
-            norm.training = True
+        for layer in layers:
+            layer.training = True

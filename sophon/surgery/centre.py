@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sophon.arguments import Limits
 from sophon.surgery.attacker_means import Means
-from sophon.surgery.channel_statistics import channel_moments
+from sophon.surgery.channel_statistics import channel_statistics
 from sophon.surgery.renormalise import ScaleFree, scale_free
 from sophon.tasks.task import evaluating
 
@@ -39,41 +39,41 @@ def centre_channels(model: nn.Module, means: Means, *, outweighs: float = 3.0) -
     """Do what `centre` does; return what parameters were multiplied with at first, 0 for those replaced."""
     batch = means.relabelled(means.images, model).first(8)
     factors: dict[str, Tensor | float] = {}
-    for found in scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel"):
-        norm = found.norm
-        if isinstance(norm, _BatchNorm) and norm.affine and norm.running_mean is not None and found.axis == 0:
-            factors |= _centre(model, found, norm, means, outweighs)
+    for layer in scale_free(model, lambda: means.task.attacker_loss(model, batch), per="channel"):
+        bn = layer.normaliser
+        if isinstance(bn, _BatchNorm) and bn.affine and bn.running_mean is not None and layer.axis == 0:
+            factors |= _centre(model, layer, bn, means, outweighs)
     return factors
 
 
 @torch.no_grad()
 def _centre(
-    model: nn.Module, found: ScaleFree, norm: _BatchNorm, means: Means, outweighs: float
+    model: nn.Module, place: ScaleFree, bn: _BatchNorm, means: Means, outweighs: float
 ) -> dict[str, Tensor | float]:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    weight, bias = found.layer.get_parameter("weight"), getattr(found.layer, "bias", None)
-    slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    weight, bias = place.layer.get_parameter("weight"), getattr(place.layer, "bias", None)
+    slope = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
     by_channel = slope.view(-1, *[1] * (weight.dim() - 1))
     whole = weight.double() * by_channel
-    level = norm.bias.double() + slope * ((0 if bias is None else bias.double()) - norm.running_mean.double())
+    level = bn.bias.double() + slope * ((0 if bias is None else bias.double()) - bn.running_mean.double())
     apart = whole - whole.mean(0)
     if whole.mean(0).norm() * len(slope) ** 0.5 <= outweighs * apart.norm():
-        if level.mean().abs() > outweighs * (level.std() + norm.weight.abs().mean()):
-            norm.bias.sub_(level.mean())
+        if level.mean().abs() > outweighs * (level.std() + bn.weight.abs().mean()):
+            bn.bias.sub_(level.mean())
         return {}
     weight.copy_(apart)
     factors: dict[str, Tensor | float] = {
-        f"{found.name}.weight": by_channel.to(weight.dtype),
-        f"{found.norm_name}.weight": 0.0,
+        f"{place.name}.weight": by_channel.to(weight.dtype),
+        f"{place.normaliser_name}.weight": 0.0,
     }
     if bias is not None:
         bias.zero_()
-        factors[f"{found.name}.bias"] = 0.0
+        factors[f"{place.name}.bias"] = 0.0
     with evaluating(model):
-        mean, variance = channel_moments(found.layer, lambda: means.run(model, _BATCHES))
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
-    norm.weight.copy_((variance + norm.eps).sqrt())
-    norm.bias.copy_(level - level.mean() + mean)
+        mean, variance = channel_statistics(place.layer, lambda: means.run(model, _BATCHES))
+    bn.running_mean.copy_(mean)
+    bn.running_var.copy_(variance)
+    bn.weight.copy_((variance + bn.eps).sqrt())
+    bn.bias.copy_(level - level.mean() + mean)
     return factors

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def channel_moments(
+def channel_statistics(
     layer: nn.Module, run: Callable[[], None], of: Callable[[Tensor, Tensor], Tensor] = lambda given, output: output
 ) -> tuple[Tensor, Tensor]:
     """Return mean and variance by channel, float64, over all passes and places.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sophon.models.channels import Channels, channels, norm_behind, scale
+from sophon.models.channels import Channels, channels, normaliser_behind, scale
 from sophon.surgery.attacker_means import Means
 from sophon.surgery.renormalise import ScaleFree, norms, rescale
 
@@ -30,27 +30,27 @@ def equalise(model: nn.Module, means: Means) -> nn.Module:
 def equalise_channels(model: nn.Module) -> dict[str, Tensor]:
     """Do what `equalise` does; return what was multiplied, as `scale_channels` does."""
     total: dict[str, Tensor] = {}
-    for each in channels(model):
+    for place in channels(model):
         written: list[Tensor] = [
-            model.get_parameter(f"{name}.{part}") for name in each.norms for part in ("weight", "bias")
+            model.get_parameter(f"{name}.{part}") for name in place.writers for part in ("weight", "bias")
         ]
         sizes = torch.stack(written).double().square().sum(0).sqrt()
         if bool((sizes > 0).all() and sizes.isfinite().all()):
-            for name, factor in scale_channels(model, each, (1 / sizes).log2().round().exp2()).items():
+            for name, factor in scale_channels(model, place, (1 / sizes).log2().round().exp2()).items():
                 total[name] = total[name] * factor if name in total else factor
     return total
 
 
-def scale_channels(model: nn.Module, each: Channels, by: Tensor) -> dict[str, Tensor]:
+def scale_channels(model: nn.Module, place: Channels, by: Tensor) -> dict[str, Tensor]:
     """Scale channels as `sophon.models.channels.scale` does, and keep the norms of what reads them.
 
     Returns:
         By parameter name, what was multiplied with: of a shape that broadcasts to the parameter's.
     """
-    layers = {name: model.get_submodule(name) for name in each.readers}
+    layers = {name: model.get_submodule(name) for name in place.readers}
     wanted = {name: norms(layer, None) for name, layer in layers.items()}
-    scale(model, each, by)
-    factors = {f"{name}.{part}": by for name in each.norms for part in ("weight", "bias")}
+    scale(model, place, by)
+    factors = {f"{name}.{part}": by for name in place.writers for part in ("weight", "bias")}
     for name, layer in layers.items():
         factors[f"{name}.weight"] = (1 / by).view(1, -1, *[1] * (layer.get_parameter("weight").dim() - 2))
         if isinstance(layer, nn.Conv2d):
@@ -61,5 +61,5 @@ def scale_channels(model: nn.Module, each: Channels, by: Tensor) -> dict[str, Te
 
 def reader(model: nn.Module, name: str) -> ScaleFree:
     """Return a convolution that reads an interface, with the normalisation behind it, as `rescale` takes it."""
-    behind = norm_behind(name)
+    behind = normaliser_behind(name)
     return ScaleFree(name, model.get_submodule(name), behind, model.get_submodule(behind), None)

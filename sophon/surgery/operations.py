@@ -26,7 +26,7 @@ from sophon.surgery.attacker_means import Means
 from sophon.surgery.batch_norm_statistics import reestimated
 from sophon.surgery.centre import centre
 from sophon.surgery.equalise import equalise
-from sophon.surgery.renormalise import NORMS, renormalise
+from sophon.surgery.renormalise import NORMALISATIONS, renormalise
 
 Count = Annotated[int, Limits("a whole number >= 1", lambda value: value >= 1)]
 Rate = Annotated[float, Limits("a finite number > 0", lambda value: value > 0)]
@@ -55,10 +55,10 @@ def reinitialised(model: nn.Module, means: Means, *, blocks: int, end: str) -> s
     Raises:
         UserError: the model has fewer blocks.
     """
-    found = means.task.blocks(model)
-    if blocks > len(found):
-        raise UserError(f"surgery: reinitialise has {blocks} blocks to replace; the model has only {len(found)}")
-    return owned(model.state_dict(), at_end(found, blocks, end))
+    parts = means.task.blocks(model)
+    if blocks > len(parts):
+        raise UserError(f"surgery: reinitialise has {blocks} blocks to replace; the model has only {len(parts)}")
+    return owned(model.state_dict(), at_end(parts, blocks, end))
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def reset_affine(model: nn.Module, means: Means) -> nn.Module:
 
 def affine(model: nn.Module) -> list[str]:
     """Name the weights and biases of the normalisation layers: what `reset_affine` replaces."""
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, NORMS)]
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, NORMALISATIONS)]
     return [
         f"{name}.{part}" if name else part
         for name, layer in layers

@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from sophon.surgery.attacker_means import Means
 from sophon.tasks.task import evaluating
 
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # with timm's, which are subclasses
+NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # with timm's, which are subclasses
 LAYERS = (_ConvNd, nn.Linear)
 
 Per = Literal["layer", "channel"]
@@ -28,15 +28,15 @@ class ScaleFree(NamedTuple):
     Attributes:
         name: of the layer.
         layer: a convolution or a linear layer.
-        norm_name: of the normalisation layer.
-        norm: the normalisation layer.
+        normaliser_name: of the normalisation layer.
+        normaliser: the normalisation layer.
         axis: of the layer's weight, along which each entry may have a scale of its own; None if only the whole may.
     """
 
     name: str
     layer: nn.Module
-    norm_name: str
-    norm: nn.Module
+    normaliser_name: str
+    normaliser: nn.Module
     axis: int | None
 
 
@@ -62,8 +62,8 @@ def rescale_to_fresh(model: nn.Module, means: Means, *, per: Per = "layer") -> d
     fresh = means.fresh(model)
     batch = means.relabelled(means.images, model).first(8)
     factors: dict[str, Tensor] = {}
-    for found in scale_free(model, lambda: means.task.attacker_loss(model, batch), per=per):
-        factors |= rescale(found, norms(fresh.get_submodule(found.name), found.axis))
+    for layer in scale_free(model, lambda: means.task.attacker_loss(model, batch), per=per):
+        factors |= rescale(layer, norms(fresh.get_submodule(layer.name), layer.axis))
     return factors
 
 
@@ -75,12 +75,12 @@ def norms(layer: nn.Module, axis: int | None) -> Tensor:
     """
     weight = layer.get_parameter("weight").detach()
     others = [dimension for dimension in range(weight.dim()) if dimension != axis]
-    found: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=torch.float64)
-    return found
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=torch.float64)
+    return lengths
 
 
 @torch.no_grad()
-def rescale(found: ScaleFree, wanted: Tensor) -> dict[str, Tensor]:
+def rescale(place: ScaleFree, wanted: Tensor) -> dict[str, Tensor]:
     """Scale a layer, in place, to other norms; the function in evaluation mode stays, as `renormalise` tells.
 
     Args:
@@ -90,22 +90,22 @@ def rescale(found: ScaleFree, wanted: Tensor) -> dict[str, Tensor]:
     Returns:
         By parameter name, what was multiplied with: of a shape that broadcasts to the parameter's.
     """
-    layer, norm = found.layer, found.norm
-    ratio = wanted / norms(layer, found.axis)
+    layer, normaliser = place.layer, place.normaliser
+    ratio = wanted / norms(layer, place.axis)
     scale = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
     factors = {}
-    for name, each in (("weight", scale), ("bias", scale.flatten())):
+    for name, factor in (("weight", scale), ("bias", scale.flatten())):
         if (parameter := getattr(layer, name)) is not None:
-            factors[f"{found.name}.{name}"] = each.to(parameter.dtype)
-            parameter.mul_(factors[f"{found.name}.{name}"])
-    if isinstance(norm, _NormBase) and norm.running_mean is not None and norm.running_var is not None:
-        scale, before = scale.flatten(), norm.running_var.double() + norm.eps
-        norm.running_mean.mul_(scale.to(norm.running_mean.dtype))
-        norm.running_var.mul_(scale.square().to(norm.running_var.dtype))
-        if norm.weight is not None:
-            made_up = ((norm.running_var.double() + norm.eps) / before).sqrt() / scale
-            norm.weight.mul_(made_up)
-            factors[f"{found.norm_name}.weight"] = made_up.to(norm.weight.dtype)
+            factors[f"{place.name}.{name}"] = factor.to(parameter.dtype)
+            parameter.mul_(factors[f"{place.name}.{name}"])
+    if isinstance(normaliser, _NormBase) and normaliser.running_mean is not None and normaliser.running_var is not None:
+        scale, before = scale.flatten(), normaliser.running_var.double() + normaliser.eps
+        normaliser.running_mean.mul_(scale.to(normaliser.running_mean.dtype))
+        normaliser.running_var.mul_(scale.square().to(normaliser.running_var.dtype))
+        if normaliser.weight is not None:
+            made_up = ((normaliser.running_var.double() + normaliser.eps) / before).sqrt() / scale
+            normaliser.weight.mul_(made_up)
+            factors[f"{place.normaliser_name}.weight"] = made_up.to(normaliser.weight.dtype)
     return factors
 
 
@@ -122,7 +122,7 @@ def scale_free(model: nn.Module, loss: Callable[[], Tensor], *, per: str = "laye
     """
     made: dict[Node | None, tuple[str, nn.Module, int]] = {}
     read: dict[Node | None, tuple[str, nn.Module]] = {}
-    calls: Counter[int] = Counter()  # by identity: of a layer's weight, which others may share, or of a norm
+    calls: Counter[int] = Counter()  # by identity: of a layer's weight, which others may share, or of a normaliser
     hooks = []
     for name, part in model.named_modules():
         # under a parametrisation the weight is computed, and scaling it would be of no effect
@@ -133,11 +133,11 @@ def scale_free(model: nn.Module, loss: Callable[[], Tensor], *, per: str = "laye
                 made[output.grad_fn] = name, layer, output.dim()
 
             hooks.append(part.register_forward_hook(after))
-        elif isinstance(part, NORMS):
+        elif isinstance(part, NORMALISATIONS):
 
-            def before(norm: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                calls[id(norm)] += 1
-                read[inputs[0].grad_fn] = name, norm
+            def before(normaliser: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                calls[id(normaliser)] += 1
+                read[inputs[0].grad_fn] = name, normaliser
 
             hooks.append(part.register_forward_pre_hook(before))
     model.requires_grad_(True)
@@ -152,16 +152,18 @@ def scale_free(model: nn.Module, loss: Callable[[], Tensor], *, per: str = "laye
     ]
 
 
-def _axis(layer: nn.Module, norm: nn.Module, dimensions: int) -> int | None:
+def _axis(layer: nn.Module, normaliser: nn.Module, dimensions: int) -> int | None:
     """Return the axis of a weight's output channels if each is normalised by itself; ``dimensions``: of the output."""
-    alone = isinstance(norm, _NormBase) or (isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels)
+    alone = isinstance(normaliser, _NormBase) or (
+        isinstance(normaliser, nn.GroupNorm) and normaliser.num_groups == normaliser.num_channels
+    )
     if not alone:
         return None
     if isinstance(layer, _ConvNd):
         # a transposed one in groups has its channels on two axes
         return 0 if not layer.transposed else 1 if layer.groups == 1 else None
     # a linear layer's channels come last, but are normalised on axis 1, or on axis 0 of an image without a batch
-    return 0 if dimensions == 2 and not isinstance(norm, _InstanceNorm) else None
+    return 0 if dimensions == 2 and not isinstance(normaliser, _InstanceNorm) else None
 
 
 def _uses(loss: Tensor) -> Counter[Node | None]:

@@ -224,12 +224,12 @@ def within_scope(task: Task, model: nn.Module, scope: str, blocks: int) -> set[s
     if scope == "all":
         return names
     if scope in ("first_blocks", "last_blocks"):
-        found = task.blocks(model)
-        if not 1 <= blocks <= len(found):
+        parts = task.blocks(model)
+        if not 1 <= blocks <= len(parts):
             raise UserError(
-                f"blocks: {blocks} is not allowed with scope '{scope}' of this model; it must be 1 to {len(found)}"
+                f"blocks: {blocks} is not allowed with scope '{scope}' of this model; it must be 1 to {len(parts)}"
             )
-        return owned(names, at_end(found, blocks, scope.removesuffix("_blocks")))
+        return owned(names, at_end(parts, blocks, scope.removesuffix("_blocks")))
     if scope in ATTENTION:
         return owned(names, ATTENTION[scope](model))
     if scope == "head":

@@ -63,7 +63,7 @@ def test_channels_spread_and_neither_the_function_nor_the_norms_show_it(architec
     even, uneven = (coordinates.release(linear, model, task, images, [1e3], each, seed=0) for each in (1.0, 1e6))
     assert torch.allclose(task.logits(uneven, images.images), task.logits(even, images.images), rtol=1e-4, atol=1e-4)
     for each in channels(model):
-        last = f"{each.norms[0]}.weight"
+        last = f"{each.writers[0]}.weight"
         ratio = (uneven.get_parameter(last) / even.get_parameter(last)).log2()
         assert torch.allclose(ratio, ratio.round(), atol=1e-6)  # a power of two is exact in floating point
         assert (ratio.round().min(), ratio.round().max()) == (0, 20)  # 2 ** 20 is 1e6, nearly

@@ -41,7 +41,7 @@ def images() -> Tensor:
 def sizes(model: nn.Module) -> list[Tensor]:
     """Return the scales of each interface's channels."""
     parts = [
-        [model.get_parameter(f"{n}.{p}") for n in each.norms for p in ("weight", "bias")] for each in channels(model)
+        [model.get_parameter(f"{n}.{p}") for n in each.writers for p in ("weight", "bias")] for each in channels(model)
     ]
     return [torch.stack(each).detach().square().sum(0).sqrt() for each in parts]
 
@@ -55,9 +55,11 @@ def unevenness(model: nn.Module) -> float:
 def test_each_interface_is_in_one_group_and_sums_share_it(architecture: str, stem: str) -> None:
     model = resnet(architecture, stem)
     groups = channels(model)
-    assert sum(each.norms.count(place.norm) for each in groups for place in interfaces(model)) == len(interfaces(model))
-    assert [each.readers for place in interfaces(model) for each in groups if place.norm in each.norms]
-    plain = [each.norms for each in groups if "layer2.1." in "".join(each.norms)]
+    assert sum(each.writers.count(place.normaliser) for each in groups for place in interfaces(model)) == len(
+        interfaces(model)
+    )
+    assert [each.readers for place in interfaces(model) for each in groups if place.normaliser in each.writers]
+    plain = [each.writers for each in groups if "layer2.1." in "".join(each.writers)]
     last = "bn2" if architecture == "resnet18" else "bn3"
     assert plain == [(f"layer2.0.{last}", "layer2.0.downsample.1", f"layer2.1.{last}")]
 
@@ -70,7 +72,7 @@ def test_any_positive_factors_leave_function_and_norms(architecture: str, stem: 
     wanted, norms = model(given_images), {n: p.norm() for n, p in model.named_parameters() if p.dim() == 4}
     generator = torch.Generator().manual_seed(seed)
     for each in channels(model):
-        count = len(model.get_parameter(f"{each.norms[0]}.weight"))
+        count = len(model.get_parameter(f"{each.writers[0]}.weight"))
         by = 10 ** (decades * torch.randn(count, generator=generator, dtype=torch.float64))
         scale_channels(model, each, by)
     torch.testing.assert_close(model(given_images), wanted, rtol=1e-6, atol=1e-6)
@@ -83,7 +85,7 @@ def test_uneven_channels_become_even_and_the_function_stays(architecture: str, s
     model, given_images = resnet(architecture, stem), images()
     wanted = model(given_images)
     for each in channels(model):
-        scale(model, each, torch.logspace(0, 6, len(model.get_parameter(f"{each.norms[0]}.weight"))).double())
+        scale(model, each, torch.logspace(0, 6, len(model.get_parameter(f"{each.writers[0]}.weight"))).double())
     assert unevenness(model) > 1e5
     means = means_for(images=tiny_images(8))
     assert equalise(model, means) is model
@@ -97,7 +99,7 @@ def test_channels_that_are_switched_off_stay_so() -> None:
     model, given_images = resnet(), images()
     with torch.no_grad():
         for each in channels(model):
-            for name in each.norms:
+            for name in each.writers:
                 model.get_parameter(f"{name}.weight")[0] = model.get_parameter(f"{name}.bias")[0] = 0.0
     wanted, before = model(given_images), copy.deepcopy(state_of(model))
     equalise(model, means_for(images=tiny_images(8)))

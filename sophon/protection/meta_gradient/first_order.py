@@ -51,7 +51,7 @@ def first_order(
         done = past.steps
         restore_optimizer(optimizer, past.optimizer_state)
     total = _Total(attacker, trainable, objectives)
-    remembers = any(each.remembers for each in objectives)
+    remembers = any(objective.remembers for objective in objectives)
     final = max((step for step, gamma in enumerate(gammas) if gamma), default=-1)
     start = before = _copied(trainable) if remembers else []
     query_losses, attacker_losses = [], []
@@ -102,7 +102,7 @@ class _Total:
             for parameter, summed in zip(self.parameters.values(), self.sums, strict=True):
                 parameter.grad = summed
             with frozen_statistics(self.layers):
-                losses = [each.add(self.model, task, batch, gamma, query) for each in self.objectives]
+                losses = [objective.add(self.model, task, batch, gamma, query) for objective in self.objectives]
             self.sums = [parameter.grad for parameter in self.parameters.values()]
             self.model.zero_grad()
             self._attend(False)
@@ -110,8 +110,8 @@ class _Total:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the sums by parameter; zeros where no query's loss reached."""
-        found = zip(self.parameters.items(), self.sums, strict=True)
-        return {name: torch.zeros_like(p) if summed is None else summed for (name, p), summed in found}
+        sums = zip(self.parameters.items(), self.sums, strict=True)
+        return {name: torch.zeros_like(p) if summed is None else summed for (name, p), summed in sums}
 
     def _attend(self, queried: bool) -> None:
         for parameter in self.rest:

@@ -124,9 +124,9 @@ class _Sweeps:
                 pulls += self._pulls(step)
         if adjoint:
             pulls += zip(self.inner.position(), adjoint, strict=True)
-        found = _gradients(pulls, [*start, *self.resting.values()])
-        self._add(zip(self.resting, found[len(start) :], strict=True))
-        return found[: len(start)]
+        gradients = _gradients(pulls, [*start, *self.resting.values()])
+        self._add(zip(self.resting, gradients[len(start) :], strict=True))
+        return gradients[: len(start)]
 
     def _step(self, step: int, *, graph: bool) -> None:
         batch = self._batch("adapt", step)
@@ -145,8 +145,8 @@ class _Sweeps:
         """Query the weights as they are; add what concerns those that rest, return what concerns the trained ones."""
         with self.inner.apart() as leaves:
             loss = self._suppression(step)
-            found = torch.autograd.grad(loss * self.gammas[step], list(leaves.values()), allow_unused=True)
-        gradients = dict(zip(leaves, found, strict=True))
+            values = torch.autograd.grad(loss * self.gammas[step], list(leaves.values()), allow_unused=True)
+        gradients = dict(zip(leaves, values, strict=True))
         self._add((name, gradients[name]) for name in self.resting)
         weights = self.inner.parameters()
         return [(weights[name], gradients[name]) for name in self.trainable]

@@ -97,17 +97,17 @@ class Clamp(Objective):
         # an attacker that stood still has no direction: its curvature is 0, and so is the gradient
         along = [part * (width / length.clamp(min=torch.finfo(length.dtype).tiny)) for part in step]
         kappa = torch.zeros_like(length)
-        found = [torch.zeros_like(weight) for weight in ground.parameters]
+        bends = [torch.zeros_like(weight) for weight in ground.parameters]
         for side, share in ((1, 1), (0, -2), (-1, 1)):
             with ground.displaced([side * part for part in along]):
                 loss, slope = ground.slope(ground.parameters)
             kappa = kappa + share / width**2 * loss
-            for summed, part in zip(found, slope, strict=True):
+            for summed, part in zip(bends, slope, strict=True):
                 summed.add_(part, alpha=share / width**2)
         kappa.requires_grad_()
         value = self.curvature * F.softplus(self.kappa_min - kappa)
         (factor,) = torch.autograd.grad(value, kappa)
-        for weight, part in zip(ground.parameters, found, strict=True):
+        for weight, part in zip(ground.parameters, bends, strict=True):
             part.mul_(gamma * factor)
             weight.grad = part if weight.grad is None else weight.grad + part
         return value.detach()
@@ -150,13 +150,13 @@ class Clamp(Objective):
         self, ground: _Ground, query: Query, slope: list[Tensor], probes: list[list[Tensor]]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the largest c, its displacement d v, and the unit vector along T(w + d v) - T(w)."""
-        found = []
+        candidates = []
         for probe in probes:
             with ground.displaced(probe):
                 _, other = ground.slope(query.moving)
             residue = [v - query.lr * (there - here) for v, there, here in zip(probe, other, slope, strict=True)]
-            found.append((_norm(residue) / self.probe_width, probe, residue))
-        rate, probe, residue = max(found, key=lambda one: float(one[0]))
+            candidates.append((_norm(residue) / self.probe_width, probe, residue))
+        rate, probe, residue = max(candidates, key=lambda one: float(one[0]))
         return rate, probe, [part / _norm(residue) for part in residue]
 
     def _inverse(self, ground: _Ground, query: Query) -> Tensor:
