@@ -57,16 +57,16 @@ def check_arguments(
     except Exception as error:  # evaluating an annotation may raise anything
         raise UserError(f"{key}: the arguments of '{name}' cannot be read: {one_line(error)}") from error
     first = parameters[: len(given)]
-    if len(first) < len(given) or any(each.kind not in _POSITIONAL for each in first):
+    if len(first) < len(given) or any(parameter.kind not in _POSITIONAL for parameter in first):
         raise UserError(f"{key}: '{name}' is not allowed; it must be a function of ({', '.join(given)}, ...)")
-    named = {each.name: each for each in parameters[len(given) :] if each.kind in _NAMED}
-    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    named = {parameter.name: parameter for parameter in parameters[len(given) :] if parameter.kind in _NAMED}
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     for argument, value in arguments.items():
         if argument in named:
             limits = _limits(named[argument].annotation)
             if not limits.fits(value):
                 raise UserError(f"{key}.{argument}: {value} is not allowed; it must be {limits.words}")
-        elif not anything or argument in {each.name for each in first}:
+        elif not anything or argument in {parameter.name for parameter in first}:
             allowed = ", ".join(sorted(named)) or "none"
             raise UserError(f"{key}.{argument}: '{name}' has no such argument; allowed: {allowed}")
     for argument, parameter in named.items():
@@ -110,8 +110,8 @@ def make(key: str, name: str, entry: Any, word: str, shipped: Mapping[str, Any],
         raise UserError(f"{key}: {entry} is not allowed; give a mapping, such as {{{word}: {name}}}")
     arguments = {str(argument): value for argument, value in entry.items() if argument != word}
     path = str(entry.get(word, name))
-    found = named(f"{key}.{word}" if word in entry else key, path, shipped, kind)
-    return filled(key, path, found, arguments)  # type: ignore[no-any-return]
+    maker = named(f"{key}.{word}" if word in entry else key, path, shipped, kind)
+    return filled(key, path, maker, arguments)  # type: ignore[no-any-return]
 
 
 def filled(key: str, name: str, kind: type[T], arguments: Mapping[str, Any]) -> T:

@@ -129,9 +129,11 @@ def _require(path: Path, name: str, key: str) -> None:
 
 
 def _spec(path: Path, manifest: Any, key: str) -> ModelSpec:
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
-        raise UserError(f"{key}: '{path}' is of format version {found}; this sophon reads version {FORMAT_VERSION}")
+    format_version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{key}: '{path}' is of format version {format_version}; this sophon reads version {FORMAT_VERSION}"
+        )
     try:
         fields = dict(manifest["model"])
         sequences = {name: tuple(fields[name]) for name in ("classes", "mean", "std")}

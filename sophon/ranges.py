@@ -49,9 +49,9 @@ def check(config: Any, key: str = "") -> None:
     for part, name, value in _parts(config, key):
         check_value(name, value, part)
         alone = part.metadata.get("alone") and len(value) == 1  # a mapping of one is that one
-        for below, each in [(name, *value.values())] if alone else _members(name, value):
-            if is_dataclass(each):
-                check(each, below)
+        for below, member in [(name, *value.values())] if alone else _members(name, value):
+            if is_dataclass(member):
+                check(member, below)
     if hasattr(config, "validate"):
         config.validate(key)
 
@@ -60,24 +60,28 @@ def check_value(key: str, value: Any, part: Field[Any]) -> None:
     """Raise a `UserError` that names ``key`` unless the field ``part`` of a dataclass may have ``value``."""
     kind, rules = str(part.type), part.metadata
     number = re.search(r"\b(int|float)\b", kind)
-    for name, each in _members(key, value) if kind.startswith(("list", "dict")) else [(key, value)]:
-        if each is None and "None" in kind:
+    for name, member in _members(key, value) if kind.startswith(("list", "dict")) else [(key, value)]:
+        if member is None and "None" in kind:
             continue
         if "choices" in rules:
-            choose(name, each, rules["choices"])
-        elif rules.get("path") and not each:
-            raise UserError(f"{name}: '{each}' is not allowed; give a path, or leave the key out")
-        elif number is not None and not is_dataclass(each) and not isinstance(each, list):
+            choose(name, member, rules["choices"])
+        elif rules.get("path") and not member:
+            raise UserError(f"{name}: '{member}' is not allowed; give a path, or leave the key out")
+        elif number is not None and not is_dataclass(member) and not isinstance(member, list):
             whole = number[1] == "int"
             limits = [(sign, rules[rule], fits) for rule, (sign, fits) in _LIMITS.items() if rule in rules]
             right = (
-                isinstance(each, int if whole else int | float) and not isinstance(each, bool) and math.isfinite(each)
+                isinstance(member, int if whole else int | float)
+                and not isinstance(member, bool)
+                and math.isfinite(member)
             )
-            if not (right and all(fits(float(each), float(limit)) for _, limit, fits in limits)):
+            if not (right and all(fits(float(member), float(limit)) for _, limit, fits in limits)):
                 allowed = f"a {'whole' if whole else 'finite'} number" + " and".join(
                     f" {s} {n:g}" for s, n, _ in limits
                 )
-                raise UserError(f"{name}: {each} is not allowed; give {allowed}{' or null' if 'None' in kind else ''}")
+                raise UserError(
+                    f"{name}: {member} is not allowed; give {allowed}{' or null' if 'None' in kind else ''}"
+                )
 
 
 def expand_paths(config: Any) -> None:
@@ -85,12 +89,13 @@ def expand_paths(config: Any) -> None:
     for part, name, value in _parts(config, ""):
         if part.metadata.get("path") and value:
             at_home = [
-                str(Path(each).expanduser()) if each.startswith("~") else each for _, each in _members(name, value)
+                str(Path(member).expanduser()) if member.startswith("~") else member
+                for _, member in _members(name, value)
             ]
             setattr(config, part.name, at_home if isinstance(value, list) else at_home[0])
-        for _, each in _members(name, value):
-            if is_dataclass(each):
-                expand_paths(each)
+        for _, member in _members(name, value):
+            if is_dataclass(member):
+                expand_paths(member)
 
 
 def _parts(config: Any, key: str) -> Iterator[tuple[Field[Any], str, Any]]:
@@ -101,7 +106,7 @@ def _parts(config: Any, key: str) -> Iterator[tuple[Field[Any], str, Any]]:
 def _members(key: str, value: Any) -> list[tuple[str, Any]]:
     """Return what is in a list or a mapping with its key; anything else is the one member of itself."""
     if isinstance(value, Mapping):
-        return [(f"{key}.{name}", each) for name, each in value.items()]
+        return [(f"{key}.{name}", member) for name, member in value.items()]
     if isinstance(value, list):
-        return [(f"{key}[{index}]", each) for index, each in enumerate(value)]
+        return [(f"{key}[{index}]", member) for index, member in enumerate(value)]
     return [(key, value)]

@@ -51,7 +51,7 @@ def owned(path: str | Path, part: str = "", key: str = "run_dir") -> Iterator[Pa
         UserError: another process owns it, or it cannot be written.
     """
     folder = Path(path)
-    new = [each for each in (folder, *folder.parents) if not exists(each, key)]
+    new = [parent for parent in (folder, *folder.parents) if not exists(parent, key)]
     with explained(folder, "write", key):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -62,8 +62,8 @@ def owned(path: str | Path, part: str = "", key: str = "run_dir") -> Iterator[Pa
             yield folder
     finally:
         with contextlib.suppress(OSError):  # one holds something
-            for each in new:
-                each.rmdir()
+            for parent in new:
+                parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -111,14 +111,14 @@ def _tidy(folder: Path) -> None:
                 entry.unlink(missing_ok=True)
 
 
-def _check(folder: Path, found: Any, verb: str, identity: Mapping[str, Any]) -> None:
-    if not isinstance(found, dict) or found.get("format_version") != _FORMAT:
+def _check(folder: Path, record: Any, verb: str, identity: Mapping[str, Any]) -> None:
+    if not isinstance(record, dict) or record.get("format_version") != _FORMAT:
         raise UserError(f"run_dir: '{folder / _RECORD}' is not of format version {_FORMAT}; give another run_dir")
-    if found.get("verb") != verb:
+    if record.get("verb") != verb:
         raise UserError(
-            f"run_dir: '{folder}' belongs to verb '{found.get('verb')}', not '{verb}'; give another run_dir"
+            f"run_dir: '{folder}' belongs to verb '{record.get('verb')}', not '{verb}'; give another run_dir"
         )
-    difference = _first_difference(found.get("identity"), identity)
+    difference = _first_difference(record.get("identity"), identity)
     if difference is not None:
         key, old, new = difference
         raise UserError(f"run_dir: '{folder}' was made with {key}={old}, now {key}={new}; give another run_dir")
@@ -132,9 +132,9 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str]
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*new, *(name for name in old if name not in new)]:
             below = f"{key}.{name}" if key else name
-            found = _first_difference(old.get(name, _ABSENT), new.get(name, _ABSENT), below)
-            if found is not None:
-                return found
+            difference = _first_difference(old.get(name, _ABSENT), new.get(name, _ABSENT), below)
+            if difference is not None:
+                return difference
         return None
     if old == new:
         return None

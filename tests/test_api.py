@@ -100,7 +100,7 @@ def test_a_model_in_memory_is_protected_saved_loaded_without_us_and_audited(nowh
     assert "<html" in Path("report.html").read_text()
     # what was written and what is in memory are attacked alike, and a part of it is known either way
     more = audit("release", adapted, ORIGINAL, RESTRICTED, attacks=ATTACKS, filtered=own_model(1))
-    assert more.found.results.best_filtered == "filtered"
+    assert more.report.results.best_filtered == "filtered"
     again = more.table[more.table["role"] != "filtered"]
     assert len(again) < len(more.table)
     assert report.table["test"].tolist() == again["test"].tolist()

@@ -74,12 +74,14 @@ def named_checkpoints(config: Config) -> Checkpoints:
 def _difference(theirs: ModelSpec, ours: ModelSpec) -> str:
     """Say in which field two specs differ first, and how."""
     name = next(
-        each.name for each in fields(ours) if each.compare and getattr(theirs, each.name) != getattr(ours, each.name)
+        field.name
+        for field in fields(ours)
+        if field.compare and getattr(theirs, field.name) != getattr(ours, field.name)
     )
     values = [getattr(spec, name) for spec in (theirs, ours)]
     if isinstance(values[0], tuple):
         differing = [pair for pair in zip(*values, strict=False) if pair[0] != pair[1]]
-        values = list(differing[0]) if differing else [len(each) for each in values]
+        values = list(differing[0]) if differing else [len(value) for value in values]
     return f"of {name} it has {values[0]!s:.60}, the checkpoint {values[1]!s:.60}"
 
 
@@ -93,7 +95,7 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
     spec = protected.spec
     relative = opened(config, config.attack.relative, "attack.relative") if config.attack.relative else None
     public = [] if relative is None else [("attack.relative", relative)]
-    for key, other in (("reference", reference), *(("filtered", each) for each in filtered), *public):
+    for key, other in (("reference", reference), *(("filtered", checkpoint) for checkpoint in filtered), *public):
         if differing := [name for name, part in spec.frozen.items() if other.spec.frozen.get(name) != part]:
             raise UserError(
                 f"{key}: its {differing[0]} is another one than the checkpoint's; give the same pipeline, unprotected"
@@ -105,8 +107,8 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
             )
     task = task_of(config, spec, device)
     require_float32(bool(protected.manifest.get("float32")), task)
-    for key, each in keyed(config.domain.restricted).items():
-        if each.labels == "none" and task.head_names(protected.model):
+    for key, domain in keyed(config.domain.restricted).items():
+        if domain.labels == "none" and task.head_names(protected.model):
             raise UserError(
                 f"{key}.labels: 'none' is not allowed in an audit, whose attackers learn labels; give given"
             )
@@ -125,14 +127,14 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
     models: dict[str, nn.Module] = {
         "protected": protected.model.to(device),
         "unprotected": reference.model.to(device),
-        **{role: each.model.to(device) for role, each in by_role.items()},
+        **{role: checkpoint.model.to(device) for role, checkpoint in by_role.items()},
     }
     measured = plain(config, "task") | asked_precision(config)
     provenance = {
         "protected": repr([protected.sha256, spec, measured]),
         "unprotected": repr([reference.sha256, spec, measured]),
         "scratch": repr([spec, measured]),
-        **{role: repr([each.sha256, spec, measured]) for role, each in by_role.items()},
+        **{role: repr([checkpoint.sha256, spec, measured]) for role, checkpoint in by_role.items()},
     }
     if relative is not None:
         provenance["relative"] = relative.sha256
@@ -147,10 +149,10 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
         provenance=provenance,
         support=protected.manifest.get("sampler_support"),
     )
-    scenes = [scene(each) for each in restricted]
+    scenes = [scene(domain) for domain in restricted]
     parts = [
-        replace(config, domain=replace(config.domain, restricted={name: each}))
-        for name, each in config.domain.restricted.items()
+        replace(config, domain=replace(config.domain, restricted={name: domain}))
+        for name, domain in config.domain.restricted.items()
     ]
     return [
         Audit(part, protected, reference, filtered, original, scene) for part, scene in zip(parts, scenes, strict=True)
@@ -178,7 +180,7 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     from sophon.report.audit import write_reports
 
     attempts, searches = runner.records()
-    found = audit_of(
+    report = audit_of(
         attempts,
         replace(
             context_of(audit, tracker),
@@ -188,11 +190,11 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
             feature_network=None if features is None else features.name,
         ),
     )
-    found.write(folder)
-    write_reports(folder, found)
+    report.write(folder)
+    write_reports(folder, report)
     with explained(folder, "read"):
         page = (folder / "report.html").read_text()
-    return Audited(found, page)
+    return Audited(report, page)
 
 
 def share_threads(config: Config) -> None:
@@ -249,7 +251,7 @@ def identity_of(audit: Audit) -> dict[str, Any]:
         **asked_precision(config),
         "checkpoint": audit.protected.sha256,
         "reference": audit.reference.sha256,
-        **({"filtered": [each.sha256 for each in audit.filtered]} if audit.filtered else {}),
+        **({"filtered": [checkpoint.sha256 for checkpoint in audit.filtered]} if audit.filtered else {}),
         **({"relative": audit.scene.provenance["relative"]} if audit.scene.relative is not None else {}),
         "restricted": audit.scene.restricted.hashes,
         **({} if benign is None else {"benign": benign.hashes}),

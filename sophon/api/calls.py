@@ -153,7 +153,7 @@ def audit(
         checkpoints = [
             checkpoint_of(model, data, "model"),
             checkpoint_of(reference, data, "reference"),
-            *(checkpoint_of(each, data, "filtered") for each in others),
+            *(checkpoint_of(other, data, "filtered") for other in others),
         ]
         protected = checkpoints[0]
         config = config_of(
@@ -177,9 +177,9 @@ def audit(
         for checkpoint, key in zip(checkpoints, keys, strict=True):
             _warn(doubt(prepared.scene.task, checkpoint.model, prepared.original, key))
         with run_folder(folder, "audit", auditing.identity_of(prepared)):
-            found = auditing.run(prepared, runner, Tracker(progress=progress), checkpoints)
-        assert found is not None  # there is but one shard
-        return found
+            audited = auditing.run(prepared, runner, Tracker(progress=progress), checkpoints)
+        assert audited is not None  # there is but one shard
+        return audited
 
 
 def load(folder: str | PathLike[str]) -> Checkpoint:

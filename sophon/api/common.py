@@ -113,7 +113,7 @@ def domains_of(config: Config, spec: ModelSpec, device: torch.device) -> tuple[L
             f"domain.original: its {len(original.classes)} classes ({few(original.classes)}) are not the "
             f"{len(spec.classes)} that the reference tells apart ({few(spec.classes)})"
         )
-    return original.to(device), tuple(each.to(device) for each in restricted)
+    return original.to(device), tuple(domain.to(device) for domain in restricted)
 
 
 def original_of(config: Config, image_size: int, channels: int) -> LoadedDomain:
@@ -125,8 +125,8 @@ def original_of(config: Config, image_size: int, channels: int) -> LoadedDomain:
 def restricted_of(config: Config, image_size: int, channels: int) -> tuple[LoadedDomain, ...]:
     """Load the restricted domains, on the CPU."""
     return tuple(
-        load_restricted(each, image_size=image_size, channels=channels, where=key, memory_gb=config.domain.memory_gb)
-        for key, each in keyed(config.domain.restricted).items()
+        load_restricted(domain, image_size=image_size, channels=channels, where=key, memory_gb=config.domain.memory_gb)
+        for key, domain in keyed(config.domain.restricted).items()
     )
 
 
@@ -184,10 +184,10 @@ def measured(task: Task, model: nn.Module, original: LoadedDomain, split: str, k
     Raises:
         UserError: an output is not finite; the message names ``key``.
     """
-    found = task.measure(model, original[split])
-    if not math.isfinite(found.value):
+    measurement = task.measure(model, original[split])
+    if not math.isfinite(measurement.value):
         raise UserError(f"{key}: the model's outputs on {split} of {original.name} are not finite; give other weights")
-    return found
+    return measurement
 
 
 def doubt(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> str | None:
@@ -200,7 +200,7 @@ def doubt(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> str
     guess, error, images = task.chance(original["val"])
     if task.metric.sign * (value - guess) > 2 * error:
         return None
-    said, guessed = (format_value(each, task.metric) for each in (value, guess))
+    said, guessed = (format_value(number, task.metric) for number in (value, guess))
     return (
         f"{key}: {task.metric.name} on {images} images of val is {said}, no better than a guess "
         f"({guessed}, standard error {error:.2g}); if the model was trained, check {task.suspects}"

@@ -49,11 +49,11 @@ def domain_of(data: Data, name: str) -> DomainConfig:
 
 def domains_by_name(data: Data, name: str) -> dict[str, DomainConfig]:
     """Return one domain, or a list of `Domain`, by name."""
-    several = isinstance(data, list) and data and all(isinstance(each, DomainConfig) for each in data)
-    found = [domain_of(each, name) for each in (data if several else [data])]
-    if len({each.name for each in found}) < len(found):
+    several = isinstance(data, list) and data and all(isinstance(member, DomainConfig) for member in data)
+    domains = [domain_of(member, name) for member in (data if several else [data])]
+    if len({domain.name for domain in domains}) < len(domains):
         raise UserError(f"{name}: several domains have the same name; give Domain(..., name=) of each another one")
-    return {each.name: each for each in found}
+    return {domain.name: domain for domain in domains}
 
 
 def checkpoint_of(model: Model, original: DomainConfig, key: str) -> Checkpoint:
@@ -141,7 +141,7 @@ def config_of(
     usual = USUAL[kind] | ({"attack": STANDARD[kind]} if verb == "audit" else {})
     given = {group: usual[group] if choices.get(group) is None else choices[group] for group in usual}
     groups = {group: chosen(group, _plain(choice)) for group, choice in given.items()}
-    domain = {"original": asdict(original), "restricted": {name: asdict(each) for name, each in restricted.items()}}
+    domain = {"original": asdict(original), "restricted": {name: asdict(domain) for name, domain in restricted.items()}}
     if benign is not None:
         domain["benign"] = asdict(benign)
     tracking = {"wandb": "disabled", "progress": False}

@@ -21,7 +21,7 @@ def manifest_of(
     config: Config, verb: str, parent: str | None, original: LoadedDomain, restricted: Sequence[LoadedDomain] = ()
 ) -> dict[str, Any]:
     """Return the manifest's part that all checkpoints have; ``parent`` is the sha256 of the weights it began with."""
-    several = [_facts(each) for each in restricted]
+    several = [_facts(domain) for domain in restricted]
     more = {"restricted": several[0] if len(several) == 1 else several} if several else {}
     return {
         "sophon": __version__,
@@ -44,14 +44,14 @@ def hashes_of(original: LoadedDomain, restricted: Sequence[LoadedDomain]) -> dic
     """Return what says of which images a run is; of several restricted domains also their order."""
     if len(restricted) == 1:
         return {"original": original.hashes, "restricted": restricted[0].hashes}
-    several = {each.name: each.hashes for each in restricted}
-    return {"original": original.hashes, "restricted": several, "order": [each.name for each in restricted]}
+    several = {domain.name: domain.hashes for domain in restricted}
+    return {"original": original.hashes, "restricted": several, "order": [domain.name for domain in restricted]}
 
 
 def mechanisms_of(manifest: Mapping[str, Any]) -> list[str] | None:
     """Return how the stages that made a checkpoint protect it, each once; None where that is not known."""
     stages = manifest.get("stages")
-    return None if stages is None else list(dict.fromkeys(each.get("mechanism") or each["name"] for each in stages))
+    return None if stages is None else list(dict.fromkeys(stage.get("mechanism") or stage["name"] for stage in stages))
 
 
 def check_pretraining(
@@ -59,9 +59,9 @@ def check_pretraining(
 ) -> None:
     """Refuse a reference that was trained on what its attackers have, and filtered models that saw the domain."""
     for domain in restricted:
-        for each in filtered:
-            if _splits_seen(each, domain):
-                raise UserError(f"filtered: '{each.path}' was trained on {domain.name}; give one that never saw it")
+        for model in filtered:
+            if _splits_seen(model, domain):
+                raise UserError(f"filtered: '{model.path}' was trained on {domain.name}; give one that never saw it")
         if any(hashes != domain.hashes for hashes in _splits_seen(reference, domain)):
             raise UserError(
                 f"reference: it was trained on another split of {domain.name}, and so perhaps on the attacker's "
@@ -78,9 +78,9 @@ def _splits_seen(checkpoint: Checkpoint, domain: LoadedDomain) -> list[dict[str,
     made_with = "pretrained_on" in manifest or manifest.get("method") is not None
     seen = manifest["domains"].get("restricted", []) if made_with else []
     return [
-        each["hashes"]
-        for each in (seen if isinstance(seen, list) else [seen])
-        if each["name"] == domain.name or each["hashes"]["test"] == domain.hashes["test"]
+        facts["hashes"]
+        for facts in (seen if isinstance(seen, list) else [seen])
+        if facts["name"] == domain.name or facts["hashes"]["test"] == domain.hashes["test"]
     ]
 
 

@@ -91,7 +91,7 @@ def _with_heads_that_fit(
     """Leave ``kept`` out of the simulated heads, and say so, if a domain has more or fewer classes than the model."""
     heads, outputs = config.sampler.heads, task.adapter.classes_in(model)
     others = [head for head in heads if head != "kept"]
-    misfit = next((each for each in restricted if outputs and len(each.classes) != outputs), None)
+    misfit = next((domain for domain in restricted if outputs and len(domain.classes) != outputs), None)
     if misfit is None or not others or others == heads:
         return config
     if ranks.rank == 0:
@@ -106,7 +106,7 @@ def protected_domains(
 ) -> tuple[LoadedDomain, tuple[LoadedDomain, ...]]:
     """Load the domains, and put the reference where they are: it says what to learn of those without labels."""
     configs = keyed(config.domain.restricted)
-    unlabelled = [key for key, each in configs.items() if each.labels == "none"]
+    unlabelled = [key for key, domain in configs.items() if domain.labels == "none"]
     for planned in plan if unlabelled else ():
         if planned.stage.simulates and planned.task.reads_labels:
             allowed = ", ".join(name for name, loss in SUPPRESSION_LOSSES.items() if not reads_labels(loss))
@@ -117,8 +117,8 @@ def protected_domains(
     original, loaded = domains_of(config, reference.spec, device)
     reference.model.to(device)
     restricted = (
-        with_pseudo_labels(domain, each, key, plan[0].task, reference.model)
-        for domain, (key, each) in zip(loaded, configs.items(), strict=True)
+        with_pseudo_labels(domain, domain_config, key, plan[0].task, reference.model)
+        for domain, (key, domain_config) in zip(loaded, configs.items(), strict=True)
     )
     return original, tuple(restricted)
 

@@ -53,7 +53,7 @@ class Protected:
         if audit is not None:
             from sophon.auditing.card import facts
 
-            manifest = {**manifest, "audits": [facts(audit.found)]}
+            manifest = {**manifest, "audits": [facts(audit.report)]}
         write_checkpoint(folder, self.model, self.protection.reference.spec, manifest)
 
 
@@ -62,11 +62,11 @@ class Audited:
     """What an audit found.
 
     Attributes:
-        found: all of it: attempts, results, verdict and what stands behind them.
+        report: all of it: attempts, results, verdict and what stands behind them.
         html: the page.
     """
 
-    found: AuditReport
+    report: AuditReport
     html: str
 
     def __repr__(self) -> str:
@@ -76,17 +76,17 @@ class Audited:
     @property
     def verdict(self) -> Verdict:
         """What is to be said of the checkpoint: ``word``, ``sentence``, ``basis``, ``findings``."""
-        return self.found.verdict
+        return self.report.verdict
 
     @property
     def worst_case(self) -> WorstCase | None:
         """The worst case of all attacks, read in two ways; None if none was tried."""
-        return self.found.results.worst_case.get("overall")
+        return self.report.results.worst_case.get("overall")
 
     @property
     def table(self) -> pd.DataFrame:
         """A row an attempt: what was run, on whom, and what came of it (see `sophon.auditing.table.Attempts`)."""
-        return self.found.attempts.table
+        return self.report.attempts.table
 
     def to_html(self, path: str | Path) -> None:
         """Write the page: one file that needs no other.

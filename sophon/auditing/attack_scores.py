@@ -67,8 +67,8 @@ class Attack:
 
 def roles_of(rows: pd.DataFrame, metric: Metric, usual: Mapping[str, Spread]) -> Roles:
     """Score rows of the table of attempts by role, in order; ``usual`` is each role's spread over several attacks."""
-    found = {str(role): score(part, metric, usual[str(role)]) for role, part in rows.groupby("role")}
-    return {role: found[role] for role in in_order(found)}
+    scores = {str(role): score(part, metric, usual[str(role)]) for role, part in rows.groupby("role")}
+    return {role: scores[role] for role in in_order(scores)}
 
 
 def spreads(rows: pd.DataFrame) -> dict[str, Spread]:

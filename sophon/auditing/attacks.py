@@ -109,12 +109,12 @@ class Attacker:
         """Run the strategy's loop, and measure where the curve has a point; return whether the loss stayed finite."""
         self._measure(0)
         try:
-            found = loop_of(self.strategy)(
+            trained = loop_of(self.strategy)(
                 self.model, self.strategy, self.task, self.images, self.generator, self._on_step
             )
         except FloatingPointError:
             return False
-        another, self.model = found is not self.model, found
+        another, self.model = trained is not self.model, trained
         if another or self._curve[-1][0] < self.strategy.steps:
             self._measure(self.strategy.steps)
         return True

@@ -63,7 +63,7 @@ def axes_of(attacks: Iterable[Attack], field: str, *besides: str) -> list[Axis]:
     for attack in sorted(attacks, key=lambda a: (_place(a.strategy[field]), a.attack)):
         if not attack.trials:
             alike.setdefault(_without(attack, field, *besides), []).append(attack)
-    found = [
+    axes = [
         Axis(
             [a.attack for a in group],
             [a.strategy[field] for a in group],
@@ -74,7 +74,7 @@ def axes_of(attacks: Iterable[Attack], field: str, *besides: str) -> list[Axis]:
         )
         for group in alike.values()
     ]
-    return sorted((each for each in found if len(set(each.values)) > 1), key=lambda each: each.attacks)
+    return sorted((axis for axis in axes if len(set(axis.values)) > 1), key=lambda axis: axis.attacks)
 
 
 def _place(value: float | None) -> float:
@@ -86,8 +86,8 @@ def undone_of(attacks: Iterable[Attack]) -> list[Undone]:
     parted = []
     for attack in sorted((a for a in attacks if not a.trials), key=lambda a: a.attack):
         surgery = attack.strategy["surgery"]
-        rest = [each for each in surgery if each["operation"] not in UNDOING]
-        operations = [each for each in surgery if each["operation"] in UNDOING]
+        rest = [operation for operation in surgery if operation["operation"] not in UNDOING]
+        operations = [operation for operation in surgery if operation["operation"] in UNDOING]
         parted.append((attack, operations, _without(attack, "surgery") + json.dumps(rest)))
     plain = {key: attack for attack, operations, key in reversed(parted) if not operations}
     pairs = []

@@ -35,15 +35,15 @@ def complement(
         if name not in task.head_names(model) and part.numel() > 2 * DIRECTIONS
     }
     stream = batches(images, strategy.batch_size, generator)
-    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    directions: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for _ in range(DIRECTIONS):
         loss = task.attacker_loss(model, next(stream))
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True, allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
-            found[name].append(gradient.flatten())
+            directions[name].append(gradient.flatten())
     hooks = []
     for name, part in parameters.items():
-        basis = torch.linalg.qr(torch.stack(found[name], 1)).Q
+        basis = torch.linalg.qr(torch.stack(directions[name], 1)).Q
         hooks.append(part.register_hook(partial(_outside, basis)))  # type: ignore[no-untyped-call]
     try:
         return fine_tune(model, strategy, task, images, generator, on_step)

@@ -184,8 +184,8 @@ def _trained(
 
 def _cached(path: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
     # Distances in features of two networks do not compare: what was measured before must be measured on alike.
-    tensors, found = read_tensors(path)
-    if found != facts:
+    tensors, stored = read_tensors(path)
+    if stored != facts:
         raise UserError(f"run_dir: '{path}' was trained on other images or in another way; give another run_dir")
     return tensors
 

@@ -22,7 +22,7 @@ HOLDS_FROM = 0.9
 MIDDLE = 0.5
 
 
-class State(StrEnum):
+class Judgement(StrEnum):
     """The judgement on a gap closed."""
 
     BROKEN = "BROKEN"
@@ -48,15 +48,15 @@ class Gap:
     reason: str = ""
 
     @property
-    def state(self) -> State:
+    def state(self) -> Judgement:
         """Return the word for it."""
         if self.value >= HOLDS_FROM and self.low >= MIDDLE:
-            return State.HOLDS
+            return Judgement.HOLDS
         if self.value < NO_PROTECTION_BELOW and self.high < HOLDS_FROM:
-            return State.BROKEN
+            return Judgement.BROKEN
         if NO_PROTECTION_BELOW <= self.value < HOLDS_FROM and self.low > 0:
-            return State.WEAKENED
-        return State.UNKNOWN
+            return Judgement.WEAKENED
+        return Judgement.UNKNOWN
 
 
 def gap_closed(roles: Mapping[str, Score], metric: Metric, yardstick: str = "scratch") -> Gap:
@@ -66,10 +66,10 @@ def gap_closed(roles: Mapping[str, Score], metric: Metric, yardstick: str = "scr
         yardstick: ``scratch`` for gap closed, the role of a filtered model for removal, R.
     """
     needed = ("protected", "unprotected", yardstick)
-    found = {role: roles[role] for role in needed if role in roles and roles[role].seeds}
-    if missing := [role for role in needed if role not in found]:
+    scores = {role: roles[role] for role in needed if role in roles and roles[role].seeds}
+    if missing := [role for role in needed if role not in scores]:
         return Gap(reason=f"no result of {' and '.join(missing)}")
-    p, u, s = found.values()
+    p, u, s = scores.values()
     taken, gap = u.mean - p.mean, u.mean - s.mean
     least = MIN_GAP_POINTS if metric.unit == "%" else MIN_GAP_RELATIVE * abs(s.mean)
     if not max(least, 0.0) <= metric.sign * gap or gap == 0:
@@ -78,7 +78,7 @@ def gap_closed(roles: Mapping[str, Score], metric: Metric, yardstick: str = "scr
     if not math.isfinite(value):
         return Gap(reason="the results are too large to compare")
     # The ends are the ratios r at which (u - p) - r (u - s) is as large as its own error; all in units of the gap.
-    p2, u2, s2 = ((each.half / gap) * (each.half / gap) for each in (p, u, s))
+    p2, u2, s2 = ((score.half / gap) * (score.half / gap) for score in (p, u, s))
     square = 1 - u2 - s2
     if not square > 0:
         images = min(p.test_images, u.test_images, s.test_images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sophon.auditing.gap_closed import Gap, State
+from sophon.auditing.gap_closed import Gap, Judgement
 from sophon.auditing.summary import AuditReport
 from sophon.auditing.verdict import format_gap
 from sophon.config import GateConfig
@@ -13,12 +13,12 @@ def failures(gate: GateConfig, audit: AuditReport) -> list[str]:
     worst = audit.results.worst_case.get("overall")
     gap, removal = (worst.deciding.gap_closed, worst.removal) if worst else (None, None)
     attack = worst.deciding.attacks.get("protected", "no attack") if worst else ""
-    found = [
+    phrases = [
         _at_least("worst_case", gate.worst_case, gap, f"gap closed of '{attack}',", "no attack was tried"),
         _at_least("removal", gate.removal, removal, "R", "no filtered model was attacked; give filtered=[DIR]"),
         _intactness(gate.intactness, audit),
     ]
-    return [each for each in found if each]
+    return [phrase for phrase in phrases if phrase]
 
 
 def _at_least(key: str, least: float | None, gap: Gap | None, what: str, missing: str) -> str:
@@ -26,7 +26,7 @@ def _at_least(key: str, least: float | None, gap: Gap | None, what: str, missing
         return ""
     if gap is None:
         return f"gate.{key}: {missing}"
-    if gap.state == State.UNKNOWN:
+    if gap.state == Judgement.UNKNOWN:
         return f"gate.{key}: {what} {format_gap(gap)}, cannot be judged"
     return "" if gap.value >= least else f"gate.{key}: {what} {format_gap(gap)}, is below {least:g}"
 

@@ -71,7 +71,7 @@ def distance(model: nn.Module, reference: nn.Module) -> float:
 def _barrier(
     reference: nn.Module, model: nn.Module, spec: ModelSpec, task: Task, original: LoadedDomain, seed: int
 ) -> float:
-    ends = [task.evaluate(each, original["val"]) for each in (reference, model)]
+    ends = [task.evaluate(end, original["val"]) for end in (reference, model)]
     heights = [0.0]
     for place in PLACES:
         between = copy.deepcopy(reference)
@@ -92,17 +92,19 @@ def _neighbours(model: nn.Module, task: Task, restricted: LoadedDomain) -> float
         return None
     labels = restricted["attack"].labels.to(known.device)
     count = min(NEIGHBOURS, len(known))
-    found = [labels[(part @ known.T).topk(count).indices].mode(dim=1).values for part in torch.split(tested, _BATCH)]
-    return 100 * float((torch.cat(found) == restricted["test"].labels.to(known.device)).double().mean())
+    predicted = [
+        labels[(part @ known.T).topk(count).indices].mode(dim=1).values for part in torch.split(tested, _BATCH)
+    ]
+    return 100 * float((torch.cat(predicted) == restricted["test"].labels.to(known.device)).double().mean())
 
 
 def _features(model: nn.Module, task: Task, images: ImageSet) -> Tensor | None:
     """Return features of length 1, float [N, D]; None if the model has none, NaN where they are not finite."""
-    found = []
+    parts = []
     with evaluating(model):
         for batch in evaluation_batches(images, _BATCH):
             features = task.features(model, batch.images)
             if features is None:
                 return None
-            found.append(F.normalize(features))
-    return torch.cat(found)
+            parts.append(F.normalize(features))
+    return torch.cat(parts)

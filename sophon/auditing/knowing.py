@@ -41,13 +41,13 @@ def knowing_of(results: Results, mechanisms: Sequence[str] | None, known: Mappin
     """
     if mechanisms is None:
         mechanisms = list(dict.fromkeys(name for names in known.values() for name in names))
-    found = [
+    attacks = [
         attack
         for attack in results.attacks
         if attack.exposure != "seen" and set(known.get(attack.attack, ())) & set(mechanisms)
     ]
-    met = {name for attack in found for name in known[attack.attack]}
-    worst = worst_case(found, results.metric, results.best_filtered) if found else None
+    met = {name for attack in attacks for name in known[attack.attack]}
+    worst = worst_case(attacks, results.metric, results.best_filtered) if attacks else None
     return Knowing(list(mechanisms), [name for name in mechanisms if name not in met], worst)
 
 

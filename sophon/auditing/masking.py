@@ -92,7 +92,7 @@ class Masking:
 
     def growth(self) -> Norms | None:
         """Return the ratios of whole layers; None where no layer hides its scale."""
-        return next((each for each in self.norms if each.of == "layers"), None)
+        return next((norms for norms in self.norms if norms.of == "layers"), None)
 
 
 class _Start(NamedTuple):
@@ -153,7 +153,7 @@ def measure(
 
 def _hidden_layers(model: nn.Module, means: Means) -> dict[str, int | None]:
     loss = partial(means.task.attacker_loss, model, means.relabelled(means.images, model).first(_FEW))
-    return {found.name: found.axis for found in scale_free(model, loss, per="channel")}
+    return {layer.name: layer.axis for layer in scale_free(model, loss, per="channel")}
 
 
 def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict[int, dict[str, float]]:
@@ -168,13 +168,13 @@ def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict
         eval_points=2,
         read_test=False,
     )
-    found = {0: _quantities(attacker.model, start)}
+    course = {0: _quantities(attacker.model, start)}
     if strategy.steps:
         seed_all(derive_seed(start.seed, "steps"))
         with suppress(FloatingPointError):
             fine_tune(attacker.model, strategy, start.task, attacker.images, attacker.generator)
-        found[strategy.steps] = _quantities(attacker.model, start)
-    return found
+        course[strategy.steps] = _quantities(attacker.model, start)
+    return course
 
 
 def _quantities(model: nn.Module, start: _Start) -> dict[str, float]:
@@ -222,7 +222,7 @@ def _ratio(protected: float, unprotected: float) -> float:
 
 def _norms(models: Mapping[str, nn.Module], layers: Mapping[str, int | None]) -> list[Norms]:
     """Compare the released weights: whole layers, and the channels of those that have scales of their own."""
-    found = []
+    rows = []
     apart = {name: axis for name, axis in layers.items() if axis is not None}
     for what, axes in (("layers", dict.fromkeys(layers)), ("channels", apart)):
         sizes = [
@@ -237,9 +237,9 @@ def _norms(models: Mapping[str, nn.Module], layers: Mapping[str, int | None]) ->
         ]
         if not sizes:
             continue
-        kept = np.logical_and.reduce([(each > 0) & np.isfinite(each) for each in sizes])
+        kept = np.logical_and.reduce([(lengths > 0) & np.isfinite(lengths) for lengths in sizes])
         ratios = sizes[0][kept] / sizes[1][kept]
         if len(ratios):
             mean = float(np.exp(np.log(ratios).mean()))
-            found.append(Norms(what, len(ratios), mean, float(ratios.min()), float(ratios.max())))
-    return found
+            rows.append(Norms(what, len(ratios), mean, float(ratios.min()), float(ratios.max())))
+    return rows

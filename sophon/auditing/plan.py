@@ -103,15 +103,15 @@ def few_shots(config: AttackConfig, named: Mapping[str, FineTuneStrategy], class
     Raises:
         UserError: one is not among ``named``, or the name of another.
     """
-    found = {}
+    attacks = {}
     for name, counts in config.shots.items():
         choose("attack.shots", name, named)
         for count in counts:
             budget, few = count * classes, f"{name}_{count}_shot"
             if few in named:
                 raise UserError(f"attack.shots.{name}: '{few}' is the name of another attack; rename that one")
-            found[few] = replace(named[name], data_budget=budget, batch_size=min(named[name].batch_size, budget))
-    return found
+            attacks[few] = replace(named[name], data_budget=budget, batch_size=min(named[name].batch_size, budget))
+    return attacks
 
 
 def _combine(parts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -167,8 +167,8 @@ class Plan:
                     f"{few(known)}; attack.knowing={{}} names none"
                 )
         fitting = self._fitting(self.named, scene.restricted)
-        narrowed = {name: self._narrowed(name, each) for name, each in config.search.items()}
-        searches = {name: each for name, each in narrowed.items() if each is not None}
+        narrowed = {name: self._narrowed(name, search) for name, search in config.search.items()}
+        searches = {name: search for name, search in narrowed.items() if search is not None}
         if not fitting and not searches:
             name, reason = next((name, self.left_out[name]) for name in (*self.named, *narrowed))
             raise UserError(f"attack.{'strategies' if name in self.named else 'search'}.{name}: {reason}")
@@ -180,8 +180,8 @@ class Plan:
         if "scratch" in roles and not self.scene.buildable:
             self.left_out["the scratch role"] = "the model cannot be built with random weights; give a factory"
             roles.remove("scratch")
-        for name, each in searches.items():
-            yield from (Search(name, each, role) for role in roles)
+        for name, search in searches.items():
+            yield from (Search(name, search, role) for role in roles)
         for name, strategy in fitting.items():
             for role in roles:
                 yield from (Attempt(name, strategy, role, seed) for seed in range(self.config.seeds))

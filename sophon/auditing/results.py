@@ -96,8 +96,8 @@ class Results:
     def worst_harm(self) -> Benign | None:
         """Return the benign fine-tuning that loses most."""
         return max(
-            (each for each in self.benign if not math.isnan(each.harm.value)),
-            key=lambda each: each.harm.value,
+            (benign for benign in self.benign if not math.isnan(benign.harm.value)),
+            key=lambda benign: benign.harm.value,
             default=None,
         )
 
@@ -117,7 +117,7 @@ def results(attempts: Attempts) -> Results:
         score_attack(str(name), rows, curves, metric, usual, filtered)
         for name, rows in compared[fine_tuned].groupby("attack")
     ]
-    attacks.sort(key=lambda each: EXPOSURES.index(each.exposure))
+    attacks.sort(key=lambda attack: EXPOSURES.index(attack.exposure))
     groups = {"overall": attacks} | {name: [a for a in attacks if a.exposure == name] for name in EXPOSURES}
     families = {name: [a for a in attacks if name in a.families] for name in ("search", *FAMILIES, "plain")}
     return Results(
@@ -151,7 +151,8 @@ def _distillation_floor(attacks: Sequence[Attack], metric: Metric, filtered: str
         attack
         for attack in attacks
         if any(
-            each["operation"] == "distil" and each.get("images") == "original" for each in attack.strategy["surgery"]
+            operation["operation"] == "distil" and operation.get("images") == "original"
+            for operation in attack.strategy["surgery"]
         )
     ]
     return worst_case(students, metric, filtered).same_attack if students else None
@@ -159,19 +160,19 @@ def _distillation_floor(attacks: Sequence[Attack], metric: Metric, filtered: str
 
 def _oracle(rows: pd.DataFrame, metric: Metric) -> Oracle | None:
     """Score the oracle; of several, the best on ``select``."""
-    found = [
+    oracles = [
         Oracle(str(name), float(mine["data_ratio"].iloc[0]), score(mine, metric, spread(rows)))
         for name, mine in rows.groupby("attack")
     ]
-    return max(found, key=lambda each: (each.score.seeds > 0, metric.sign * each.score.select), default=None)
+    return max(oracles, key=lambda oracle: (oracle.score.seeds > 0, metric.sign * oracle.score.select), default=None)
 
 
 def _benign(rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric) -> list[Benign]:
-    found, usual = [], spreads(rows)
+    scored, usual = [], spreads(rows)
     for name, mine in rows.groupby("attack"):
         roles = roles_of(mine, metric, usual)
         p, u = (roles.get(role, Score()) for role in ROLES[:2])
-        found.append(
+        scored.append(
             Benign(str(name), roles, harm(p, u, metric), sgrc_of(roles, metric), signed_rfd_of(mine, curves, metric))
         )
-    return found
+    return scored

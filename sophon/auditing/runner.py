@@ -85,7 +85,7 @@ class Runner:
         role = "unprotected" if job.role == ORACLE else job.role
         # distances in the features of two networks do not compare
         measured = [config.eval_points, config.samples, self.frechet and [self.frechet.network, config.frechet_samples]]
-        hashes = [sorted(each.hashes.items()) for each in (domain, *others) if each is not None]
+        hashes = [sorted(loaded.hashes.items()) for loaded in (domain, *others) if loaded is not None]
         relative = [scene.provenance["relative"]] if others and scene.relative is not None else []
         return repr([scene.provenance.get(role, role), hashes, self.seed, measured, *relative])
 
@@ -113,9 +113,9 @@ class Runner:
 
     def records(self) -> tuple[list[Record], list[Record]]:
         """Return what all jobs have written: the attempts, the winners' among them, and the searches."""
-        found = {path: read_json(path) for path in self.jobs}
-        searches = [record for path, record in found.items() if isinstance(self.jobs[path], Search)]
-        attempts = [record for path, record in found.items() if isinstance(self.jobs[path], Attempt)]
+        records = {path: read_json(path) for path in self.jobs}
+        searches = [record for path, record in records.items() if isinstance(self.jobs[path], Search)]
+        attempts = [record for path, record in records.items() if isinstance(self.jobs[path], Attempt)]
         winners = [read_json(self.folder / "attempts" / f"{name}.json") for s in searches for name in s["attempts"]]
         return [*attempts, *winners], searches
 

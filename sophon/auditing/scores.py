@@ -119,8 +119,8 @@ def align(curves: pd.DataFrame) -> pd.DataFrame:
 
     Curves without a value are left out.
     """
-    found = curves.dropna(axis=1, how="all").dropna(how="all").sort_index()
-    return found.interpolate(method="index", limit_area="inside").dropna() if found.shape[1] > 1 else found.dropna()
+    kept = curves.dropna(axis=1, how="all").dropna(how="all").sort_index()
+    return kept.interpolate(method="index", limit_area="inside").dropna() if kept.shape[1] > 1 else kept.dropna()
 
 
 def wide(points: pd.DataFrame) -> pd.DataFrame:

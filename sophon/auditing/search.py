@@ -162,10 +162,10 @@ def run_search(
 
 def _stored(archive: optuna.Study, path: Path) -> list[FrozenTrial]:
     with _explained(f"cannot read {path} as a search", _REMEDY):
-        found = archive.get_trials()
-        if [trial.number for trial in found] != list(range(len(found))):
+        trials = archive.get_trials()
+        if [trial.number for trial in trials] != list(range(len(trials))):
             raise ValueError("its trials are not numbered one by one")
-        return found
+        return trials
 
 
 def best(trials: Sequence[Trial], higher_is_better: bool) -> Trial | None:
@@ -236,8 +236,8 @@ def _open(path: Path, identity: dict[str, Any]) -> Iterator[optuna.Study]:
             _create(path, identity)
         with _explained(f"cannot read {path} as a search", _REMEDY):
             study = optuna.load_study(study_name="search", storage=stack.enter_context(_database(path)))
-            found = json.loads(study.user_attrs["identity"])
-        differing = [key for key in identity if key not in found or found[key] != identity[key]]
+            stored = json.loads(study.user_attrs["identity"])
+        differing = [key for key in identity if key not in stored or stored[key] != identity[key]]
         if differing:
             raise UserError(f"{path} belongs to a search with another {differing[0]}; {_REMEDY}")
         yield study

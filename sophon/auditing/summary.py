@@ -121,7 +121,7 @@ class AuditReport:
 
         ``date`` and ``seconds_total`` alone depend on when and how fast it was made.
         """
-        found: dict[str, Any] = _plain(
+        content: dict[str, Any] = _plain(
             {
                 "schema_version": SCHEMA_VERSION,
                 "verdict": self.verdict,
@@ -134,13 +134,13 @@ class AuditReport:
                     "middle": gap_closed.MIDDLE,
                     "harm_above": HARM_ABOVE,
                 },
-                **{each.name: getattr(self.results, each.name) for each in fields(self.results)},
+                **{part.name: getattr(self.results, part.name) for part in fields(self.results)},
                 "masked_share": self.results.masked_share,
-                **{each.name: getattr(self.context, each.name) for each in fields(self.context)},
+                **{part.name: getattr(self.context, part.name) for part in fields(self.context)},
                 "searches": _by_role(self.context.searches),
             }
         )
-        return found
+        return content
 
     def write(self, folder: Path) -> None:
         """Write ``attempts.parquet``, ``curves.parquet`` and, last, ``audit.json``, atomically."""
@@ -161,15 +161,15 @@ class AuditReport:
         if not exists(path, key):
             raise UserError(f"{key}: '{folder}' holds no audit.json; run `sophon audit run_dir={folder} ...` first")
         stored = read_json(path)
-        found = stored.get("schema_version") if isinstance(stored, dict) else None
-        if found != SCHEMA_VERSION:
+        version = stored.get("schema_version") if isinstance(stored, dict) else None
+        if version != SCHEMA_VERSION:
             raise UserError(
-                f"{key}: '{path}' is of schema version {found}; this sophon reads version {SCHEMA_VERSION}; "
+                f"{key}: '{path}' is of schema version {version}; this sophon reads version {SCHEMA_VERSION}; "
                 "run `sophon audit` again"
             )
         try:
             tables = [pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES]
-            facts = {each.name: stored[each.name] for each in fields(Context)}
+            facts = {part.name: stored[part.name] for part in fields(Context)}
             context = Context(**facts | _typed(stored) | {"searches": _one_by_one(stored["searches"])})
             return cls.of(Attempts(*tables), context)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -178,11 +178,11 @@ class AuditReport:
 
 def _by_role(searches: Iterable[Record]) -> list[dict[str, Any]]:
     """Return searches by name, each with its course against every role: the form that ``audit.json`` has."""
-    found: dict[str, dict[str, Any]] = {}
+    courses: dict[str, dict[str, Any]] = {}
     for search in searches:
         course = {key: value for key, value in search.items() if key not in ("name", "role")}
-        found.setdefault(search["name"], {})[search["role"]] = course
-    return [{"name": name, "roles": roles} for name, roles in found.items()]
+        courses.setdefault(search["name"], {})[search["role"]] = course
+    return [{"name": name, "roles": roles} for name, roles in courses.items()]
 
 
 def _one_by_one(searches: Iterable[Record]) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def _typed(stored: Mapping[str, Any]) -> dict[str, Any]:
     if kept is not None:
         kept = Intactness(**kept | {"metric": Metric(**kept["metric"]), "loss": Difference(**kept["loss"])})
     if masking is not None:
-        norms, seen = [Norms(**each) for each in masking["norms"]], [Seen(**each) for each in masking["seen"]]
+        norms, seen = [Norms(**row) for row in masking["norms"]], [Seen(**row) for row in masking["seen"]]
         masking = Masking(norms, seen, masking["left_out"])
     return {"intactness": kept, "masking": masking}
 
@@ -209,7 +209,7 @@ def _known(data: Any) -> Any:
     """Turn the None of what is not known into NaN, within mappings and lists."""
     if isinstance(data, Mapping):
         return {key: math.nan if value is None else _known(value) for key, value in data.items()}
-    return [_known(each) for each in data] if isinstance(data, list) else data
+    return [_known(member) for member in data] if isinstance(data, list) else data
 
 
 def audit_of(records: Iterable[Record], context: Context) -> AuditReport:

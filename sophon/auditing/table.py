@@ -47,7 +47,7 @@ def tabulate(records: Iterable[Record]) -> Attempts:
     import pandas as pd  # only here and in what reads these tables: most commands never do
 
     rows, points = [], []
-    for record in sorted(records, key=lambda each: (each["attack"], each["role"], each["seed"], each["id"])):
+    for record in sorted(records, key=lambda record: (record["attack"], record["role"], record["seed"], record["id"])):
         if record["schema_version"] != SCHEMA_VERSION:
             raise UserError(
                 f"run_dir: attempt '{record['id']}' is of schema version {record['schema_version']}; this sophon reads "
@@ -103,9 +103,9 @@ def trials_table(searches: Iterable[Record], *, higher_is_better: bool) -> pd.Da
 
     columns = ["search", "role", "sampler", "steps", "trial", "state", "value", "strategy", "won", "best"]
     rows, pick = [], max if higher_is_better else min
-    for search in sorted(searches, key=lambda each: (each["name"], each["role"])):
+    for search in sorted(searches, key=lambda search: (search["name"], search["role"])):
         best = math.nan
-        for trial in sorted(search["trials"], key=lambda each: int(each["number"])):
+        for trial in sorted(search["trials"], key=lambda trial: int(trial["number"])):
             value = _number(trial["value"])
             if trial["state"] == "complete" and math.isfinite(value):
                 best = value if math.isnan(best) else pick(best, value)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sophon.auditing.gap_closed import NO_PROTECTION_BELOW, Gap, State
+from sophon.auditing.gap_closed import NO_PROTECTION_BELOW, Gap, Judgement
 from sophon.auditing.knowing import Knowing, not_run
 from sophon.auditing.results import Results
 from sophon.auditing.words import ROLES, counted, describe, format_difference, format_value, listed, operation_in_words
@@ -35,7 +35,7 @@ _WHO = {
     "longer": "simulated attackers of another length",
     "held_out": "held-out attacks",
 }
-_SEVERITY = (State.BROKEN, State.UNKNOWN, State.WEAKENED, State.HOLDS)
+_SEVERITY = (Judgement.BROKEN, Judgement.UNKNOWN, Judgement.WEAKENED, Judgement.HOLDS)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Verdict:
         findings: sentences on readings, groups of attacks, masking, wearing off and cost.
     """
 
-    word: State
-    removal: State | None
+    word: Judgement
+    removal: Judgement | None
     sentence: str
     knowing: str
     basis: str
@@ -68,21 +68,21 @@ def verdict(results: Results, context: Context, knowing: Knowing) -> Verdict:
     worst = results.worst_case.get("overall")
     if worst is None:
         return Verdict(
-            State.UNKNOWN, None, "No attack was tried.", _knowing(knowing, results), "", [_cost(results, context)]
+            Judgement.UNKNOWN, None, "No attack was tried.", _knowing(knowing, results), "", [_cost(results, context)]
         )
     findings = [
         *(_reading(name, getattr(worst, name), results) for name in READINGS),
         _groups(results, context),
         _family(results, worst),
         _masking(results, context),
-        _wearing_off(results) if worst.state in (State.HOLDS, State.WEAKENED) else "",
+        _wearing_off(results) if worst.state in (Judgement.HOLDS, Judgement.WEAKENED) else "",
         _cost(results, context),
     ]
     removal, sentence = worst.removal.state if worst.removal else None, _sentence(worst, results)
     if removal is not None:
         both = f"Against scratch it is {worst.state}, against a model that never saw the restricted classes {removal}."
         sentence = " ".join(filter(None, (both, sentence, _removal(worst, results, context))))
-    told = [each for each in findings if each]
+    told = [finding for finding in findings if finding]
     return Verdict(worst.state, removal, sentence, _knowing(knowing, results), basis(results), told)
 
 
@@ -94,14 +94,14 @@ def _sentence(worst: WorstCase, results: Results) -> str:
     direction = "" if results.metric.higher_is_better else " (lower is better)"
     got = f"fine-tuning the protected model gets an attacker to {p} {results.metric.name}{direction}"
     others = f"fine-tuning the unprotected one to {u} and training from scratch to {s}"
-    if worst.state == State.UNKNOWN:
+    if worst.state == Judgement.UNKNOWN:
         why = gap.reason or f"the interval of gap closed, {format_interval(gap)}, is too wide"
         return f"These attacks do not tell whether protection holds: {got}, {others}, but {why}."
     off = "worse" if gap.low > 1 else "no better" if gap.value > 1 else "hardly better"
     return {
-        State.BROKEN: f"Protection does not stop an attacker: {got}, {others}.",
-        State.WEAKENED: f"Protection takes something from an attacker, but not all: {got}, {others}.",
-        State.HOLDS: f"Protection leaves an attacker {off} off than starting from scratch: {got}, {others}.",
+        Judgement.BROKEN: f"Protection does not stop an attacker: {got}, {others}.",
+        Judgement.WEAKENED: f"Protection takes something from an attacker, but not all: {got}, {others}.",
+        Judgement.HOLDS: f"Protection leaves an attacker {off} off than starting from scratch: {got}, {others}.",
     }[worst.state]
 
 
@@ -111,15 +111,15 @@ def _removal(worst: WorstCase, results: Results, context: Context) -> str:
     if gap is None or role is None:
         return ""
     reading = worst.own_best if worst.own_best.removal == gap else worst.same_attack
-    if gap.state == State.UNKNOWN:
+    if gap.state == Judgement.UNKNOWN:
         why = gap.reason or f"the interval of R, {format_interval(gap)}, is too wide"
         return f"Whether it removes what the model had learnt of the restricted classes cannot be judged: {why}."
     got = "fine-tuning a model that never saw the restricted classes gets to "
     got += format_value(reading.roles[role].mean, results.metric)
     told = {
-        State.BROKEN: f"It removes nothing of what the model had learnt of the restricted classes: {got}",
-        State.WEAKENED: f"It removes part of what the model had learnt of the restricted classes: {got}",
-        State.HOLDS: f"It removes what the model had learnt of the restricted classes: {got}",
+        Judgement.BROKEN: f"It removes nothing of what the model had learnt of the restricted classes: {got}",
+        Judgement.WEAKENED: f"It removes part of what the model had learnt of the restricted classes: {got}",
+        Judgement.HOLDS: f"It removes what the model had learnt of the restricted classes: {got}",
     }[gap.state] + f" (R {format_gap(gap, role)})."
     kept, original = context.intactness, context.filtered.get(role, {}).get("original")
     if gap.value > 1 and kept and original is not None and kept.metric.sign * (original - kept.after) > 0:
@@ -168,10 +168,10 @@ def _reading(name: str, reading: Reading, results: Results) -> str:
         values = [f"{role} {format_value(reading.roles[role].mean, metric)} ('{attacks[role]}')" for role in attacks]
         told = READINGS[name]
     else:
-        attack = next(each for each in results.attacks if each.attack == attacks["protected"])
+        attack = next(attack for attack in results.attacks if attack.attack == attacks["protected"])
         who = f"best of {attack.trials} searched trials, " if attack.trials else ""
         told = f"{READINGS[name]}, '{attack.attack}' ({who}{describe(attack.strategy)})"
-        values = [f"{role} {format_value(found.mean, metric)}" for role, found in reading.roles.items()]
+        values = [f"{role} {format_value(score.mean, metric)}" for role, score in reading.roles.items()]
     removal = f"; R {format_gap(reading.removal, str(results.best_filtered))}" if reading.removal else ""
     gap = f"gap closed {format_gap(reading.gap_closed)}{removal}"
     return f"{told[0].upper()}{told[1:]}: {', '.join(values)}; {gap}."
@@ -181,7 +181,7 @@ def basis(results: Results) -> str:
     """Say on how many test images, seeds, attacks and searched trials the worst case rests."""
     worst = results.worst_case["overall"]
     scores = worst.deciding.roles.values()
-    images, seeds = (min((getattr(each, name) for each in scores), default=0) for name in ("test_images", "seeds"))
+    images, seeds = (min((getattr(score, name) for score in scores), default=0) for name in ("test_images", "seeds"))
     trials = sum(attack.trials for attack in results.attacks)
     parts = [counted(images, "test image"), counted(seeds, "seed"), counted(len(worst.tried), "attack")]
     parts += [counted(trials, "searched trial")] if trials else []
@@ -207,7 +207,7 @@ def _family(results: Results, worst: WorstCase) -> str:
     Among many attacks the luck of a small ``select`` split decides which one an attacker takes; within a family few
     compete.
     """
-    judged = {name: group for name, group in results.families.items() if group.state != State.UNKNOWN}
+    judged = {name: group for name, group in results.families.items() if group.state != Judgement.UNKNOWN}
     if not judged:
         return ""
     name, group = min(judged.items(), key=lambda item: item[1].deciding.gap_closed.value)
@@ -225,9 +225,9 @@ def _masking(results: Results, context: Context) -> str:
     if not share >= MASKING_PART:
         return ""
     pair = min(
-        (each for each in results.undone if not math.isnan(each.share)), key=lambda each: abs(each.share - share)
+        (pair for pair in results.undone if not math.isnan(pair.share)), key=lambda pair: abs(pair.share - share)
     )
-    deeds = listed([operation_in_words(each) for each in pair.operations])
+    deeds = listed([operation_in_words(operation) for operation in pair.operations])
     undone = f"gap closed {pair.gap_closed:.2f} after {deeds} instead of {pair.gap_closed_without:.2f}"
     evidence = ", ".join(part for part in (_growth(context, EQUAL_WITHIN), undone) if part)
     return f"{'Most' if share >= MASKING_MOST else 'Part'} of it is masking ({evidence})."

@@ -50,7 +50,7 @@ def visual_prompts(
 def _entrance(model: nn.Module, task: Task, images: ImageSet) -> tuple[nn.Module, int]:
     """Return the first of a transformer's blocks, and the width of its tokens."""
     stacks = (part for part in model.modules() if isinstance(part, nn.ModuleList | nn.Sequential) and len(part))
-    inside = (part[0] for part in stacks if any(attention(each) for each in part))
+    inside = (part[0] for part in stacks if any(attention(block) for block in part))
     block, taken = next(inside, None), []
     if block is not None:
         hook = block.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))

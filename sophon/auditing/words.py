@@ -144,5 +144,5 @@ def describe(strategy: Record) -> str:
     words = [f"{full['optimizer']} at {full['lr']:.3g}"]
     words += [_WORDS[name](full) if name in _WORDS else f"{name.replace('_', ' ')} {full[name]}" for name in unusual]
     if full["surgery"]:
-        words.append(f"after {listed([operation_in_words(each) for each in full['surgery']])}")
+        words.append(f"after {listed([operation_in_words(operation) for operation in full['surgery']])}")
     return ", ".join(word for word in words if word)

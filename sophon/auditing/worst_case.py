@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sophon.auditing.gap_closed import Gap, State, gap_closed
+from sophon.auditing.gap_closed import Gap, Judgement, gap_closed
 from sophon.auditing.scores import Score
 from sophon.auditing.words import in_order
 from sophon.tasks import Metric
@@ -50,7 +50,7 @@ class WorstCase:
     own_best: Reading
     same_attack: Reading
     decided_by: str
-    state: State
+    state: Judgement
     removal: Gap | None
 
     @property
@@ -85,14 +85,14 @@ def worst_case(attacks: Sequence[Attack], metric: Metric, filtered: str | None =
     if own.removal and same.removal:
         removal = own.removal if _worse(own.removal, same.removal) == "own_best" else same.removal
     state = (own if decided == "own_best" else same).gap_closed.state
-    return WorstCase([each.attack for each in attacks], own, same, decided, state, removal)
+    return WorstCase([attack.attack for attack in attacks], own, same, decided, state, removal)
 
 
 def _worse(own_best: Gap, same_attack: Gap) -> str:
     """Name the reading that is worse for the defender; what one shows to be broken, the other cannot mend."""
     readings = {"own_best": own_best, "same_attack": same_attack}
     known = {name: gap for name, gap in readings.items() if not math.isnan(gap.value)}
-    return min(known, key=lambda name: (known[name].state != State.BROKEN, known[name].value), default="own_best")
+    return min(known, key=lambda name: (known[name].state != Judgement.BROKEN, known[name].value), default="own_best")
 
 
 def _reading(chosen: Mapping[str, Attack], metric: Metric, filtered: str | None) -> Reading:

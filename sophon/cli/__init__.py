@@ -132,7 +132,7 @@ def _command(verb: str, arguments: list[str]) -> int:
         overrides, flags, options = _parted([f"verb={verb}", *arguments])
         searched += [options.config_dir] if options.config_dir else []
         known = groups(searched)
-        overrides = said.of_a_model([said.as_typed(each, known, options.multirun) for each in overrides])
+        overrides = said.of_a_model([said.as_typed(override, known, options.multirun) for override in overrides])
         if options.multirun or options.help:
             _by_hydra(overrides, flags)
         else:
@@ -187,8 +187,8 @@ def _warn(line: str | None) -> None:
 
 def _runs_as_override(arguments: list[str]) -> list[str]:
     """Turn the folders among ``arguments`` into the key that names them; Hydra takes overrides only."""
-    rest = [each for each in arguments if each.startswith("-") or said.named([each]) & set(keys())]
-    folders = ",".join(said.text(each) for each in arguments if each not in rest)
+    rest = [argument for argument in arguments if argument.startswith("-") or said.named([argument]) & set(keys())]
+    folders = ",".join(said.text(argument) for argument in arguments if argument not in rest)
     return [*rest, f"runs=[{folders}]"]
 
 

@@ -24,7 +24,9 @@ def complete(line: str) -> list[str]:
     """Return what the last word of a command line may become, as bash takes it."""
     *before, word = re.split(r"\s+", line.lstrip())
     kept = _BREAKS.match(word)
-    return [each[kept.end() if kept else 0 :] for each in _words(before[1:], word) if each.startswith(word)]
+    return [
+        candidate[kept.end() if kept else 0 :] for candidate in _words(before[1:], word) if candidate.startswith(word)
+    ]
 
 
 def _words(before: list[str], word: str) -> list[str]:
@@ -38,7 +40,7 @@ def _words(before: list[str], word: str) -> list[str]:
     name, equals, _ = word.removeprefix(signs).partition("=")
     if equals:
         return [f"{signs}{name}={value}" for value in _values(name)]
-    return [*_FLAGS, *(signs + each for each in _names(name.count(".")))]
+    return [*_FLAGS, *(signs + name for name in _names(name.count(".")))]
 
 
 def _names(depth: int) -> list[str]:
@@ -46,8 +48,8 @@ def _names(depth: int) -> list[str]:
     known = [name for name in keys() if ANY not in name]
     insides = {name.rpartition(".")[0] for name in known} - {""}
     takers = [*groups(), *(f"domain@domain.{role}" for role in ROLES), *(name for name in known if name not in insides)]
-    names = [*(f"{each}=" for each in takers), *(f"{each}." for each in insides)]
-    return sorted(each for each in names if each[:-1].count(".") == depth or "@" in each)
+    names = [*(f"{name}=" for name in takers), *(f"{name}." for name in insides)]
+    return sorted(name for name in names if name[:-1].count(".") == depth or "@" in name)
 
 
 def _values(name: str) -> list[str]:

@@ -33,7 +33,7 @@ def following(overrides: Sequence[str], searched: Sequence[str]) -> tuple[list[s
     Returns:
         The overrides with those choices, and what they compose to, Hydra's own part included.
     """
-    folders = json.dumps([f"file://{Path(each).resolve()}" for each in searched])
+    folders = json.dumps([f"file://{Path(folder).resolve()}" for folder in searched])
 
     def composed(overrides: Sequence[str]) -> DictConfig:
         config: DictConfig = compose("config", [*overrides, f"hydra.searchpath={folders}"], return_hydra_config=True)

@@ -60,7 +60,7 @@ def explain(name: str) -> str:
         UserError: there is no such group or key.
     """
     if name not in {**keys(), **_WORDS}:
-        groups_of_keys = sorted({each.partition(".")[0] for each in keys() if "." in each})
+        groups_of_keys = sorted({key.partition(".")[0] for key in keys() if "." in key})
         raise UserError(
             f"--help: '{name}' is not known{likely(name, [*keys(), *_WORDS])}; "
             f"allowed: {', '.join([*groups_of_keys, *_WORDS])}, or a key"

@@ -30,9 +30,9 @@ def listing(arguments: Sequence[str]) -> str:
     Raises:
         UserError: the word is not known, or there is more than that.
     """
-    words = [each for each in arguments if not each.startswith("--config-dir")]
+    words = [argument for argument in arguments if not argument.startswith("--config-dir")]
     at = arguments.index("--config-dir") if "--config-dir" in arguments else None
-    searched = [each.partition("=")[2] for each in arguments if each.startswith("--config-dir=")]
+    searched = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
     if at is not None and at + 1 < len(arguments):
         searched.append(arguments[at + 1])
         words.remove(arguments[at + 1])
@@ -52,7 +52,7 @@ def _group(group: str, searched: Sequence[str]) -> str:
 
 def _meaning(group: str, name: str, searched: Sequence[str]) -> str:
     """Return the first sentence of the comment that a file begins with."""
-    [path, *_] = [found for root in roots(searched) if (found := Path(root / group / f"{name}.yaml")).exists()]
+    [path, *_] = [file for root in roots(searched) if (file := Path(root / group / f"{name}.yaml")).exists()]
     comment = ""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("# @package"):

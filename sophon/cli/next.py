@@ -27,16 +27,16 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
     """
 
     def command(verb: str, *more: str) -> str:
-        kept = [each for each in overrides if _root(each) in _OF[verb] and "attack.shard" not in each]
+        kept = [override for override in overrides if _root(override) in _OF[verb] and "attack.shard" not in override]
         return shlex.join(["sophon", verb, *flags, *kept, *more])
 
     folder = config.run_dir or _default(config, config.verb)
     made = [] if config.run_dir is None else [folder]  # what the next verb does not find by itself
     match config.verb:
         case "pretrain":
-            commands = [command("protect", *_restricted(overrides), *(f"reference={each}" for each in made))]
+            commands = [command("protect", *_restricted(overrides), *(f"reference={path}" for path in made))]
         case "protect":
-            commands = [command("audit", *(f"checkpoint={each}" for each in made)), _export(config, folder)]
+            commands = [command("audit", *(f"checkpoint={path}" for path in made)), _export(config, folder)]
         case "export":
             return _loading(config.out or _default(config, "export"))
         case "audit" if config.attack.shards > 1:
@@ -51,13 +51,13 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
             commands = [command("audit", *([] if config.checkpoint is None else [f"checkpoint={config.checkpoint}"]))]
         case _:
             commands = []
-    return [f"next: {each}" for each in commands]
+    return [f"next: {line}" for line in commands]
 
 
 def _restricted(overrides: Sequence[str]) -> list[str]:
     """Return a restricted domain to fill in where the original one is the user's own and this one is the default."""
-    own = any("domain.original" in each for each in overrides)
-    if not own or any("experiment=" in each or "domain.restricted" in each for each in overrides):
+    own = any("domain.original" in override for override in overrides)
+    if not own or any("experiment=" in override or "domain.restricted" in override for override in overrides):
         return []
     return ["domain@domain.restricted=folder", "domain.restricted.root=path/to/restricted"]
 
@@ -84,7 +84,7 @@ def _root(override: str) -> str:
 def _comparison(folder: str) -> list[str]:
     """Return the command that sets an audit beside those of other seeds."""
     audits = sorted(Path(folder).parent.parent.glob(f"*/{Path(folder).name}/audit.json"))
-    others = [str(each.parent) for each in audits if each.parent != Path(folder)]
+    others = [str(audit.parent) for audit in audits if audit.parent != Path(folder)]
     return [shlex.join(["sophon", "report", "compare", folder, *others])] if others else []
 
 

@@ -28,7 +28,7 @@ def split(override: str) -> tuple[str, str, str] | None:
 
 def named(overrides: Sequence[str]) -> set[str]:
     """Return the keys and groups that overrides speak of."""
-    return {parts[1] for each in overrides if (parts := split(each)) is not None}
+    return {parts[1] for override in overrides if (parts := split(override)) is not None}
 
 
 def as_typed(override: str, groups: Collection[str], sweeps: bool) -> str:
@@ -58,7 +58,7 @@ def as_typed(override: str, groups: Collection[str], sweeps: bool) -> str:
     if _SWEEP.fullmatch(value):
         return override
     choice = _CHOICE.fullmatch(value)
-    return f"{plus}{key}={','.join(quoted(each, kind) for each in _parted(choice[1] if choice else value))}"
+    return f"{plus}{key}={','.join(quoted(part, kind) for part in _parted(choice[1] if choice else value))}"
 
 
 def quoted(value: str, kind: Any) -> str:
@@ -70,7 +70,7 @@ def quoted(value: str, kind: Any) -> str:
         return value if _QUOTED.fullmatch(value) or "${" in value else text(value)
     inner = value.strip()[1:-1]
     if get_origin(kind) is list and value.startswith("[") and value.endswith("]"):
-        return f"[{','.join(quoted(each.strip(), get_args(kind)[0]) for each in _parted(inner) if each.strip())}]"
+        return f"[{','.join(quoted(part.strip(), get_args(kind)[0]) for part in _parted(inner) if part.strip())}]"
     if value.startswith("{") and value.endswith("}"):
         return f"{{{','.join(_entries(inner, _type_of_entries(kind)))}}}"
     return value

@@ -218,7 +218,7 @@ def keyed(restricted: Mapping[str, DomainConfig]) -> dict[str, DomainConfig]:
     if len(restricted) == 1:
         [one] = restricted.values()
         return {"domain.restricted": one}
-    return {f"domain.restricted.{name}": each for name, each in restricted.items()}
+    return {f"domain.restricted.{name}": domain for name, domain in restricted.items()}
 
 
 @dataclass
@@ -234,5 +234,5 @@ def plain(config: Config, *keys: str) -> dict[str, Any]:
     if len(config.domain.restricted) == 1:
         [everything["domain"]["restricted"]] = everything["domain"]["restricted"].values()
     everything["pretrain"] = config.pretrain.plain()
-    everything["attack"]["strategies"] = {name: each.plain() for name, each in config.attack.strategies.items()}
+    everything["attack"]["strategies"] = {name: strategy.plain() for name, strategy in config.attack.strategies.items()}
     return {key: everything[key] for key in keys or everything}

@@ -103,7 +103,7 @@ class DomainsConfig:
 
     def validate(self, key: str) -> None:
         """Raise a `UserError` that names ``key`` if a value is not allowed beside the others."""
-        names = [each.name for each in self.restricted.values()]
+        names = [domain.name for domain in self.restricted.values()]
         for name in names if len(names) > 1 else ():
             if names.count(name) > 1:
                 raise UserError(f"{key}.restricted: the name '{name}' is given twice; names must differ")

@@ -49,26 +49,26 @@ def keys() -> dict[str, Key]:
 
 def find(name: str) -> Key | None:
     """Return the key of a dotted name such as ``attack.search.mine.trials``; None if there is none."""
-    known, found = keys(), ""
+    known, path = keys(), ""
     for part in name.split("."):
-        below = f"{found}." if found else ""
-        found = next((each for each in (below + part, below + ANY) if each in known), None) or ""
-        if not found:
+        below = f"{path}." if path else ""
+        path = next((candidate for candidate in (below + part, below + ANY) if candidate in known), None) or ""
+        if not path:
             return None
-    return known[found]
+    return known[path]
 
 
 def below(name: str) -> dict[str, Key]:
     """Return the keys of a group, or a key by itself, by dotted names; without a name, those that are in no group."""
     if not name:
-        return {each: key for each, key in keys().items() if "." not in each}
-    return {each: key for each, key in keys().items() if each == name or each.startswith(f"{name}.")}
+        return {key.name: key for key in keys().values() if "." not in key.name}
+    return {key.name: key for key in keys().values() if key.name == name or key.name.startswith(f"{name}.")}
 
 
 def content(kind: Any) -> Any:
     """Return a type without its ``None``."""
     if get_origin(kind) in (Union, types.UnionType):
-        [kind] = [each for each in get_args(kind) if each is not type(None)]
+        [kind] = [member for member in get_args(kind) if member is not type(None)]
     return kind
 
 
@@ -95,18 +95,18 @@ def _keys(kind: type, prefix: str) -> Iterator[Key]:
 def _inside(kind: Any, name: str) -> Iterator[Key]:
     if is_dataclass(kind) and isinstance(kind, type):
         yield from _keys(kind, f"{name}.")
-    elif get_origin(kind) is dict and isinstance(each := content(get_args(kind)[1]), type) and is_dataclass(each):
-        yield Key(f"{name}.{ANY}", each, MISSING, (inspect.getdoc(each) or "").splitlines()[0])
-        yield from _keys(each, f"{name}.{ANY}.")
+    elif get_origin(kind) is dict and isinstance(member := content(get_args(kind)[1]), type) and is_dataclass(member):
+        yield Key(f"{name}.{ANY}", member, MISSING, (inspect.getdoc(member) or "").splitlines()[0])
+        yield from _keys(member, f"{name}.{ANY}.")
     elif get_origin(kind) is dict:
         yield Key(f"{name}.{ANY}", get_args(kind)[1], MISSING, "")
 
 
 def _meanings(kind: type) -> dict[str, str]:
     """Read the section ``Attributes:`` of a docstring and of those that the class builds on."""
-    found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
-        section = re.search(r"^Attributes:\n((?:[ ]{4}.*\n?|\n)*)", inspect.cleandoc(each.__doc__ or ""), re.MULTILINE)
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        section = re.search(r"^Attributes:\n((?:[ ]{4}.*\n?|\n)*)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE)
         for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section[1] if section else "", re.MULTILINE):
-            found[name] = " ".join(text.split())
-    return found
+            meanings[name] = " ".join(text.split())
+    return meanings

@@ -138,8 +138,8 @@ class _Side:
             raise UserError(
                 f"{self._key}: {self.metadata} must list train and test images; tell them by a column split"
             )
-        self._skip("of another split", sum(each not in ("train", test) for each in splits))
-        of_train, of_test = (torch.tensor([each == name for each in splits]) for name in ("train", test))
+        self._skip("of another split", sum(split not in ("train", test) for split in splits))
+        of_train, of_test = (torch.tensor([split == name for split in splits]) for name in ("train", test))
         return replace(both.take(of_train), left_out=self.left_out), both.take(of_test)
 
     def unlabelled(self) -> Part:

@@ -53,7 +53,7 @@ def read_metadata(file: Path, key: str) -> Listed:
         if unlabelled and isinstance(name, str):
             label = next(iter(PurePosixPath(name).parts[:-1]), "image")
         if not isinstance(name, str) or label is None or label == "":
-            columns = escaped(few(str(each) for each in row if each)) if isinstance(row, dict) else "no columns"
+            columns = escaped(few(str(column) for column in row if column)) if isinstance(row, dict) else "no columns"
             raise UserError(
                 f"{key}: row {number} of {file} has no file_name or no label; give these two columns (it has {columns})"
             )
@@ -72,7 +72,7 @@ def read_metadata(file: Path, key: str) -> Listed:
 def _rows(text: str, suffix: str) -> Iterator[Any]:
     if suffix == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        columns = [each for each in table.fieldnames or () if each]
+        columns = [column for column in table.fieldnames or () if column]
         if len(set(columns)) < len(columns):
             raise ValueError(f"two columns have the same name ({escaped(few(columns))})")
         return iter(table)

@@ -84,11 +84,11 @@ def defenders_images(original: LoadedDomain, restricted: Sequence[LoadedDomain])
     Its classes are `classes_of_all`. Images that equal one of ``val``, ``attack``, ``select`` or ``test`` are left out.
     """
     classes, start, sets = classes_of_all(original, restricted), 0, []
-    for domain, splits in ((original, ("train",)), *((each, ("adapt", "query")) for each in restricted)):
+    for domain, splits in ((original, ("train",)), *((domain, ("adapt", "query")) for domain in restricted)):
         sets += [domain[name].relabelled(domain[name].labels + start, classes) for name in splits]
         start += len(domain.classes)
     held = [original["val"], original["test"]]
-    held += [each[name] for each in restricted for name in ("attack", "select", "test")]
+    held += [domain[name] for domain in restricted for name in ("attack", "select", "test")]
     return _without_duplicates(joined(*sets), joined(*held))
 
 

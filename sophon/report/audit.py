@@ -20,7 +20,7 @@ from sophon.report.drawing import own
 from sophon.report.figures import curve_panels, dot_plot, search_panels
 from sophon.report.geometry import geometry
 from sophon.report.masking import masking
-from sophon.report.page import MANY, Card, Code, Drawings, Fold, Page, Part, Section, Table, folded
+from sophon.report.page import MANY, Code, Drawings, Element, Fold, KeyFigure, Page, Section, Table, folded
 from sophon.report.pictures import picture, pictures
 from sophon.report.tables import metric_name
 from sophon.report.terms import TERMS
@@ -94,7 +94,7 @@ def _facts(audit: AuditReport) -> dict[str, str]:
     return {name: printable(value) for name, value in facts.items() if value}
 
 
-def _cards(audit: AuditReport) -> Iterator[Card]:
+def _cards(audit: AuditReport) -> Iterator[KeyFigure]:
     """Yield the few numbers that come first; what was not measured has none."""
     results, kept = audit.results, audit.context.intactness
     if worst := results.worst_case.get("overall"):
@@ -102,24 +102,24 @@ def _cards(audit: AuditReport) -> Iterator[Card]:
         if not worst.readings_differ:
             titles = {"own_best": "in both readings"}
         for reading, title in titles.items():
-            found = getattr(worst, reading)
-            if "protected" in found.attacks:
-                value, *rest = tables.gap(found.gap_closed).splitlines()
+            case = getattr(worst, reading)
+            if "protected" in case.attacks:
+                value, *rest = tables.gap(case.gap_closed).splitlines()
                 decides = ["the lower, which decides"] * (reading == worst.decided_by and len(titles) > 1)
-                yield Card(f"Gap closed, {title}", value, "; ".join([*rest, *decides]))
+                yield KeyFigure(f"Gap closed, {title}", value, "; ".join([*rest, *decides]))
         if worst.removal:
             value, *rest = tables.gap(worst.removal, str(results.best_filtered)).splitlines()
-            yield Card("R, the worse reading", value, "; ".join([*rest, f"against {results.best_filtered}"]))
+            yield KeyFigure("R, the worse reading", value, "; ".join([*rest, f"against {results.best_filtered}"]))
     if kept:
         than = f"{'more' if kept.after > kept.before else 'less'} than {format_value(kept.before, kept.metric)}"
         loss = f"{format_difference(abs(kept.loss.value), kept.metric)} {than}"
-        yield Card("Original domain", format_value(kept.after, kept.metric), f"{loss}; {kept.images} test images")
+        yield KeyFigure("Original domain", format_value(kept.after, kept.metric), f"{loss}; {kept.images} test images")
     if harm := results.worst_harm:
         note = f"at most: {printable(harm.attack)}"
-        yield Card("Harm to benign use", format_difference(harm.harm.value, results.metric), note)
+        yield KeyFigure("Harm to benign use", format_difference(harm.harm.value, results.metric), note)
 
 
-def _worst(audit: AuditReport) -> Iterator[Part]:
+def _worst(audit: AuditReport) -> Iterator[Element]:
     if audit.results.worst_case:
         yield (
             f"{_measured(audit)} An attacker takes the attack that does best on the select split; below each value "
@@ -137,7 +137,7 @@ def _measured(audit: AuditReport) -> str:
     )
 
 
-def _attacks(audit: AuditReport) -> Iterator[Part]:
+def _attacks(audit: AuditReport) -> Iterator[Element]:
     attacks = audit.results.attacks
     if not attacks:
         return
@@ -151,7 +151,7 @@ def _attacks(audit: AuditReport) -> Iterator[Part]:
     yield folded("All attacks with their intervals", drawing, len(attacks))
 
 
-def _curves(audit: AuditReport) -> Iterator[Part]:
+def _curves(audit: AuditReport) -> Iterator[Element]:
     attacks, metric = audit.results.attacks, audit.results.metric
     panels = curve_panels(audit.attempts, [attack.attack for attack in attacks], metric)
     if not panels:
@@ -181,7 +181,7 @@ def _drawings(panels: Mapping[str, str], size: str = "small", legend: Sequence[t
     return Drawings({printable(caption): Markup(svg) for caption, svg in panels.items()}, size, legend)
 
 
-def _searches(audit: AuditReport) -> Iterator[Part]:
+def _searches(audit: AuditReport) -> Iterator[Element]:
     metric = audit.results.metric
     trials = trials_table(audit.context.searches, higher_is_better=metric.higher_is_better)
     if trials.empty:
@@ -195,7 +195,7 @@ def _searches(audit: AuditReport) -> Iterator[Part]:
     yield tables.searches_table(trials, metric)
 
 
-def _benign(audit: AuditReport) -> Iterator[Part]:
+def _benign(audit: AuditReport) -> Iterator[Element]:
     if audit.results.benign:
         yield (
             "The same attackers as ordinary users on a domain that is not restricted: "
@@ -205,45 +205,45 @@ def _benign(audit: AuditReport) -> Iterator[Part]:
         yield tables.benign_table(audit.results)
 
 
-def _controls(audit: AuditReport) -> Iterator[Part]:
-    found = tables.controls_table(audit.results)
-    if found.rows:
+def _controls(audit: AuditReport) -> Iterator[Element]:
+    controls = tables.controls_table(audit.results)
+    if controls.rows:
         yield (
             f"What the results are to be read against: {metric_name(audit.results.metric)} on the restricted domain's "
             "test split. The oracle has data that no attacker here has."
         )
-        yield found
+        yield controls
 
 
-def _samples(folder: Path, audit: AuditReport) -> Iterator[Part]:
+def _samples(folder: Path, audit: AuditReport) -> Iterator[Element]:
     if gallery := audit.context.gallery:
-        shots = {each["title"]: picture(folder, each["file"], each["title"]) for each in gallery}
+        shots = {entry["title"]: picture(folder, entry["file"], entry["title"]) for entry in gallery}
         yield Drawings({printable(title): shot for title, shot in shots.items()}, "gallery")
     if strips := pictures(folder, audit.attempts):
         yield (
             "What the attacked models generate in the course of each attack, from the same noise everywhere; of "
             "several seeds the first."
         )
-        parts: list[Part] = [part for attack, strip in strips.items() for part in (printable(attack), strip)]
+        parts: list[Element] = [part for attack, strip in strips.items() for part in (printable(attack), strip)]
         yield from [Fold(f"All {len(strips)} attacks", parts)] if len(strips) > MANY else parts
 
 
-def _further(audit: AuditReport) -> Iterator[Part]:
-    found = tables.further_table(audit.attempts, tables.shown(audit.results))
-    if not found.rows:
+def _further(audit: AuditReport) -> Iterator[Element]:
+    further = tables.further_table(audit.attempts, tables.shown(audit.results))
+    if not further.rows:
         return
     note = "Means over the attempts that did not diverge, on the restricted domain's test split."
-    if any(row[1] == tables.FRECHET for row in found.rows):
+    if any(row[1] == tables.FRECHET for row in further.rows):
         network = audit.context.feature_network or "a network that the audit does not name"
         note += (
             f" {tables.FRECHET}: from the images that the attacked model generates to those of that split, lower is "
             f"closer; features: {printable(network)}."
         )
     yield note
-    yield folded("All measurements", found, len(found.rows))
+    yield folded("All measurements", further, len(further.rows))
 
 
-def _repeat(audit: AuditReport) -> Iterator[Part]:
+def _repeat(audit: AuditReport) -> Iterator[Element]:
     """Yield the checkpoints, the command, and folded away all that stands behind them."""
     context, frame = audit.context, audit.attempts.table
     yield f"{len(frame)} attempts, {frame['seconds'].sum():.0f} s of attacking in all."

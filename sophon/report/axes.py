@@ -7,35 +7,35 @@ from collections.abc import Iterator, Sequence
 from sophon.auditing.comparisons import Axis
 from sophon.auditing.results import Results
 from sophon.auditing.words import known
-from sophon.report.page import Part, Table, folded
+from sophon.report.page import Element, Table, folded
 from sophon.report.tables import name, percent, ratio, removal_cells, shown
 
 
-def decay(results: Results) -> Iterator[Part]:
+def decay(results: Results) -> Iterator[Element]:
     """Yield what attacks come to that differ only in their number of steps."""
-    found = _table(results, results.decay, "steps")
-    if found.rows:
+    lengths = _table(results, results.decay, "steps")
+    if lengths.rows:
         yield (
             "Attacks that differ only in their number of steps, on the test split. What falls towards 0 says that an "
             "attacker needs only patience."
         )
-        yield folded("All lengths", found, len(found.rows))
+        yield folded("All lengths", lengths, len(lengths.rows))
 
 
-def shots(results: Results) -> Iterator[Part]:
+def shots(results: Results) -> Iterator[Element]:
     """Yield what attacks come to that differ only in how many images there are to learn from."""
-    found = _table(results, results.shots, "images")
-    if found.rows:
+    counts = _table(results, results.shots, "images")
+    if counts.rows:
         yield "Attacks that differ only in how many images the attacker has, on the test split."
-        yield folded("All numbers of images", found, len(found.rows))
+        yield folded("All numbers of images", counts, len(counts.rows))
 
 
-def recovery(results: Results) -> Iterator[Part]:
+def recovery(results: Results) -> Iterator[Element]:
     """Yield how many steps each role takes to recover, by learning rate."""
     rows = [
         [name(attack), f"{rate:g}", *(_steps(steps.get(role)) for role in shown(results))]
-        for each in results.rates
-        for attack, rate, steps in zip(each.attacks, each.values, each.recovery, strict=True)
+        for axis in results.rates
+        for attack, rate, steps in zip(axis.attacks, axis.values, axis.recovery, strict=True)
     ]
     if rows:
         yield (
@@ -51,9 +51,9 @@ def _table(results: Results, axes: Sequence[Axis], title: str) -> Table:
             *(name(attack), "all" if value is None else f"{value:g}", percent(taken), ratio(closed.value)),
             *removal_cells(results, ratio(removed.value) if removed else "-"),
         ]
-        for each in axes
+        for axis in axes
         for attack, value, taken, closed, removed in zip(
-            each.attacks, each.values, each.sgrc, each.gap_closed, each.removal, strict=True
+            axis.attacks, axis.values, axis.sgrc, axis.gap_closed, axis.removal, strict=True
         )
     ]
     return Table(["attack", title, "SGRC", "gap closed", *removal_cells(results, "R")], rows)

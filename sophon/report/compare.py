@@ -27,7 +27,7 @@ from sophon.held_out import EXPOSURE_WORDS, EXPOSURES
 from sophon.report import tables
 from sophon.report.drawing import COLOURS, HUES
 from sophon.report.figures import dots
-from sophon.report.page import Drawings, Fold, Link, Page, Part, Section, Table, Warn
+from sophon.report.page import Drawings, Element, Fold, Link, Page, Section, Table, Warn
 from sophon.report.terms import TERMS
 
 _MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}
@@ -39,7 +39,7 @@ class _Compared:
 
     label: str
     folder: Path
-    audit: AuditReport
+    report: AuditReport
     attacks: Mapping[str, Attack]
 
 
@@ -95,14 +95,15 @@ def _labels(folders: Sequence[Path], audits: Sequence[AuditReport]) -> list[str]
     by_domain = Counter(zip(labels, domains, strict=True))
     more = domains if max(by_domain.values()) == 1 else folders
     return [
-        printable(label if times[label] == 1 else f"{label} ({each})") for label, each in zip(labels, more, strict=True)
+        printable(label if times[label] == 1 else f"{label} ({detail})")
+        for label, detail in zip(labels, more, strict=True)
     ]
 
 
 def _page(audits: Sequence[_Compared], out: Path) -> Page:
     everything = set.union(*(set(audit.attacks) for audit in audits))
     shared = _shared(audits)
-    verdicts = [[_link(audit, out), printable(str(audit.audit.verdict))] for audit in audits]
+    verdicts = [[_link(audit, out), printable(str(audit.report.verdict))] for audit in audits]
     sections = [
         Section("audits", "Audits", [_audits_table(audits, shared), Table(["audit", "verdict"], verdicts, 2)]),
         Section("families", "Worst cases by family", list(_families(audits))),
@@ -137,17 +138,17 @@ def _shared(audits: Sequence[_Compared]) -> list[str]:
 
 def differences(audits: Sequence[_Compared], shared: Sequence[str]) -> list[str]:
     """Say in what the audits differ, so that they do not compare like with like; empty if in nothing that is known."""
-    found = []
+    texts = []
 
     def differ(what: str, fact: Callable[[AuditReport], Any]) -> None:
-        facts = {each.label: fact(each.audit) for each in audits}
+        facts = {audit.label: fact(audit.report) for audit in audits}
         if len({json.dumps(value, sort_keys=True) for value in facts.values()}) > 1:
             told = "; ".join(f"{label}: {_told(value)}" for label, value in facts.items())
-            found.append(printable(f"{what} ({told})."))
+            texts.append(printable(f"{what} ({told})."))
 
     differ("The images of the restricted domain are not the same, by their hashes", lambda a: _digest(a.context.hashes))
-    if not any(each.audit.context.hashes for each in audits):
-        found.append("It is not known whether the images of the restricted domain are the same: no audit has hashes.")
+    if not any(audit.report.context.hashes for audit in audits):
+        texts.append("It is not known whether the images of the restricted domain are the same: no audit has hashes.")
     differ("The unprotected models are not the same", lambda a: a.context.reference.get("sha256"))
     differ(
         "The filtered models are not the same",
@@ -157,13 +158,13 @@ def differences(audits: Sequence[_Compared], shared: Sequence[str]) -> list[str]
     differ("The attempts of each attack are not as many", lambda a: _attack_config(a).get("seeds"))
     differ("The points of each curve are not as many", lambda a: _attack_config(a).get("eval_points"))
     differ("Results are not measured alike", lambda a: a.context.config.get("task"))
-    if len({frozenset(each.attacks) for each in audits}) > 1:
-        counts = "; ".join(f"{each.label}: {len(each.attacks)}" for each in audits)
-        found.append(f"Not the same attacks were tried, and worst cases are of those that were ({counts}).")
-    unlike = [name for name in shared if len({_budget(each, name) for each in audits}) > 1]
+    if len({frozenset(audit.attacks) for audit in audits}) > 1:
+        counts = "; ".join(f"{audit.label}: {len(audit.attacks)}" for audit in audits)
+        texts.append(f"Not the same attacks were tried, and worst cases are of those that were ({counts}).")
+    unlike = [name for name in shared if len({_budget(audit, name) for audit in audits}) > 1]
     if unlike:
-        found.append(printable(f"Attacks of the same name are not the same: {', '.join(unlike)}."))
-    return found
+        texts.append(printable(f"Attacks of the same name are not the same: {', '.join(unlike)}."))
+    return texts
 
 
 def _digest(hashes: Mapping[str, str]) -> str | None:
@@ -177,19 +178,19 @@ def _told(value: Any) -> str:
 
 
 def _attack_config(audit: AuditReport) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = audit.context.config.get("attack") or {}
-    return found
+    config: Mapping[str, Any] = audit.context.config.get("attack") or {}
+    return config
 
 
 def _budget(compared: _Compared, name: str) -> str:
     """Return what decides how strong an attack is: its strategy, or of a search, whose winners differ, its budget."""
-    searches = [search for search in compared.audit.context.searches if search["name"] == name]
+    searches = [search for search in compared.report.context.searches if search["name"] == name]
     facts = [{key: search.get(key) for key in ("role", "sampler", "budget", "steps")} for search in searches]
     return json.dumps(facts or compared.attacks[name].strategy, sort_keys=True)
 
 
-def _worst(found: WorstCase | None) -> str:
-    return tables.gap(found.deciding.gap_closed) if found else "-"
+def _worst(worst: WorstCase | None) -> str:
+    return tables.gap(worst.deciding.gap_closed) if worst else "-"
 
 
 def _removal(results: Results) -> str:
@@ -199,14 +200,14 @@ def _removal(results: Results) -> str:
 
 def _audits_table(audits: Sequence[_Compared], shared: Sequence[str]) -> Table:
     rows = []
-    for each in audits:
-        results, context = each.audit.results, each.audit.context
-        common = [each.attacks[name] for name in shared]
+    for audit in audits:
+        results, context = audit.report.results, audit.report.context
+        common = [audit.attacks[name] for name in shared]
         harm, grown = results.worst_harm, context.masking.growth() if context.masking else None
         rows.append(
             [
-                tables.name(each.label),
-                str(each.audit.verdict.word).lower(),
+                tables.name(audit.label),
+                str(audit.report.verdict.word).lower(),
                 printable(str(context.checkpoint.get("method") or "-")),
                 format_difference(context.intactness.loss.value, context.intactness.metric)
                 if context.intactness
@@ -232,8 +233,8 @@ def _map(audits: Sequence[_Compared], rows: Mapping[str, Sequence[float]], first
     return Table([first, *(audit.label for audit in audits)], cells, 1, levels)
 
 
-def _families(audits: Sequence[_Compared]) -> Iterator[Part]:
-    every = [each.audit.results.families for each in audits]
+def _families(audits: Sequence[_Compared]) -> Iterator[Element]:
+    every = [audit.report.results.families for audit in audits]
     names = dict.fromkeys(name for families in every for name in families)
     rows = {
         name: [families[name].deciding.gap_closed.value if name in families else math.nan for families in every]
@@ -244,7 +245,7 @@ def _families(audits: Sequence[_Compared]) -> Iterator[Part]:
         yield _map(audits, rows, "family")
 
 
-def _attack_map(audits: Sequence[_Compared], shared: Sequence[str]) -> Iterator[Part]:
+def _attack_map(audits: Sequence[_Compared], shared: Sequence[str]) -> Iterator[Element]:
     if not shared:
         yield "No attack was run in all of these audits."
         return
@@ -254,13 +255,13 @@ def _attack_map(audits: Sequence[_Compared], shared: Sequence[str]) -> Iterator[
     yield _map(audits, {name: [a.attacks[name].gap_closed.value for a in audits] for name in shared}, "attack")
 
 
-def _values(audits: Sequence[_Compared], shared: Sequence[str]) -> Iterator[Part]:
+def _values(audits: Sequence[_Compared], shared: Sequence[str]) -> Iterator[Element]:
     lines = [(name, {a.label: a.attacks[name].roles.get("protected", Score()) for a in audits}) for name in shared]
-    metric = audits[0].audit.results.metric
+    metric = audits[0].report.results.metric
     if not any(score.seeds for _, scores in lines for score in scores.values()):
         return
     marks = list(_MARKS)
-    looks = {each.label: (HUES[n % len(HUES)], marks[n % len(marks)]) for n, each in enumerate(audits)}
+    looks = {audit.label: (HUES[n % len(HUES)], marks[n % len(marks)]) for n, audit in enumerate(audits)}
     series = {label: (COLOURS[hue], mark) for label, (hue, mark) in looks.items()}
     svg = dots(lines, series, metric, "after shared attacks, by audit", apart=min(0.14, 0.8 / len(audits)))
     better = "higher" if metric.higher_is_better else "lower"
@@ -272,15 +273,15 @@ def _values(audits: Sequence[_Compared], shared: Sequence[str]) -> Iterator[Part
     yield Drawings({" ": Markup(svg)}, "large", legend)
 
 
-def _sources(audits: Sequence[_Compared], unshared: set[str]) -> Iterator[Part]:
+def _sources(audits: Sequence[_Compared], unshared: set[str]) -> Iterator[Element]:
     rows = []
-    for each in audits:
-        path, sha256 = (printable(str(each.audit.context.checkpoint.get(key) or "-")) for key in ("path", "sha256"))
-        rows.append([tables.name(each.label), f"{path}\nsha256 {sha256}", printable(str(each.folder))])
+    for audit in audits:
+        path, sha256 = (printable(str(audit.report.context.checkpoint.get(key) or "-")) for key in ("path", "sha256"))
+        rows.append([tables.name(audit.label), f"{path}\nsha256 {sha256}", printable(str(audit.folder))])
     yield Table(["audit", "checkpoint", "run directory"], rows, 3)
     if unshared:
         ran = [
-            [tables.name(name), ", ".join(each.label for each in audits if name in each.attacks)]
+            [tables.name(name), ", ".join(audit.label for audit in audits if name in audit.attacks)]
             for name in sorted(unshared)
         ]
         yield Fold(f"{len(ran)} attacks that not all of the audits ran", [Table(["attack", "run in"], ran, 2)])

@@ -37,11 +37,11 @@ def curve_panels(attempts: Attempts, names: Iterable[str], metric: Metric) -> di
     bands = {}
     for name in names:
         mine = curves[curves["attack"] == name]
-        found = {role: band(mine[mine["role"] == role]) for role in in_order(mine["role"])}
-        if found := {role: curve for role, curve in found.items() if len(curve)}:
-            bands[name] = found
-    limits = _limits([curve for found in bands.values() for curve in found.values()], metric)
-    return {name: _panel(name, found, limits, metric) for name, found in bands.items()}
+        roles = {role: band(mine[mine["role"] == role]) for role in in_order(mine["role"])}
+        if roles := {role: curve for role, curve in roles.items() if len(curve)}:
+            bands[name] = roles
+    limits = _limits([curve for roles in bands.values() for curve in roles.values()], metric)
+    return {name: _panel(name, roles, limits, metric) for name, roles in bands.items()}
 
 
 def _limits(bands: Sequence[pd.DataFrame], metric: Metric) -> tuple[float, float]:

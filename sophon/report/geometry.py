@@ -6,21 +6,21 @@ from collections.abc import Iterator
 
 from sophon.auditing.summary import AuditReport
 from sophon.auditing.words import format_difference, known
-from sophon.report.page import Part, Table
+from sophon.report.page import Element, Table
 
 
-def geometry(audit: AuditReport) -> Iterator[Part]:
+def geometry(audit: AuditReport) -> Iterator[Element]:
     """Yield how far models are from the reference, and what their features tell apart."""
     kept = audit.context.intactness
     metric = kept.metric if kept else audit.results.metric
     rows = [
         [
-            each["role"],
-            f"{each['distance']:.3g}" if known(each["distance"]) else "-",
-            format_difference(each["barrier"], metric),
-            f"{each['neighbours']:.1f} %" if known(each["neighbours"]) else "-",
+            row["role"],
+            f"{row['distance']:.3g}" if known(row["distance"]) else "-",
+            format_difference(row["barrier"], metric),
+            f"{row['neighbours']:.1f} %" if known(row["neighbours"]) else "-",
         ]
-        for each in audit.context.geometry
+        for row in audit.context.geometry
     ]
     if rows:
         yield (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from sophon.auditing.masking import Masking, Seen
 from sophon.auditing.results import Results
 from sophon.auditing.words import known
-from sophon.report.page import Fold, Part, Table
+from sophon.report.page import Element, Fold, Table
 from sophon.report.tables import name
 
 _QUANTITIES = {
@@ -19,7 +19,7 @@ _QUANTITIES = {
 _EXTREME = 1000.0
 
 
-def masking(results: Results, measured: Masking | None) -> Iterator[Part]:
+def masking(results: Results, measured: Masking | None) -> Iterator[Element]:
     """Yield the section's parts; none of an audit that neither measured masking nor ran attacks against it."""
     if measured and measured.norms:
         yield (
@@ -27,8 +27,8 @@ def masking(results: Results, measured: Masking | None) -> Iterator[Part]:
             "attacker's gradient, which shrinks as they grow: protection that a higher rate or re-normalisation "
             "undoes. How many times as large the released weights are; at twice the norm a quarter of the rate is left."
         )
-        rows = [[each.of, str(each.count), *(f"{v:.3g}" for v in (each.mean, each.least, each.most))]
-                for each in measured.norms]  # fmt: skip
+        rows = [[norms.of, str(norms.count), *(f"{v:.3g}" for v in (norms.mean, norms.least, norms.most))]
+                for norms in measured.norms]  # fmt: skip
         yield Table(["weights before normalisation", "count", "geometric mean", "least", "most"], rows)
     if measured and measured.seen:
         yield (
@@ -39,8 +39,8 @@ def masking(results: Results, measured: Masking | None) -> Iterator[Part]:
         if explained := extreme(measured.seen):
             yield explained
         first = (measured.seen[0].head, measured.seen[0].step)
-        yield _seen([each for each in measured.seen if (each.head, each.step) == first])
-        if rest := [each for each in measured.seen if (each.head, each.step) != first]:
+        yield _seen([row for row in measured.seen if (row.head, row.step) == first])
+        if rest := [row for row in measured.seen if (row.head, row.step) != first]:
             yield Fold("Later, and from other head starts", [_seen(rest)])
     if results.undone:
         share = results.masked_share
@@ -60,12 +60,12 @@ def masking(results: Results, measured: Masking | None) -> Iterator[Part]:
 
 def extreme(seen: Sequence[Seen]) -> str:
     """Explain a loss or a gradient that is out of all proportion to the unprotected model's; "" if none is."""
-    for each in seen:
-        if each.quantity in ("loss", "gradient") and known(each.ratio) and not 1 / _EXTREME < each.ratio < _EXTREME:
-            when = f"after {each.step} steps" if each.step else "before its first step"
+    for row in seen:
+        if row.quantity in ("loss", "gradient") and known(row.ratio) and not 1 / _EXTREME < row.ratio < _EXTREME:
+            when = f"after {row.step} steps" if row.step else "before its first step"
             return (
-                f"These values are no misprint: {when} the attacker's {each.quantity} is {each.protected:.2g} on the "
-                f"protected model, {each.unprotected:.2g} on the unprotected one. Weights of very uneven scale cancel "
+                f"These values are no misprint: {when} the attacker's {row.quantity} is {row.protected:.2g} on the "
+                f"protected model, {row.unprotected:.2g} on the unprotected one. Weights of very uneven scale cancel "
                 "in what the model was released for, and no longer do once somebody trains it or gives it another "
                 "head; at ordinary rates training then diverges or stands still. An attacker can even the weights out "
                 "first, which the attacks of the family surgery do: what they reach tells what this protection is "
@@ -77,9 +77,9 @@ def extreme(seen: Sequence[Seen]) -> str:
 def _seen(seen: Sequence[Seen]) -> Table:
     rows = [
         [
-            *(f"{each.head} head, {each.step} steps", _QUANTITIES.get(each.quantity, each.quantity)),
-            *(f"{v:.4g}" if known(v) else "-" for v in (each.protected, each.unprotected, each.ratio)),
+            *(f"{row.head} head, {row.step} steps", _QUANTITIES.get(row.quantity, row.quantity)),
+            *(f"{v:.4g}" if known(v) else "-" for v in (row.protected, row.unprotected, row.ratio)),
         ]
-        for each in seen
+        for row in seen
     ]
     return Table(["attacker", "quantity", "protected", "unprotected", "ratio"], rows, 2)

@@ -89,14 +89,14 @@ class Fold:
     """Parts that the page shows on request, and paper and Markdown always."""
 
     title: str
-    parts: Sequence[Part]
+    parts: Sequence[Element]
 
 
-Part = str | Table | Drawings | Code | Warn | Fold
+Element = str | Table | Drawings | Code | Warn | Fold
 MANY = 12  # so many tables' rows or panels are shown without being asked for
 
 
-def folded(title: str, part: Part, count: int) -> Part:
+def folded(title: str, part: Element, count: int) -> Element:
     """Fold what is long."""
     return part if count <= MANY else Fold(title, [part])
 
@@ -107,11 +107,11 @@ class Section:
 
     key: str
     title: str
-    parts: Sequence[Part]
+    parts: Sequence[Element]
 
 
 @dataclass(frozen=True)
-class Card:
+class KeyFigure:
     """A figure that comes first: title, value, and a note below."""
 
     title: str
@@ -129,7 +129,7 @@ class Page:
         word: one word before it, such as a verdict's.
         facts: what the page is about.
         notes: paragraphs below the lead.
-        cards: see `Card`.
+        cards: see `KeyFigure`.
         sections: in order; those without parts are not shown.
         terms: definitions, by the title of the column that leads to them.
     """
@@ -139,7 +139,7 @@ class Page:
     word: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str | Warn] = ()
-    cards: Sequence[Card] = ()
+    cards: Sequence[KeyFigure] = ()
     sections: Sequence[Section] = ()
     terms: Mapping[str, str] = field(default_factory=dict)
 
@@ -191,11 +191,11 @@ def _cell(cell: str) -> str:
     return first + "".join(f"{' ' if line.startswith('[') else '; '}{escaped(line)}" for line in small)
 
 
-def _joined(parts: Iterable[Part]) -> str:
+def _joined(parts: Iterable[Element]) -> str:
     return "\n\n".join(text for text in map(_markdown, parts) if text)
 
 
-def _markdown(part: Part) -> str:
+def _markdown(part: Element) -> str:
     match part:
         case str():
             return escaped(part)

@@ -39,22 +39,22 @@ def metric_name(metric: Metric) -> str:
     return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
-def score(found: Score | None, metric: Metric) -> str:
+def score(value: Score | None, metric: Metric) -> str:
     """Write a mean with its interval, and how many attempts diverged."""
-    if not found or not (found.seeds or found.diverged):
+    if not value or not (value.seeds or value.diverged):
         return "-"
     ends = (
-        "" if math.isnan(found.low) else f"\n[{format_number(found.low, metric)}, {format_number(found.high, metric)}]"
+        "" if math.isnan(value.low) else f"\n[{format_number(value.low, metric)}, {format_number(value.high, metric)}]"
     )
-    return format_number(found.mean, metric) + ends + (f"\n{found.diverged} diverged" if found.diverged else "")
+    return format_number(value.mean, metric) + ends + (f"\n{value.diverged} diverged" if value.diverged else "")
 
 
-def gap(found: Gap | None, yardstick: str = "scratch") -> str:
+def gap(value: Gap | None, yardstick: str = "scratch") -> str:
     """Write gap closed or R with its interval, or the reason why there is none, below it."""
-    if found is None:
+    if value is None:
         return "-"
-    ends = "" if math.isnan(found.low) else f"[{found.low:.2f}, {found.high:.2f}]"
-    parts = [ratio(found.value), ends, f"worse than {yardstick}" if found.value > 1 else "", found.reason]
+    ends = "" if math.isnan(value.low) else f"[{value.low:.2f}, {value.high:.2f}]"
+    parts = [ratio(value.value), ends, f"worse than {yardstick}" if value.value > 1 else "", value.reason]
     return "\n".join(part for part in parts if part)
 
 
@@ -63,12 +63,12 @@ def ratio(value: float) -> str:
     return f"{value:.2f}" if known(value) else "-"
 
 
-def difference(found: Difference, metric: Metric) -> str:
+def difference(value: Difference, metric: Metric) -> str:
     """Write a difference with its interval."""
     ends = (
-        "" if math.isnan(found.low) else f"\n[{format_number(found.low, metric)}, {format_number(found.high, metric)}]"
+        "" if math.isnan(value.low) else f"\n[{format_number(value.low, metric)}, {format_number(value.high, metric)}]"
     )
-    return format_number(found.value, metric) + ends
+    return format_number(value.value, metric) + ends
 
 
 def percent(value: float) -> str:
@@ -146,7 +146,7 @@ def attacks_table(results: Results) -> Table:
     levels = [
         [
             *scale[index * width : (index + 1) * width],
-            *(gap_strength(each.value) for each in (attack.gap_closed, attack.removal) if each),
+            *(gap_strength(gap.value) for gap in (attack.gap_closed, attack.removal) if gap),
         ]
         for index, attack in enumerate(attacks)
     ]
@@ -176,25 +176,27 @@ def gap_strength(value: float) -> int | None:
 
 def worst_table(results: Results) -> Table:
     """Return the worst cases: of all attacks in both readings; by exposure and family in the one that decides."""
-    groups = {EXPOSURE_WORDS[each]: results.worst_case[each] for each in EXPOSURES if each in results.worst_case}
-    groups |= {f"family {printable(each)}": found for each, found in results.families.items()}
+    groups = {
+        EXPOSURE_WORDS[exposure]: results.worst_case[exposure]
+        for exposure in EXPOSURES
+        if exposure in results.worst_case
+    }
+    groups |= {f"family {printable(family)}": worst for family, worst in results.families.items()}
     rows: list[list[str]] = []
 
     def add(title: str, worst: WorstCase, reading: str) -> None:
-        found = getattr(worst, reading)
+        case = getattr(worst, reading)
         told = _READING[reading] if worst.readings_differ else "both"
         decides = "\nthe lower" if reading == worst.decided_by and worst.readings_differ else ""
         cells = [
-            f"{score(found.roles[role], results.metric)}\n{printable(found.attacks[role])}"
-            if role in found.roles
-            else "-"
+            f"{score(case.roles[role], results.metric)}\n{printable(case.attacks[role])}" if role in case.roles else "-"
             for role in shown(results)
         ]
         rows.append(
             [
                 *(title, str(len(worst.tried)), told + decides, *cells),
-                *(gap(found.gap_closed), str(found.gap_closed.state).lower()),
-                *removal_cells(results, gap(found.removal, str(results.best_filtered))),
+                *(gap(case.gap_closed), str(case.gap_closed.state).lower()),
+                *removal_cells(results, gap(case.removal, str(results.best_filtered))),
             ]
         )
 
@@ -234,10 +236,10 @@ def benign_table(results: Results) -> Table:
     metric = results.metric
     rows = [
         [
-            *(name(each.attack), *_cells(results, each.roles), difference(each.harm, metric)),
-            *(percent(each.sgrc), percent(each.signed_rfd)),
+            *(name(benign.attack), *_cells(results, benign.roles), difference(benign.harm, metric)),
+            *(percent(benign.sgrc), percent(benign.signed_rfd)),
         ]
-        for each in results.benign
+        for benign in results.benign
     ]
     return Table(["attack", *shown(results), "harm", "SGRC", "signed RFD"], rows)
 
@@ -270,9 +272,9 @@ def further_table(attempts: Attempts, roles: Sequence[str]) -> Table:
     for attack, mine in means.groupby(level="attack"):
         by_role = mine.droplevel("attack")
         for column in columns:
-            found = [float(by_role[column].get(role, math.nan)) for role in roles]
-            if any(map(known, found)):
-                cells = [f"{value:.4g}" if known(value) else "-" for value in found]
+            values = [float(by_role[column].get(role, math.nan)) for role in roles]
+            if any(map(known, values)):
+                cells = [f"{value:.4g}" if known(value) else "-" for value in values]
                 rows.append([name(str(attack)), printable(column.removeprefix(MEASURED)), *cells])
     return Table(["attack", "measurement", *roles], rows, 2)
 
@@ -280,8 +282,8 @@ def further_table(attempts: Attempts, roles: Sequence[str]) -> Table:
 def origins_table(audit: AuditReport) -> Table:
     """Return the checkpoints that were compared."""
     context = audit.context
-    found = {"protected": context.checkpoint, "unprotected": context.reference, **context.filtered}
-    rows = [[role, *_origin(origin)] for role, origin in found.items() if origin]
+    origins = {"protected": context.checkpoint, "unprotected": context.reference, **context.filtered}
+    rows = [[role, *_origin(origin)] for role, origin in origins.items() if origin]
     return Table(["model", "name", "method", "checkpoint"], rows, 4)
 
 

@@ -34,7 +34,7 @@ def audit(config: Config) -> None:
     given = [(first.protected, "checkpoint"), (first.reference, "reference")]
     if first.reference.sha256 == first.protected.sha256:
         warn("reference: it has the checkpoint's own weights, so that the audit compares a model with itself")
-    for checkpoint, key in (*given, *((each, "filtered") for each in first.filtered)):
+    for checkpoint, key in (*given, *((filtered, "filtered") for filtered in first.filtered)):
         warn(doubt(first.scene.task, checkpoint.model, first.original, key))
     if len(parts) > 1 and exists(run_dir(config) / "run.json"):
         raise UserError(f"run_dir: '{run_dir(config)}' holds an audit of one domain; give another run_dir")
@@ -44,10 +44,10 @@ def audit(config: Config) -> None:
         for path in parts:
             ownership.enter_context(run_folder(path, "audit", identity_of(audits[path]), _shard(config)))
         ended = {path: _audit(audits[path], runners[path]) for path in parts}
-        found = {path: each.found for path, each in ended.items() if each}  # none of a shard
-        if len(parts) > 1 and found:
-            compare_domains(run_dir(config), found)
-    require(config, found)
+        reports = {path: audited.report for path, audited in ended.items() if audited}  # none of a shard
+        if len(parts) > 1 and reports:
+            compare_domains(run_dir(config), reports)
+    require(config, reports)
 
 
 def _shard(config: Config) -> str:
@@ -60,15 +60,15 @@ def _parts(config: Config) -> dict[Path, Config]:
     folder, domains, parts = run_dir(config), config.domain, {}
     if len(domains.restricted) == 1:
         return {folder: config}
-    for name, each in domains.restricted.items():
+    for name, domain in domains.restricted.items():
         inside = [
-            str(path) if is_folder(path := Path(other) / each.name, "attack.reuse") else other
+            str(path) if is_folder(path := Path(other) / domain.name, "attack.reuse") else other
             for other in config.attack.reuse
         ]
-        parts[folder / each.name] = replace(
+        parts[folder / domain.name] = replace(
             config,
-            run_dir=str(folder / each.name),
-            domain=replace(domains, restricted={name: each}),
+            run_dir=str(folder / domain.name),
+            domain=replace(domains, restricted={name: domain}),
             attack=replace(config.attack, reuse=inside),
         )
     return parts
@@ -77,9 +77,9 @@ def _parts(config: Config) -> dict[Path, Config]:
 def _audit(audit: Audit, runner: Runner) -> Audited | None:
     attack = audit.config.attack
     with tracker_of(audit.config, runner.folder) as tracker:
-        found = run(audit, runner, tracker)
-    if found is None:
+        audited = run(audit, runner, tracker)
+    if audited is None:
         print(f"{runner.folder}: shard {attack.shard} of {attack.shards} is done; audit without shards to finish")
     else:
-        say_found(runner.folder, found.found)
-    return found
+        say_found(runner.folder, audited.report)
+    return audited

@@ -48,15 +48,15 @@ def _audits(folder: Path, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     from sophon.auditing.card import facts  # pandas, scipy
     from sophon.auditing.summary import AuditReport
 
-    found = [AuditReport.read(each, "audit") for each in parts_of(Path(required(str(folder), "audit")), "audit")]
-    for each in found:
-        attacked = each.context.checkpoint["sha256"]
+    audits = [AuditReport.read(part, "audit") for part in parts_of(Path(required(str(folder), "audit")), "audit")]
+    for audit in audits:
+        attacked = audit.context.checkpoint["sha256"]
         if attacked != checkpoint.sha256:
             raise UserError(
                 f"audit: '{folder}' attacked other weights (sha256 {attacked[:12]}) than those of '{checkpoint.path}' "
                 f"({checkpoint.sha256[:12]}); give the audit of this checkpoint"
             )
-    return [facts(each) for each in found]
+    return [facts(audit) for audit in audits]
 
 
 def _export_unfinished(config: Config, run: Path, out: Path) -> str | None:

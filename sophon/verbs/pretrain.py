@@ -79,10 +79,10 @@ def _seen(config: Config, device: torch.device) -> tuple[LoadedDomain, ...]:
         return ()
     if config.pretrain.steps == 0:
         raise UserError("domain.pretrained_on: 'both' is not allowed with pretrain.steps=0, which trains on nothing")
-    for key, each in keyed(config.domain.restricted).items():
-        if each.labels == "none":
+    for key, domain in keyed(config.domain.restricted).items():
+        if domain.labels == "none":
             raise UserError(f"{key}.labels: 'none' is not allowed with domain.pretrained_on=both; give given")
-    return tuple(each.to(device) for each in restricted_of(config, config.model.image_size, config.model.channels))
+    return tuple(domain.to(device) for domain in restricted_of(config, config.model.image_size, config.model.channels))
 
 
 def _train(config: Config, model: nn.Module, task: Task, images: ImageSet, folder: Path) -> None:
@@ -114,7 +114,7 @@ def _release(
     manifest = manifest_of(
         replace(config, model=replace(spec.config(), **origin)), "pretrain", None, original, restricted
     )
-    manifest["pretrained_on"] = {original.name: ["train"], **{each.name: ["adapt", "query"] for each in restricted}}
+    manifest["pretrained_on"] = {original.name: ["train"], **{domain.name: ["adapt", "query"] for domain in restricted}}
     key = "pretrain.lr" if config.pretrain.steps else "model.weights"
     manifest["intactness"] = {**metric_of(task), "after": both_splits(task, model, original, key)}
     if config.pretrain.steps == 0:

@@ -23,9 +23,9 @@ def report(config: Config) -> None:
     parts = parts_of(folder, "run_dir")
     several = parts != [folder]
     with ExitStack() as ownership:
-        for each in {folder, *parts}:
-            ownership.enter_context(owned(each))
-        audits = {each: _render(each) for each in parts}
+        for path in {folder, *parts}:
+            ownership.enter_context(owned(path))
+        audits = {part: _render(part) for part in parts}
         if several:
             compare_domains(folder, audits)
     require(config, audits)
@@ -35,16 +35,16 @@ def parts_of(folder: Path, key: str) -> list[Path]:
     """Return the folders of an audit, one for each of several restricted domains; messages name ``key``."""
     if not exists(folder / "comparison.html", key):
         return [folder]
-    return [each for each in entries(folder, key) if exists(each / "audit.json")]
+    return [path for path in entries(folder, key) if exists(path / "audit.json")]
 
 
 def require(config: Config, audits: Mapping[Path, AuditReport]) -> None:
     """Raise a `GateError` that says in one line which audit does not come to what ``config.gate`` asks for."""
     from sophon.auditing.gate import failures
 
-    missed = {path: failures(config.gate, found) for path, found in audits.items()}
+    missed = {path: failures(config.gate, audit) for path, audit in audits.items()}
     several = len(audits) > 1
-    lines = [f"{path.name}: {each}" if several else each for path, them in missed.items() for each in them]
+    lines = [f"{path.name}: {failure}" if several else failure for path, them in missed.items() for failure in them]
     if lines:
         raise GateError("; ".join(lines))
 
@@ -53,10 +53,10 @@ def _render(folder: Path) -> AuditReport:
     from sophon.auditing.summary import AuditReport
     from sophon.report.audit import write_reports
 
-    found = AuditReport.read(folder)
-    write_reports(folder, found)
-    say_found(folder, found)
-    return found
+    audit = AuditReport.read(folder)
+    write_reports(folder, audit)
+    say_found(folder, audit)
+    return audit
 
 
 def compare_domains(folder: Path, audits: Mapping[Path, AuditReport]) -> None:

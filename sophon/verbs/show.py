@@ -35,7 +35,7 @@ def _rows(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
             yield role, f"{domain['name']}, {len(domain['classes'])} classes"
     yield "original work", _intactness(manifest.get("intactness") or {})
     if method is not None:
-        yield from (("audit", f"{each['word']}: {each['sentence']}") for each in manifest.get("audits") or [])
+        yield from (("audit", f"{audit['word']}: {audit['sentence']}") for audit in manifest.get("audits") or [])
         if not manifest.get("audits"):
             yield "audit", "not audited, or not written into it (export with audit=RUN_DIR)"
     yield "versions", ", ".join(f"{name} {number}" for name, number in (manifest.get("versions") or {}).items())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sophon.auditing.gap_closed import State
+from sophon.auditing.gap_closed import Judgement
 from sophon.auditing.results import results
 from sophon.auditing.table import tabulate
 from tests.auditing.records import attempt, audit, trio
@@ -23,20 +23,32 @@ def verdict(attempts, **context):
             60.5,
             60.0,
             0.0,
-            State.HOLDS,
+            Judgement.HOLDS,
             "It removes what the model had learnt of the restricted classes: fine-tuning a model that never saw the "
             "restricted classes gets to 60.0 % (R 0.97 [0.97, 0.97]).",
         ),
-        (70.0, 60.0, 0.0, State.WEAKENED, "It removes part of what the model had learnt of the restricted classes: "),
-        (79.5, 60.0, 0.0, State.BROKEN, "It removes nothing of what the model had learnt of the restricted classes: "),
-        (55.0, 60.0, 0.0, State.HOLDS, "gets to 60.0 % (R 1.25 (worse than filtered) [1.25, 1.25])."),
-        (79.0, 79.5, 0.0, State.UNKNOWN, "cannot be judged: unprotected is not clearly better than filtered."),
-        (70.0, 60.0, 5.0, State.UNKNOWN, "cannot be judged: the interval of R, ["),
+        (
+            70.0,
+            60.0,
+            0.0,
+            Judgement.WEAKENED,
+            "It removes part of what the model had learnt of the restricted classes: ",
+        ),
+        (
+            79.5,
+            60.0,
+            0.0,
+            Judgement.BROKEN,
+            "It removes nothing of what the model had learnt of the restricted classes: ",
+        ),
+        (55.0, 60.0, 0.0, Judgement.HOLDS, "gets to 60.0 % (R 1.25 (worse than filtered) [1.25, 1.25])."),
+        (79.0, 79.5, 0.0, Judgement.UNKNOWN, "cannot be judged: unprotected is not clearly better than filtered."),
+        (70.0, 60.0, 5.0, Judgement.UNKNOWN, "cannot be judged: the interval of R, ["),
         (
             70.0,
             60.0,
             9.0,
-            State.UNKNOWN,
+            Judgement.UNKNOWN,
             "cannot be judged: unprotected and filtered differ by less than the error of ",
         ),
     ],

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sophon.auditing.gap_closed import State
+from sophon.auditing.gap_closed import Judgement
 from sophon.auditing.results import results
 from sophon.auditing.table import tabulate
 from sophon.auditing.words import ROLES
@@ -86,19 +86,19 @@ def test_a_worst_case_is_read_in_two_ways_and_figures_keep_their_attack():
     assert worst.own_best.gap_closed.value == pytest.approx(4.5 / 6.5)
     assert set(worst.same_attack.attacks.values()) == {"centre"}
     assert worst.same_attack.gap_closed.value == pytest.approx(1.8 / 28.8)
-    assert (worst.decided_by, worst.state, worst.deciding) == ("same_attack", State.BROKEN, worst.same_attack)
+    assert (worst.decided_by, worst.state, worst.deciding) == ("same_attack", Judgement.BROKEN, worst.same_attack)
 
 
 @pytest.mark.parametrize(
     ("attempts", "decided", "state"),
     [
         # own best: 10 of 20, same attack: 10 of 40
-        ([trio("a", 70, 80, 40), trio("b", 30, 70, 60)], "same_attack", State.WEAKENED),
+        ([trio("a", 70, 80, 40), trio("b", 30, 70, 60)], "same_attack", Judgement.WEAKENED),
         # own best: 10 of 20, same attack: none, since scratch is as good
-        ([trio("a", 70, 80, 79.5), trio("b", 30, 90, 70)], "own_best", State.HOLDS),
+        ([trio("a", 70, 80, 79.5), trio("b", 30, 90, 70)], "own_best", Judgement.HOLDS),
         # a reading that breaks decides, though an uncertain one has the lower value
-        ([trio("a", 79.5, 80, 60, error=0.5), trio("b", 30, 79, 78, error=9.0)], "same_attack", State.BROKEN),
-        ([trio("a", 79.5, 80, 79.5), trio("b", 30, 80, 79.5)], "own_best", State.UNKNOWN),
+        ([trio("a", 79.5, 80, 60, error=0.5), trio("b", 30, 79, 78, error=9.0)], "same_attack", Judgement.BROKEN),
+        ([trio("a", 79.5, 80, 79.5), trio("b", 30, 80, 79.5)], "own_best", Judgement.UNKNOWN),
     ],
 )
 def test_the_lower_reading_decides(attempts, decided, state):
@@ -118,7 +118,7 @@ def test_roles_that_were_not_tried_are_missing(present):
     found = scored([one for one in trio("a", 20.0, 60.0, 50.0) if one["role"] in present])
     worst = found.worst_case["overall"]
     assert set(found.attacks[0].roles) == set(worst.own_best.roles) == set(present)
-    assert worst.state == State.UNKNOWN
+    assert worst.state == Judgement.UNKNOWN
     assert worst.own_best.gap_closed.reason.startswith("no result of")
 
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophon.auditing.gap_closed import Gap, State, gap_closed
+from sophon.auditing.gap_closed import Gap, Judgement, gap_closed
 from sophon.auditing.scores import Score, Spread, align, harm, score, sgrc, signed_rfd, spread, steps_to
 from tests.auditing.records import ACCURACY, MSE
 
-CANNOT = State.UNKNOWN
+CANNOT = Judgement.UNKNOWN
 UNCLEAR = "unprotected is not clearly better than scratch"
 ERROR = "unprotected and scratch differ by less than the error of 1000 test images and 1 seed"
 
@@ -136,14 +136,14 @@ def test_the_interval_ends_where_the_difference_is_just_its_error(means, halves)
 @pytest.mark.parametrize(
     ("gap", "state"),
     [
-        (Gap(1.0, 1.0, 1.0), State.HOLDS),
-        (Gap(0.95, 0.55, 3.0), State.HOLDS),
+        (Gap(1.0, 1.0, 1.0), Judgement.HOLDS),
+        (Gap(0.95, 0.55, 3.0), Judgement.HOLDS),
         (Gap(0.95, 0.45, 1.1), CANNOT),
-        (Gap(0.4, 0.01, 0.7), State.WEAKENED),
+        (Gap(0.4, 0.01, 0.7), Judgement.WEAKENED),
         (Gap(0.4, -0.01, 0.7), CANNOT),
-        (Gap(0.05, -0.5, 0.6), State.BROKEN),
+        (Gap(0.05, -0.5, 0.6), Judgement.BROKEN),
         (Gap(0.05, -0.5, 0.95), CANNOT),
-        (Gap(-3.0, -9.0, -1.0), State.BROKEN),
+        (Gap(-3.0, -9.0, -1.0), Judgement.BROKEN),
         (Gap(0.4, reason="no interval"), CANNOT),
         (Gap(reason="no value"), CANNOT),
     ],

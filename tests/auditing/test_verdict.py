@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from sophon.auditing.gap_closed import State
+from sophon.auditing.gap_closed import Judgement
 from sophon.auditing.masking import Masking, Norms
 from sophon.auditing.scores import Difference
 from sophon.auditing.summary import Intactness
@@ -25,57 +25,57 @@ def said(attempts, **context):
     [
         (
             trio("a", 79.0, 80.0, 60.0),
-            State.BROKEN,
+            Judgement.BROKEN,
             "Protection does not stop an attacker: fine-tuning the protected model gets an attacker to 79.0 % "
             "accuracy, fine-tuning the unprotected one to 80.0 % and training from scratch to 60.0 %.",
         ),
         (
             trio("a", 70.0, 80.0, 60.0),
-            State.WEAKENED,
+            Judgement.WEAKENED,
             "Protection takes something from an attacker, but not all: fine-tuning the protected model gets an "
             "attacker to 70.0 % accuracy, ",
         ),
         (
             trio("a", 61.0, 80.0, 60.0),
-            State.HOLDS,
+            Judgement.HOLDS,
             "Protection leaves an attacker hardly better off than starting from ",
         ),
         (
             trio("a", 20.0, 80.0, 60.0),
-            State.HOLDS,
+            Judgement.HOLDS,
             "Protection leaves an attacker worse off than starting from scratch: ",
         ),
         (
             trio("a", 59.0, 80.0, 60.0, error=1.0),
-            State.HOLDS,
+            Judgement.HOLDS,
             "Protection leaves an attacker no better off than starting ",
         ),
         (
             trio("a", 0.5, 0.25, 0.75, metric=MSE),
-            State.WEAKENED,
+            Judgement.WEAKENED,
             "Protection takes something from an attacker, but not all: fine-tuning the protected model gets an "
             "attacker to 0.5 eps-MSE (lower is better), fine-tuning the unprotected one to 0.25 and training from "
             "scratch to 0.75.",
         ),
         (
             trio("a", 70.0, 80.0, 60.0, error=6.0),
-            State.UNKNOWN,
+            Judgement.UNKNOWN,
             "These attacks do not tell whether protection holds: fine-tuning the protected model gets an attacker to "
             "70.0 % accuracy, fine-tuning the unprotected one to 80.0 % and training from scratch to 60.0 %, but the "
             "interval of gap closed, [-",
         ),
         (
             trio("a", 60.0, 80.0, 40.0, error=20.0, test_images=5),
-            State.UNKNOWN,
+            Judgement.UNKNOWN,
             "to 40.0 %, but unprotected and scratch differ by less than the error of 5 test images and 1 seed.",
         ),
         (
             trio("a", 70.0, 80.0, 79.5),
-            State.UNKNOWN,
+            Judgement.UNKNOWN,
             "do not tell whether protection holds: unprotected is not clearly better than scratch.",
         ),
-        ([attempt("a", "protected", None)], State.UNKNOWN, "no result of protected and unprotected and scratch."),
-        (trio("a", 70.0, 80.0, 60.0, strategy={"steps": 0}), State.UNKNOWN, "No attack was tried."),
+        ([attempt("a", "protected", None)], Judgement.UNKNOWN, "no result of protected and unprotected and scratch."),
+        (trio("a", 70.0, 80.0, 60.0, strategy={"steps": 0}), Judgement.UNKNOWN, "No attack was tried."),
     ],
 )
 def test_one_word_and_a_sentence(attempts, word, sentence):
