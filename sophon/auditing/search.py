@@ -1,9 +1,8 @@
 """The attacker who searches: optuna proposes strategies from the space of a `SearchConfig` and learns from the results.
 
-A search that was killed, at whatever moment, and started again ends with the very trials of one that never was: its
-file only ever gains finished trials, each in one transaction, and a trial is decided by the seed, its number and the
-trials before it alone. So no trial is ever found running, none is discarded, and the numbers have no gaps. One process
-at a time works on a file; another one waits, and goes on from what it finds.
+A search that was killed and started again ends with the trials of one that never was: its file holds finished trials
+only, and the seed, its number and the trials before it decide a trial. One process at a time works on a file; another
+one waits, and goes on from what it finds.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
@@ -21,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.study import StudyDirection
+from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from sophon.attacker import OF_SCOPE, FineTuneStrategy, check_field, operations_from
 from sophon.config import SearchConfig
-from sophon.errors import UserError, choose
+from sophon.errors import UserError, choose, one_line
+from sophon.files import read_json, write_json
 from sophon.locks import lock
 from sophon.paths import exists, explained
 from sophon.seeds import derive_seed
@@ -44,9 +40,6 @@ _CONDITIONS = {
     "probe_steps": ("head", ("probed",)),
     "probe_lr": ("head", ("probed",)),
 }
-
-
-_REMEDY = "delete this file to search anew"
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,7 @@ def run_search(
 
     Args:
         config: the search; a search whose ``trials`` or ``seeds`` alone have changed goes on.
-        storage: the search's own SQLite file in optuna's format; made if it is not there.
+        storage: the search's own JSON file; made if it is not there.
         higher_is_better: whether ``evaluate`` returns what is to be maximised.
         evaluate: fine-tunes as the strategy says and returns the final metric, or None or a number that is not finite
             if that diverged. It calls the ``report(step, value)`` that it is given at the points of its curve and lets
@@ -141,31 +134,60 @@ def run_search(
     Raises:
         UserError: the file is damaged, belongs to another search or cannot be written.
     """
-    with _quiet(), _open(storage, _identity(config, seed, higher_is_better)) as archive:
-        kept = _stored(archive, storage)[: config.trials]
-        with _explained(f"cannot read {storage} as a search", _REMEDY):
-            trials = [_trial(config, frozen) for frozen in kept]
+    identity = _identity(config, seed, higher_is_better)
+    with explained(storage, "write"):
+        storage.parent.mkdir(parents=True, exist_ok=True)
+    with _quiet(), lock(storage.with_suffix(".lock"), wait=True):
+        kept = _stored(storage, config, identity)[: config.trials] if exists(storage) else []
         while len(kept) < config.trials:
-            # A study in memory, so that the file never holds a trial that was begun but not finished.
             study = _study(config, derive_seed(seed, "search", len(kept)), higher_is_better)
             study.add_trials(kept)
-            frozen = _run_trial(study, config, higher_is_better, evaluate)
-            if len(_stored(archive, storage)) != len(kept):  # where there are no locks
-                raise UserError(f"another process writes {storage}; end one of the two, then the same command goes on")
-            with _explained(f"cannot write {storage}"):
-                archive.add_trial(frozen)
-            kept.append(frozen)
-            trials.append(_trial(config, frozen))
-            on_trial(trials[-1])
+            kept.append(_run_trial(study, config, higher_is_better, evaluate))
+            write_json(storage, {"identity": identity, "trials": [_plain(frozen) for frozen in kept]})
+            on_trial(_trial(config, kept[-1]))
+        return [_trial(config, frozen) for frozen in kept]
+
+
+def _stored(path: Path, config: SearchConfig, identity: dict[str, Any]) -> list[FrozenTrial]:
+    """Read the trials of a search's file; it has to be the search with this identity."""
+    stored = read_json(path)
+    try:
+        differing = [key for key in identity if stored["identity"].get(key) != identity[key]]
+        worst = _worst(identity["higher_is_better"])
+        trials = [_frozen(number, plain, worst) for number, plain in enumerate(stored["trials"])]
+        for frozen in () if differing else trials:
+            suggest(config, frozen)  # raises what is not of this space
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path} as a search: {one_line(error)}; delete this file to search anew"
+        ) from error
+    if differing:
+        raise UserError(f"{path} belongs to a search with another {differing[0]}; delete this file to search anew")
     return trials
 
 
-def _stored(archive: optuna.Study, path: Path) -> list[FrozenTrial]:
-    with _explained(f"cannot read {path} as a search", _REMEDY):
-        trials = archive.get_trials()
-        if [trial.number for trial in trials] != list(range(len(trials))):
-            raise ValueError("its trials are not numbered one by one")
-        return trials
+def _plain(frozen: FrozenTrial) -> dict[str, Any]:
+    """Return an optuna trial as JSON data; the infinitely bad value of one that diverged is None."""
+    return {
+        "state": frozen.state.name,
+        "value": frozen.value if frozen.value is not None and math.isfinite(frozen.value) else None,
+        "params": frozen.params,
+        "distributions": {name: distribution_to_json(kind) for name, kind in frozen.distributions.items()},
+        "reported": sorted(frozen.intermediate_values.items()),
+    }
+
+
+def _frozen(number: int, plain: dict[str, Any], worst: float) -> FrozenTrial:
+    """Undo `_plain`; ``worst`` is the value of a trial that diverged."""
+    frozen = optuna.create_trial(
+        state=TrialState[plain["state"]],
+        value=worst if plain["value"] is None else plain["value"],
+        params=plain["params"],
+        distributions={name: json_to_distribution(kind) for name, kind in plain["distributions"].items()},
+        intermediate_values=dict(plain["reported"]),
+    )
+    frozen.number = number
+    return frozen
 
 
 def best(trials: Sequence[Trial], higher_is_better: bool) -> Trial | None:
@@ -181,11 +203,16 @@ def _study(config: SearchConfig, seed: int, higher_is_better: bool) -> optuna.St
     else:
         sampler = optuna.samplers.RandomSampler(seed=seed % 2**32)
     pruner = optuna.pruners.MedianPruner(config.startup) if config.prune else optuna.pruners.NopPruner()
-    return optuna.create_study(sampler=sampler, pruner=pruner, direction=_direction(higher_is_better))
+    return optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize" if higher_is_better else "minimize")
 
 
-def _direction(higher_is_better: bool) -> StudyDirection:
-    return StudyDirection.MAXIMIZE if higher_is_better else StudyDirection.MINIMIZE
+def _worst(higher_is_better: bool) -> float:
+    """Return the value of a trial that diverged.
+
+    TPE overlooks failed trials and would propose the like again. An infinitely bad value makes it keep away: it only
+    ever ranks values, so this one distorts nothing.
+    """
+    return -math.inf if higher_is_better else math.inf
 
 
 def _run_trial(study: optuna.Study, config: SearchConfig, higher_is_better: bool, evaluate: Evaluate) -> FrozenTrial:
@@ -202,11 +229,8 @@ def _run_trial(study: optuna.Study, config: SearchConfig, higher_is_better: bool
         value = evaluate(suggest(config, trial), report)
     except optuna.TrialPruned:
         return study.tell(trial, state=TrialState.PRUNED)
-    if value is None or not math.isfinite(value):
-        # TPE overlooks failed trials and would propose the like again. An infinitely bad value makes it keep away: it
-        # only ever ranks values, so this one distorts nothing.
-        value = -math.inf if higher_is_better else math.inf
-    return study.tell(trial, value)
+    diverged = value is None or not math.isfinite(value)
+    return study.tell(trial, _worst(higher_is_better) if diverged else value)
 
 
 def _trial(config: SearchConfig, frozen: FrozenTrial) -> Trial:
@@ -223,63 +247,6 @@ def _identity(config: SearchConfig, seed: int, higher_is_better: bool) -> dict[s
     facts = {key: value for key, value in asdict(config).items() if key not in ("trials", "seeds")}
     identity: dict[str, Any] = json.loads(json.dumps({**facts, "seed": seed, "higher_is_better": higher_is_better}))
     return identity
-
-
-@contextlib.contextmanager
-def _open(path: Path, identity: dict[str, Any]) -> Iterator[optuna.Study]:
-    """Yield the study in a file that is ours alone, making it if need be; nothing holds it open afterwards."""
-    with contextlib.ExitStack() as stack:
-        with explained(path, "write"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(lock(path.with_suffix(".lock"), wait=True))
-        if not exists(path):
-            _create(path, identity)
-        with _explained(f"cannot read {path} as a search", _REMEDY):
-            study = optuna.load_study(study_name="search", storage=stack.enter_context(_database(path)))
-            stored = json.loads(study.user_attrs["identity"])
-        differing = [key for key in identity if key not in stored or stored[key] != identity[key]]
-        if differing:
-            raise UserError(f"{path} belongs to a search with another {differing[0]}; {_REMEDY}")
-        yield study
-
-
-def _create(path: Path, identity: dict[str, Any]) -> None:
-    """Make the file of a search without trials; it is there whole or not at all."""
-    # in a folder of its own, since SQLite keeps a journal beside the file
-    with (
-        _explained(f"cannot write {path}"),
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
-    ):
-        temporary = Path(folder) / path.name
-        with _database(temporary, new=True) as database:
-            direction = _direction(identity["higher_is_better"])
-            study = optuna.create_study(study_name="search", storage=database, direction=direction)
-            study.set_user_attr("identity", json.dumps(identity))
-        temporary.replace(path)
-
-
-@contextlib.contextmanager
-def _database(path: Path, new: bool = False) -> Iterator[optuna.storages.RDBStorage]:
-    # connected to by path, as a URL (and optuna's template of one) gives some of the characters in a path a meaning
-    engine = {"creator": lambda: sqlite3.connect(path), "poolclass": NullPool}
-    database = optuna.storages.RDBStorage("sqlite://", engine_kwargs=engine, skip_table_creation=not new)
-    try:
-        yield database
-    finally:
-        database.remove_session()
-        database.engine.dispose()
-
-
-@contextlib.contextmanager
-def _explained(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn what is raised by a file that is damaged, foreign or out of reach into a one-line `UserError`."""
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, OSError, RuntimeError, ValueError, KeyError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
-        told = getattr(cause, "orig", None) or getattr(cause, "strerror", None) or cause
-        reason = (str(told) or type(told).__name__).splitlines()[0][:100]
-        raise UserError("; ".join(filter(None, (f"{what}: {reason}", remedy)))) from error
 
 
 @contextlib.contextmanager

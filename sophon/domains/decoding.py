@@ -6,13 +6,16 @@ hashes of the splits, are the same on every machine.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sophon.domains.names import escaped
 from sophon.domains.part import UnreadableError
+from sophon.errors import one_line
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -20,15 +23,6 @@ Image.init()
 # Formats that Pillow recognises but cannot decode, or only with a program from outside.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 SUFFIXES = frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in {*Image.OPEN, "MPO"} - _NOT_DECODED)
-_TRANSPOSED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def open_image(path: str) -> Image.Image:
@@ -42,7 +36,9 @@ def open_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return _upright(eight_bit(image), _orientation(image))
+            with suppress(Exception):  # damaged metadata of an image that is whole
+                ImageOps.exif_transpose(image, in_place=True)
+            return eight_bit(image)
     except Exception as error:
         raise UnreadableError(f"the image {escaped(path)} cannot be read: {one_line(error)}") from error
 
@@ -70,19 +66,3 @@ def to_tensor(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image).reshape(height, width, channels)).permute(2, 0, 1)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line; its type if it has none."""
-    return escaped(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata of an image that is whole
-        return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_TRANSPOSED[orientation]) if orientation in _TRANSPOSED else image

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from sophon.config import DomainConfig
-from sophon.domains.decoding import eight_bit, one_line, open_image
+from sophon.domains.decoding import eight_bit, open_image
 from sophon.domains.labels import Side, labelled, plain
 from sophon.domains.names import few
 from sophon.domains.part import Part, UnreadableError, class_generator
-from sophon.errors import UserError
+from sophon.errors import UserError, one_line
 from sophon.ranges import check
 
 _COLUMNS = ("image", "label")

@@ -10,9 +10,9 @@ from PIL import Image
 
 from sophon.config import DomainConfig
 from sophon.domains.bundled import DIGITS, GARMENTS
-from sophon.domains.decoding import one_line, open_image
+from sophon.domains.decoding import open_image
 from sophon.domains.part import Part, data_root
-from sophon.errors import UserError, choose
+from sophon.errors import UserError, choose, one_line
 from sophon.paths import exists
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,6 @@ from sophon.attacker import FineTuneStrategy
 from sophon.auditing import runner
 from sophon.auditing.search import Trial
 from tests.auditing.searches import CONFIG, run
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    """Leave out what SQLite does against power cuts: most of the time of searches as short as these."""
-    connect = sqlite3.connect
-
-    def connect_without_sync(*arguments: Any, **options: Any) -> sqlite3.Connection:
-        connection = connect(*arguments, **options)
-        connection.execute("PRAGMA synchronous=OFF")
-        return connection
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sqlite3, "connect", connect_without_sync)
-        yield
 
 
 @pytest.fixture
@@ -49,7 +32,7 @@ def attacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FineTuneStrategy, in
 @pytest.fixture(scope="package")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Trial]]:
     """The file and the trials of an uninterrupted search."""
-    path = tmp_path_factory.mktemp("finished") / "search.db"
+    path = tmp_path_factory.mktemp("finished") / "search.json"
     return path, run(CONFIG, path)
 
 

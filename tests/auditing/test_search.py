@@ -18,7 +18,7 @@ from sophon.config import SearchConfig
 from sophon.errors import UserError
 from tests.auditing.searches import CONFIG, NOISE, accuracy, changed, evaluate, run
 
-# a database for each search
+# many trials each
 pytestmark = pytest.mark.slow
 
 
@@ -116,7 +116,7 @@ def test_choices_that_cannot_be_are_refused_in_one_line(choices, message):
 
 def test_trials_are_numbered_valid_and_told_of_as_they_end(tmp_path, capfd):
     told: list[Trial] = []
-    trials = run(CONFIG, tmp_path / "search.db", on_trial=told.append)
+    trials = run(CONFIG, tmp_path / "search.json", on_trial=told.append)
     assert told == trials
     assert [trial.number for trial in trials] == list(range(14))
     assert {trial.state for trial in trials} == {"complete", "pruned", "failed"}
@@ -136,7 +136,7 @@ def test_trials_are_numbered_valid_and_told_of_as_they_end(tmp_path, capfd):
 def test_logging_is_as_verbose_afterwards_as_before(tmp_path):
     before = optuna.logging.get_verbosity()
     with pytest.raises(ZeroDivisionError):
-        run(CONFIG, tmp_path / "search.db", lambda strategy, report: 1 / 0)
+        run(CONFIG, tmp_path / "search.json", lambda strategy, report: 1 / 0)
     assert optuna.logging.get_verbosity() == before == logging.INFO
 
 
@@ -145,7 +145,7 @@ def test_lower_is_better_where_it_is_said(tmp_path, whole):
         value = evaluate(strategy, lambda step, value: report(step, -value))
         return None if value is None else -value
 
-    trials = run(CONFIG, tmp_path / "search.db", mirrored, higher=False)
+    trials = run(CONFIG, tmp_path / "search.json", mirrored, higher=False)
     assert [(t.strategy, t.state, t.step) for t in trials] == [(t.strategy, t.state, t.step) for t in whole]
     assert [trial.value for trial in trials] == [None if trial.value is None else -trial.value for trial in whole]
     winner, same = best(trials, False), best(whole, True)
@@ -189,7 +189,7 @@ def test_the_worse_half_is_stopped_after_the_startup(tmp_path, changes, curves, 
             report(step, float(value))
         return float(curve[-1][1])
 
-    trials = run(changed(trials=len(curves), **changes), tmp_path / "search.db", follow)
+    trials = run(changed(trials=len(curves), **changes), tmp_path / "search.json", follow)
     assert [trial.state for trial in trials] == expected
 
 
@@ -199,7 +199,7 @@ def test_a_trial_that_diverges_has_failed_and_the_search_goes_on(tmp_path, value
         report(50, math.nan)
         return value
 
-    trials = run(changed(trials=6), tmp_path / "search.db", diverging, higher=higher)
+    trials = run(changed(trials=6), tmp_path / "search.json", diverging, higher=higher)
     assert [(trial.state, trial.value, trial.step) for trial in trials] == [("failed", None, 0)] * 6
     assert best(trials, higher) is None
 
