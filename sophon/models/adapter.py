@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from sophon.config import ModelConfig
 from sophon.models.frozen import FrozenParts
 from sophon.models.partition import Block
 from sophon.models.spec import ModelSpec
+from sophon.models.weights import find_weights, load_state, read_state
 
 
 class AdaptedModel(NamedTuple):
@@ -40,19 +41,24 @@ class ModelCard(NamedTuple):
 class ModelAdapter(Protocol):
     """All that is particular to the models of one library; nothing outside `sophon.models` asks which library it is.
 
+    Base class of the adapters. What is defined here suits a model without a head that takes images as they are.
+
     Attributes:
+        library: a key of `sophon.models.LIBRARIES`.
         kind: the task that its models are made for, a key of `sophon.tasks.TASKS`.
         weights: name of the weights file in a folder of the library's own format.
         settings: name of the configuration file there.
         spec: which model of the library.
     """
 
-    kind: str
-    weights: str
-    settings: str
+    library: ClassVar[str]
+    kind: ClassVar[str]
+    weights: ClassVar[str]
+    settings: ClassVar[str]
     spec: ModelSpec
 
-    def __init__(self, spec: ModelSpec) -> None: ...
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
 
     @classmethod
     def from_config(cls, config: ModelConfig, classes: Sequence[str]) -> ModelAdapter:
@@ -90,18 +96,22 @@ class ModelAdapter(Protocol):
         Raises:
             UserError: the architecture has no single such module.
         """
+        return None
 
     @property
     def heads(self) -> tuple[str, ...]:
         """All such modules, ``head`` the first: a class embedding may be there once a block."""
+        return () if self.head is None else (self.head,)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of one input: (C, H, W) of an image, or of the latent that a denoiser works on."""
+        return self.spec.channels, self.spec.image_size, self.spec.image_size
 
     @property
     def frozen(self) -> FrozenParts | None:
         """What of a latent pipeline is used as it is: it leads from images to latents and back; None without it."""
+        return None
 
     def start(self, config: ModelConfig) -> nn.Module:
         """Build the model that a configuration asks for, with the weights that it names; else with random ones."""
@@ -124,9 +134,10 @@ class ModelAdapter(Protocol):
 
     def classes_in(self, model: nn.Module) -> int | None:
         """Return how many classes a model's head has; None if it has no head."""
+        return None
 
     def start_head(self, model: nn.Module, classes: Sequence[str]) -> None:
-        """Replace the head, in place, by a new one for ``classes``, drawn from torch's global generator."""
+        """Replace the head, if any, in place by a new one for ``classes``, drawn from torch's global generator."""
 
     @classmethod
     def weights_in(cls, path: Path, key: str = "model.weights") -> Path:
@@ -135,6 +146,7 @@ class ModelAdapter(Protocol):
         Raises:
             UserError: it is a pickle, or a folder without that file; the message names ``key``.
         """
+        return find_weights(path, cls.weights, key, cls.library)
 
     def load_weights(self, model: nn.Module, path: Path, *, key: str, strip_prefix: str = "") -> None:
         """Load all of a model's weights from a ``.safetensors`` file or a folder; messages name ``key``.
@@ -142,6 +154,8 @@ class ModelAdapter(Protocol):
         Raises:
             UserError: see `sophon.models.weights.load_state`. The model is unchanged.
         """
+        path = self.weights_in(path, key)
+        load_state(model, read_state(path, key, strip_prefix), f"{key}: {path}")
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write weights and configuration into ``folder`` as the library loads them."""

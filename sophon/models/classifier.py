@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
-from sophon.models.adapter import ModelCard
-from sophon.models.common import OnPixels, check_input, described, outline
+from sophon.models.adapter import ModelAdapter, ModelCard
+from sophon.models.common import check_input, described, outline
 from sophon.models.partition import Block, partition
 from sophon.models.spec import ModelSpec
-from sophon.models.weights import find_weights, load_state, read_state
+from sophon.models.weights import load_state, read_state
 from sophon.tensor_files import write_tensors
 
 PREPROCESSING = """
@@ -26,7 +26,7 @@ std = torch.tensor({std}).view(1, -1, 1, 1)
 logits = {call}  # images: float {shape} in 0..1"""
 
 
-class ClassifierAdapter(OnPixels):
+class ClassifierAdapter(ModelAdapter):
     """An image classifier that ends in one linear layer. A library's own adapter says how it is built.
 
     A folder of it holds ``model.safetensors`` and ``config.json``; the latter names library, architecture, arguments,
@@ -35,12 +35,8 @@ class ClassifierAdapter(OnPixels):
 
     kind = "classification"
     weights, settings = "model.safetensors", "config.json"
-    library: ClassVar[str]
     reserved: ClassVar[tuple[str, ...]] = ()  # arguments that the spec decides, or that load weights unasked
     call: ClassVar[str] = "model((images - mean) / std)"
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
 
     @classmethod
     def from_config(cls, config: ModelConfig, classes: Sequence[str]) -> Self:
@@ -160,11 +156,6 @@ class ClassifierAdapter(OnPixels):
         place = {"device": old.weight.device, "dtype": old.weight.dtype}
         new = nn.Linear(old.in_features, len(classes), bias=old.bias is not None, **place)
         model.set_submodule(self.head, new.train(old.training))
-
-    @classmethod
-    def weights_in(cls, path: Path, key: str = "model.weights") -> Path:
-        """Return the safetensors file that a path is or, if it is a folder, has."""
-        return find_weights(path, cls.weights, key, cls.library)
 
     def load_weights(self, model: nn.Module, path: Path, *, key: str, strip_prefix: str = "") -> None:
         """Load a state dict, all of it."""

@@ -20,28 +20,6 @@ PIPELINE_INDEX = "model_index.json"  # of a folder of diffusers
 _SHOWN = 3  # as many names as fit into a message of one line
 
 
-class OnPixels:
-    """What adapters have in common whose models take images as they are, and have at most one head."""
-
-    spec: ModelSpec
-    frozen = None
-
-    @property
-    def head(self) -> str | None:
-        """The dotted name of the module that belongs to the domain; None without one."""
-        raise NotImplementedError
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """The same as a tuple."""
-        return () if self.head is None else (self.head,)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """The shape of an image."""
-        return self.spec.channels, self.spec.image_size, self.spec.image_size
-
-
 def check_input(config: ModelConfig, reserved: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Check what every model takes; return mean and std with one number a channel.
 

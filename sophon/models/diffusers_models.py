@@ -16,8 +16,8 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
 from sophon.files import write_text
 from sophon.models import pipeline
-from sophon.models.adapter import ModelCard
-from sophon.models.common import OnPixels, check_input
+from sophon.models.adapter import ModelAdapter, ModelCard
+from sophon.models.common import check_input
 from sophon.models.noise import complete_schedule, read_schedule
 from sophon.models.partition import Block
 from sophon.models.spec import ModelSpec
@@ -45,14 +45,14 @@ for t in scheduler.timesteps:
 images = (x.clamp(-1, 1) + 1) / 2"""
 
 
-class DiffusersAdapter(OnPixels):
+class DiffusersAdapter(ModelAdapter):
     """A denoiser of diffusers; its class embedding, if it has one, is all that belongs to a domain."""
 
-    kind = "denoising"
+    library, kind = "diffusers", "denoising"
     weights, settings = pipeline.WEIGHTS, pipeline.CONFIG
 
     def __init__(self, spec: ModelSpec, start: Path | None = None) -> None:
-        self.spec = spec
+        super().__init__(spec)
         self._start = start  # the weights that a configuration names, fetched
 
     @classmethod
@@ -131,10 +131,6 @@ class DiffusersAdapter(OnPixels):
     def describe(cls, folder: Path, config: ModelConfig) -> ModelConfig:
         """Complete a configuration by the pipeline's own input; its network and noise are read with its weights."""
         return pipeline.describe(folder, config)
-
-    @classmethod
-    def class_names(cls, folder: Path) -> None:
-        """Return None: pipelines do not name classes."""
 
     @classmethod
     def recognise(cls, module: nn.Module, **facts: Any) -> ModelSpec | None:
@@ -223,7 +219,7 @@ class DiffusersAdapter(OnPixels):
     def weights_in(cls, path: Path, key: str = "model.weights") -> Path:
         """Return the safetensors file that a path is or, if it is a folder, has."""
         inside = pipeline.within(path, cls.weights) if paths.is_folder(path, key) else path
-        return find_weights(path, str(inside.relative_to(path)), key, "diffusers")
+        return find_weights(path, str(inside.relative_to(path)), key, cls.library)
 
     def load_weights(self, model: nn.Module, path: Path, *, key: str, strip_prefix: str = "") -> None:
         """Load a denoiser's weights from a ``.safetensors`` file or a pipeline's folder."""

@@ -13,14 +13,13 @@ from sophon import paths
 from sophon.config import ModelConfig
 from sophon.errors import UserError, choose, one_line
 from sophon.files import write_text
-from sophon.models.adapter import ModelCard
-from sophon.models.common import check_input, described
+from sophon.models.adapter import ModelAdapter, ModelCard
+from sophon.models.common import check_input
 from sophon.models.frozen import AUTOENCODERS, TEXT_ENCODERS, FrozenParts, check_part, copy_part, part_sha256
 from sophon.models.noise import read_schedule
 from sophon.models.partition import Block
-from sophon.models.pipeline import CONFIG, SCHEDULER, key_of, read_settings
+from sophon.models.pipeline import CONFIG, SCHEDULER, described_pipeline, key_of, read_settings
 from sophon.models.spec import ModelSpec
-from sophon.models.weights import find_weights, load_state, read_state
 from sophon.tensor_files import write_tensors
 
 LOADING = """\
@@ -30,10 +29,10 @@ pipeline = DiffusionPipeline.from_pretrained("PATH")
 images = pipeline({prompt}, num_inference_steps={steps}).images"""
 
 
-class TextToImageAdapter:
+class TextToImageAdapter(ModelAdapter):
     """The `UNet2DConditionModel` of Stable Diffusion 1.x, 2.x or XL; nothing of it belongs to a domain."""
 
-    kind = "denoising"
+    library, kind = "diffusers", "denoising"
     settings = CONFIG
     part, network = "unet", "UNet2DConditionModel"
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -41,9 +40,6 @@ class TextToImageAdapter:
     encoders: tuple[int, ...] = (1, 2)
     order: tuple[str, ...] = ("down_blocks", "mid_block", "up_blocks")
     last: tuple[str, ...] = ("conv_norm_out", "conv_out")
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
 
     @classmethod
     def from_config(cls, config: ModelConfig, classes: Sequence[str]) -> Self:
@@ -130,36 +126,12 @@ class TextToImageAdapter:
     def describe(cls, folder: Path, config: ModelConfig) -> ModelConfig:
         """Complete a configuration by the size of the pipeline's images; the rest is read with its weights."""
         _, size, channels = cls._network(f"'{folder}'", folder)
-        return described(
-            config,
-            library="diffusers",
-            architecture=cls.network,
-            model_args={},
-            image_size=size,
-            channels=channels,
-            mean=[0.5],
-            std=[0.5],
-            weights=str(folder),
-        )
-
-    @classmethod
-    def class_names(cls, folder: Path) -> None:
-        """Return None: pipelines do not name classes."""
+        return described_pipeline(config, folder, cls.network, size, channels)
 
     @classmethod
     def recognise(cls, module: nn.Module, **facts: Any) -> NoReturn:
         """Refuse a network without its pipeline."""
         raise UserError(f"a {type(module).__name__} works on latents; give the whole pipeline, or its folder")
-
-    @property
-    def head(self) -> str | None:
-        """None: what a text-to-image model is told is text, whatever the domain."""
-        return None
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """None."""
-        return ()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -212,23 +184,6 @@ class TextToImageAdapter:
         entry = [name for name in parts if name not in (*self.order, *self.last) and parts[name].state_dict()]
         first, *between, last = names
         return [(*entry, first), *((name,) for name in between), (last, *self.last)]
-
-    def classes_in(self, model: nn.Module) -> int | None:
-        """None: there is no head."""
-        return None
-
-    def start_head(self, model: nn.Module, classes: Sequence[str]) -> None:
-        """Do nothing: there is no head."""
-
-    @classmethod
-    def weights_in(cls, path: Path, key: str = "model.weights") -> Path:
-        """Return the network's safetensors file, or the index of its shards."""
-        return find_weights(path, cls.weights, key, "diffusers")
-
-    def load_weights(self, model: nn.Module, path: Path, *, key: str, strip_prefix: str = "") -> None:
-        """Load the network's weights from a pipeline's folder or a ``.safetensors`` file."""
-        path = self.weights_in(path, key)
-        load_state(model, read_state(path, key, strip_prefix), f"{key}: {path}")
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the pipeline's folder; all but the network is copied."""

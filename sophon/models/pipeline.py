@@ -112,17 +112,13 @@ def describe(folder: Path, config: ModelConfig) -> ModelConfig:
         size = size[0]
     if not isinstance(size, int) or not isinstance(channels, int):
         raise UserError(f"{where} takes {channels} channels of {size} pixels; give a pipeline of square images")
-    return described(
-        config,
-        library="diffusers",
-        architecture=ARCHITECTURE,
-        model_args={},
-        image_size=size,
-        channels=channels,
-        mean=[0.5],
-        std=[0.5],
-        weights=str(folder),
-    )
+    return described_pipeline(config, folder, ARCHITECTURE, size, channels)
+
+
+def described_pipeline(config: ModelConfig, folder: Path, architecture: str, size: int, channels: int) -> ModelConfig:
+    """Complete a configuration by what is known of a pipeline before its network and its noise are read."""
+    facts = {"architecture": architecture, "image_size": size, "channels": channels, "weights": str(folder)}
+    return described(config, library="diffusers", model_args={}, mean=[0.5], std=[0.5], **facts)
 
 
 def read_pipeline(folder: Path, config: ModelConfig, classes: int) -> Pipeline:

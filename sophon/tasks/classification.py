@@ -17,23 +17,15 @@ from sophon.config import MethodConfig, TaskConfig
 from sophon.domains import Batch, ImageSet, evaluation_batches
 from sophon.errors import choose
 from sophon.models import ModelSpec
-from sophon.tasks.task import ATTENTION, Kind, Measured, Metric, evaluating, within_scope
+from sophon.tasks.task import ATTENTION, Measured, Metric, Task, evaluating, within_scope
 
 
-class ClassificationTask(Kind):
+class ClassificationTask(Task):
     """Image classification; the primary metric is accuracy in percent.
 
     Args:
-        spec: the model's input: images are normalised with its mean and std.
-        suppression_loss: a key of `sophon.losses.SUPPRESSION_LOSSES`, or a dotted path;
-            None where nothing is protected.
-        distillation: weight of the reference's distillation in `original_loss`, >= 0.
         temperature: of the distillation, > 0.
-        amp: autocast passes to bfloat16; what they return, and so every loss, is float32.
         dtype: of the normalised images; float64 serves gradient checks.
-
-    Raises:
-        UserError: the suppression loss is not known, or the model does not classify.
     """
 
     kind = "classification"
@@ -157,13 +149,6 @@ class ClassificationTask(Kind):
                     return math.nan
                 total += float(score(logits, batch.labels))
         return total
-
-    def warm(self, batch: Batch) -> None:
-        """Do nothing: images are classified as they are."""
-
-    def sample(self, model: nn.Module, count: int, seed: int, prompts: Sequence[str] = ()) -> None:
-        """Return None: a classifier generates nothing."""
-        return
 
     def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
         """Put what ``scope`` trains in training mode; return its parameters, the head's among them, by name.

@@ -21,29 +21,22 @@ from sophon.models import ModelSpec
 from sophon.models.partition import owned
 from sophon.tasks.inputs import Inputs
 from sophon.tasks.noise_schedule import Noised, noise_schedule
-from sophon.tasks.task import Kind, Measured, Metric, evaluating, within_scope
+from sophon.tasks.task import Measured, Metric, Task, evaluating, within_scope
 
 Conditions = Mapping[str, Tensor]
 
 
-class DenoisingTask(Kind):
+class DenoisingTask(Task):
     """Denoising diffusion (DDPM, Ho et al., 2020); the primary metric is the error of the predicted noise.
 
     Args:
         spec: the model's; its scheduler says how images are noised and what the network predicts.
-        suppression_loss: a key of `sophon.losses.DENOISING_SUPPRESSION_LOSSES`, or a dotted path;
-            None where nothing is protected.
-        suppression_timesteps: part of the noise schedule, from its start, that it draws timesteps from.
-        distillation: weight of the reference's distillation in `original_loss`, >= 0.
+        suppression_timesteps: part of the noise schedule, from its start, that the suppression loss draws from.
         evaluation_images: at most so many (image, timestep, noise) triples are measured.
         sample_steps: DDIM steps of a generated image.
         gradient_checkpointing: compute activations again on the way back.
         frozen_dtype: torch's name of the type that autoencoder and text encoders compute in; None for ``dtype``.
-        amp: autocast passes to bfloat16; what they return, and so every loss, is float32.
         dtype: of the images; float64 serves gradient checks.
-
-    Raises:
-        UserError: the suppression loss is not known, or the model does not denoise.
     """
 
     kind = "denoising"
@@ -153,10 +146,6 @@ class DenoisingTask(Kind):
     def chance_loss(self, model: nn.Module) -> float:
         """Return 1: the mean square of unit noise, which is the error of predicting none."""
         return 1.0
-
-    def features(self, model: nn.Module, images: Tensor) -> None:
-        """Return None: a denoiser has no head on features."""
-        return
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the mean squared error of the predicted noise over the images' fixed triples."""

@@ -53,26 +53,48 @@ class Measured(NamedTuple):
 
 
 class Task(Protocol):
-    """A model kind, as the loops see it. Losses are scalars to minimise for whoever calls them.
+    """A model kind, as the loops see it; the base class of all. Losses are scalars to minimise for whoever calls them.
 
     What a loss draws at random (noise, dropout) comes from torch's global generator, which the loops seed.
 
-    Attributes:
+    Args:
         spec: of the model.
+        suppression_loss: a key of ``suppression_losses``, or a dotted path; None where nothing is protected.
+        distillation: weight of the reference's distillation in `original_loss`, >= 0.
+        amp: autocast passes to bfloat16; what they return, and so every loss, is float32. May be switched off for a
+            while where more precision is needed.
+
+    Attributes:
+        kind: a key of `sophon.tasks.TASKS`.
+        metric: the primary metric.
         adapter: what is particular to the model's library.
-        amp: whether passes are autocast to bfloat16; who needs more precision may switch it off for a while.
-        suspects: what is usually wrong with the input of a trained model that does no better than `chance`.
         reads_labels: whether the suppression loss means nothing for images without a class.
+        suspects: what is usually wrong with the input of a trained model that does no better than `chance`.
         evaluation_batch_size: how many images a pass takes that trains nothing.
+
+    Raises:
+        UserError: the suppression loss is not known, or the model is of another kind.
     """
 
+    kind: ClassVar[str]
+    suppression_losses: ClassVar[Mapping[str, Callable[[Tensor, Tensor], Tensor]]]
     metric: Metric
     spec: ModelSpec
     adapter: ModelAdapter
+    distillation: float
     amp: bool
     reads_labels: bool
     suspects: str
     evaluation_batch_size: int
+    _suppression: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __init__(self, spec: ModelSpec, suppression_loss: str | None, distillation: float, amp: bool) -> None:
+        self.adapter = adapter_of(spec)
+        if (kind := self.adapter.kind) != self.kind:
+            raise UserError(f"task.name: '{self.kind}' does not fit a model of library {spec.library}; allowed: {kind}")
+        self.spec, self.distillation, self.amp = spec, distillation, amp
+        if suppression_loss is not None:
+            self._suppression = named("method.suppression_loss", suppression_loss, self.suppression_losses)
 
     def attacker_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return what an attacker minimises while it fine-tunes."""
@@ -109,12 +131,14 @@ class Task(Protocol):
         Raises:
             UserError: the model is not asked for anything.
         """
+        raise UserError(f"method.stages.unlearn.by: 'negative_guidance' is not for task.name={self.kind}")
 
     def chance_loss(self, model: nn.Module) -> float:
         """Return the attacker's loss of who can do no better than guess."""
 
     def features(self, model: nn.Module, images: Tensor) -> Tensor | None:
         """Return what the model's head sees of uint8 images [B, C, H, W]: float [B, D]; None if its kind has none."""
+        return None
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the primary metric, not a finite number if an output is none.
@@ -133,12 +157,14 @@ class Task(Protocol):
 
     def warm(self, batch: Batch) -> None:
         """Make what all later passes over a batch use and none of them should be charged for, such as latents."""
+        return
 
     def sample(self, model: nn.Module, count: int, seed: int, prompts: Sequence[str] = ()) -> Tensor | None:
         """Return images that the model generates, uint8 [count, C, H, W] on the CPU; None if its kind does not.
 
         One that is told texts gets ``prompts`` in turn.
         """
+        return None
 
     def train_mode(self, model: nn.Module, scope: str, blocks: int = 1) -> dict[str, nn.Parameter]:
         """Put the model in the mode that training ``scope`` needs; return the parameters of that scope by name.
@@ -159,6 +185,7 @@ class Task(Protocol):
         the block's parameters and buffers: `sophon.models.partition.owned` says which. Everything outside the head is
         in exactly one.
         """
+        return self.adapter.blocks(model)
 
     def head_names(self, model: nn.Module) -> set[str]:
         """Name the parameters that belong to the domain rather than to the features."""
@@ -166,37 +193,9 @@ class Task(Protocol):
     def start_head(self, model: nn.Module, head: str, classes: Sequence[str]) -> None:
         """Make the model's head ready for ``classes``: checked when ``kept``, newly initialised otherwise."""
 
-
-class Kind:
-    """What the model kinds have in common: an adapter, and the losses that a method names."""
-
-    kind: ClassVar[str]
-    suppression_losses: ClassVar[Mapping[str, Callable[[Tensor, Tensor], Tensor]]]
-
-    def __init__(self, spec: ModelSpec, suppression_loss: str | None, distillation: float, amp: bool) -> None:
-        self.adapter = adapter = adapter_of(spec)
-        if adapter.kind != self.kind:
-            raise UserError(
-                f"task.name: '{self.kind}' does not fit a model of library {spec.library}; allowed: {adapter.kind}"
-            )
-        self.spec, self.distillation, self.amp = spec, distillation, amp
-        self._suppression: Callable[[Tensor, Tensor], Tensor] | None = None
-        if suppression_loss is not None:
-            self._suppression = named("method.suppression_loss", suppression_loss, self.suppression_losses)
-
     def _suppress(self, output: Tensor, wanted: Tensor) -> Tensor:
         assert self._suppression is not None  # only a protection asks for it, and its task was given one
         return self._suppression(output, wanted)
-
-    def blocks(self, model: nn.Module) -> list[Block]:
-        """Return the blocks from input to output, the head left out."""
-        return self.adapter.blocks(model)
-
-    def erasure_loss(
-        self, model: nn.Module, batch: Batch, reference: nn.Module, base: Batch, guidance: float
-    ) -> Tensor:
-        """Refuse: models of this kind are not asked for anything."""
-        raise UserError(f"method.stages.unlearn.by: 'negative_guidance' is not for task.name={self.kind}")
 
     def _require_classes(self, count: int, classes: Sequence[str]) -> None:
         """Refuse to keep a head of another number of classes."""
