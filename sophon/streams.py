@@ -26,8 +26,6 @@ def make_unfailing() -> None:
         stream = getattr(sys, name)
         if stream is not None:  # closed by whoever started this process: then nothing is printed
             buffer = io.BufferedWriter(_Unfailing(stream.fileno(), "w", closefd=False))
-            terminal = name == "stderr" or stream.isatty()
-            wrapped = io.TextIOWrapper(
-                buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=terminal
-            )
+            # line by line, so that the two stay in order in one log
+            wrapped = io.TextIOWrapper(buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
             setattr(sys, name, wrapped)

@@ -29,7 +29,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Advance(Protocol):
-    """Says that ``steps`` more steps are done, with a short note on how it stands."""
+    """Says that ``steps`` more steps are done, 0 if it is in the middle of one, with a short note on how it stands."""
 
     def __call__(self, note: str = "", steps: int = 1) -> None:
         """Advance."""
@@ -147,10 +147,10 @@ def _lines(what: str, total: int, done: int) -> Advance:
         nonlocal last, current
         current += steps
         now = time.monotonic()
-        if current < total and now - last < _SECONDS_BETWEEN_LINES:
+        if (current < total or not steps) and now - last < _SECONDS_BETWEEN_LINES:
             return
-        last = now
-        left = (now - start) / max(1, current - first) * (total - current)
-        print(f"{what} {current}/{total}, {now - start:.0f} s, ETA {left:.0f} s {note}".rstrip(), file=sys.stderr)
+        last, done = now, current - first
+        left = f", ETA {(now - start) / done * (total - current):.0f} s" if done else ""
+        print(f"{what} {current}/{total}, {now - start:.0f} s{left} {note}".rstrip(), file=sys.stderr)
 
     return advance

@@ -144,7 +144,7 @@ def test_a_mapping_replaces_and_later_overrides_add_to_it() -> None:
 @pytest.mark.parametrize("override", ["model.architecture=vit_tiny_patch16_224", "model.library=torchvision"])
 def test_another_architecture_starts_without_the_demos_arguments(override: str) -> None:
     model = composed("experiment=quickstart", "model.architecture=x", override, "model.mean=[0.3]")["model"]
-    assert (model["model_args"], model["channels"], model["mean"], model["std"]) == ({}, 3, [0.3], [0.5])
+    assert (model["model_args"], model["channels"], model["mean"], model["std"]) == ({}, 3, [0.3], None)
     chosen = composed("model=resnet18", override)["model"]
     assert chosen["image_size"] == 64, "what the command chooses by name stays"
 

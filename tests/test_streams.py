@@ -19,6 +19,24 @@ sys.exit(7)
 """
 
 
+ALTERNATE = """
+from sophon.streams import make_unfailing
+import sys
+make_unfailing()
+for number in range(3):
+    print(number, "out")
+    print(number, "err", file=sys.stderr)
+"""
+
+
+def test_one_log_has_both_in_order() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    log = subprocess.run(
+        [sys.executable, "-c", ALTERNATE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, check=True
+    ).stdout
+    assert log.decode().split() == ["0", "out", "0", "err", "1", "out", "1", "err", "2", "out", "2", "err"]
+
+
 @pytest.mark.parametrize(
     ("to", "encoding"),
     [

@@ -111,6 +111,8 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsy
     tracker = Tracker(progress=True)
     tracker.say("round [1] begins")
     with tracker.progress("protect", 10, done=4) as advance:
+        clock[0] += 15
+        advance("attacker 1", 0)
         for seconds in (1, 9, 6, 1, 1):
             clock[0] += seconds
             advance("loss 0.5")
@@ -118,8 +120,9 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsy
         advance()
     assert capsys.readouterr().err.splitlines() == [
         "round [1] begins",
-        "protect 7/10, 16 s, ETA 16 s loss 0.5",  # 3 steps took 16 s, 3 are left
-        "protect 10/10, 19 s, ETA 0 s",
+        "protect 4/10, 15 s attacker 1",
+        "protect 7/10, 31 s, ETA 31 s loss 0.5",  # 3 steps took 31 s, 3 are left
+        "protect 10/10, 34 s, ETA 0 s",
     ]
 
 

@@ -166,6 +166,7 @@ def test_a_finished_run_comes_to_the_same_bytes_and_says_what_it_read(
     assert said in result.out
     lines = [line for line in result.out.splitlines() if line.startswith("domain ")]
     assert len(lines) == len(set(lines)) == domains
+    assert "model resnet18: images of 1x16x16, normalised with mean [0.5] and std [0.5], from " in result.out
     assert all(re.search(r"^domain \w+: \d+ classes \(.*\); images: \w+ \d+, ", line) for line in lines)
 
 

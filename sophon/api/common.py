@@ -21,7 +21,7 @@ from sophon.domains.names import few
 from sophon.errors import UserError
 from sophon.foreign import described, open_foreign
 from sophon.models import ModelSpec
-from sophon.paths import exists
+from sophon.paths import exists, is_folder
 from sophon.tasks import Measured, Task, evaluating, make_task
 from sophon.tracking import Tracker
 
@@ -157,6 +157,18 @@ def say_domains(*domains: LoadedDomain | None) -> None:
     """Print what each domain holds and what is worth noting of how it was read, a line each."""
     for domain in filter(None, domains):
         print(domain)
+
+
+def say_input(spec: ModelSpec, source: str) -> None:
+    """Print what the model is given, and who says so: a wrong normalisation is no error, only worse figures."""
+    mean, std = ([float(f"{value:.4g}") for value in values] for values in (spec.mean, spec.std))
+    size = f"{spec.channels}x{spec.image_size}x{spec.image_size}"
+    print(f"model {spec.architecture}: images of {size}, normalised with mean {mean} and std {std}, from {source}")
+
+
+def said_by(checkpoint: Checkpoint) -> str:
+    """Return who says how a checkpoint's images are normalised: its folder, or for a state dict the command."""
+    return str(checkpoint.path) if is_folder(checkpoint.path) else "model.mean and model.std"
 
 
 @contextmanager

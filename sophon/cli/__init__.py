@@ -146,7 +146,7 @@ def _command(verb: str, arguments: list[str]) -> int:
         if _finished and not options.multirun and os.environ.get("RANK", "0") == "0":
             typed, closing = _finished[0]
             for line in next_steps(typed, options.overrides, flags):
-                print(line, flush=True)  # before what goes to stderr
+                print(line)
             _warn(closing)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         return _fail(one_line(error, searched), 2)

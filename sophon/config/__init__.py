@@ -93,7 +93,8 @@ class ModelConfig:
             ``python`` it is needed.
         image_size: images are resized to this many pixels on each side.
         channels: channels that the model takes; 1 or 3; grey images are repeated, colour ones reduced to luminance.
-        mean: normalisation per channel on a 0..1 scale; one number serves all channels.
+        mean: normalisation per channel on a 0..1 scale; one number serves all channels. A folder of weights and timm's
+            ``pretrained`` ones bring their own; beside a state dict it is needed; null for 0.5 otherwise.
         std: the same.
         pretrained: start from the library's pretrained weights (downloads them).
         weights: start from these weights: a folder of sophon, timm or diffusers, or a .safetensors state dict.
@@ -108,8 +109,8 @@ class ModelConfig:
     head: str | None = None
     image_size: int = limited(32, ge=1)
     channels: int = 3
-    mean: list[float] = field(default_factory=lambda: [0.5])
-    std: list[float] = field(default_factory=lambda: [0.5])
+    mean: list[float] | None = None
+    std: list[float] | None = None
     pretrained: bool = False
     weights: str | None = limited(None, path=True)
     strip_prefix: str = ""

@@ -34,13 +34,20 @@ def check_input(config: ModelConfig, reserved: Sequence[str]) -> tuple[tuple[flo
     for key in reserved:
         if key in config.model_args:
             raise UserError(f"model.model_args.{key}: set by sophon; not allowed here")
+    unsaid = [f"model.{key}" for key in ("mean", "std") if getattr(config, key) is None]
+    if unsaid and config.weights is not None and config.library != "diffusers":
+        raise UserError(
+            f"{' and '.join(unsaid)}: missing; the state dict '{config.weights}' does not say it; give what its images "
+            "were normalised with, as model.mean=[0.485,0.456,0.406] model.std=[0.229,0.224,0.225] for ImageNet's"
+        )
     return (
         _per_channel("mean", config.mean, config.channels),
         _per_channel("std", config.std, config.channels),
     )
 
 
-def _per_channel(key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+def _per_channel(key: str, given: Sequence[float] | None, channels: int) -> tuple[float, ...]:
+    values = [0.5] if given is None else given
     if len(values) not in (1, channels):
         raise UserError(f"model.{key}: {list(values)} has {len(values)} numbers; give 1 or {channels} (model.channels)")
     if not all(math.isfinite(value) and (key == "mean" or value > 0) for value in values):

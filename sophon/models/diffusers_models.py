@@ -65,7 +65,7 @@ class DiffusersAdapter(ModelAdapter):
         mean, std = check_input(config, pipeline.RESERVED)
         if set(mean + std) != {0.5}:
             raise UserError(
-                f"model.mean: {list(config.mean)} and std {list(config.std)} are not allowed with library diffusers, "
+                f"model.mean: {list(mean)} and std {list(std)} are not allowed with library diffusers, "
                 "whose pipelines work on -1 .. 1; allowed: 0.5 and 0.5"
             )
         if config.head:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import timm
 from huggingface_hub import hf_hub_download
@@ -41,6 +41,15 @@ class TimmAdapter(ClassifierAdapter):
     )
 
     @classmethod
+    def from_config(cls, config: ModelConfig, classes: Sequence[str]) -> Self:
+        """Check a configuration; published weights bring ``mean`` and ``std`` where it has none."""
+        if config.pretrained and timm.is_model_pretrained(config.architecture):
+            published = timm.get_pretrained_cfg(config.architecture)
+            mean, std = config.mean or list(published.mean), config.std or list(published.std)
+            config = _of_grey(replace(config, mean=mean, std=std))
+        return super().from_config(config, classes)
+
+    @classmethod
     def describe(cls, folder: Path, config: ModelConfig) -> ModelConfig:
         """Complete a configuration as ``timm.create_model("local-dir:...")`` would read the folder.
 
@@ -49,9 +58,7 @@ class TimmAdapter(ClassifierAdapter):
         described = super().describe(folder, config)
         if config.architecture.split(".")[0] == described.architecture:
             described = replace(described, architecture=config.architecture)
-        if described.channels == 1:  # as timm does with the statistics of colours
-            described = replace(described, mean=[fmean(described.mean)], std=[fmean(described.std)])
-        return _without_restatements(described)
+        return _without_restatements(_of_grey(described))
 
     @classmethod
     def recognise(cls, module: nn.Module, **facts: Any) -> ModelSpec | None:
@@ -144,6 +151,13 @@ def _download(spec: ModelSpec, repository: str | None) -> str:
         return hf_hub_download(repository, "model.safetensors")
     except Exception as error:  # network, cache and Hub errors share no base class
         raise UserError(f"model.pretrained: no weights for '{spec.architecture}': {one_line(error)}") from error
+
+
+def _of_grey(config: ModelConfig) -> ModelConfig:
+    """Make the statistics of colours those of one channel, as timm does with a grey model's."""
+    if config.channels != 1 or not (config.mean and config.std):
+        return config
+    return replace(config, mean=[fmean(config.mean)], std=[fmean(config.std)])
 
 
 def _without_restatements(config: ModelConfig) -> ModelConfig:

@@ -33,6 +33,7 @@ class Context:
         seed: of all that the stage draws: derive from it, the round and what is drawn.
         ranks: who shares the work. All take the same steps; the first alone measures, and writes.
         say: tells the user a line.
+        show: shows how far a round is, where progress is shown and the round takes long.
         ntr_steps: NTR steps of a round, which roll-backs let grow.
     """
 
@@ -48,6 +49,7 @@ class Context:
     ranks: Ranks = ALONE
     say: Callable[[str], None] = print
     ntr_steps: int = 0
+    show: Callable[[str], None] = lambda note: None
 
     def rate(self, number: int) -> float:
         """Return the factor on all rates in round ``number``, 0 .. rounds - 1."""

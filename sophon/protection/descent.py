@@ -67,6 +67,7 @@ class Descent:
         streams, parameters = self._begin(key)
         total = 0.0
         for step in range(steps):
+            self.context.show(f"{self.name} step {step + 1} of {steps}")
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor(step)
             loss, gradients = self._gradients(streams, parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sophon.attacker import FineTuneStrategy
 from sophon.config import MethodConfig
+from sophon.domains import Batch
 from sophon.errors import UserError
 from sophon.protection.context import Context
 from sophon.protection.curriculum import Curriculum
@@ -102,6 +103,7 @@ class FTS:
         self.config = context.method
         self.seed = context.seed
         self.ranks = context.ranks
+        self.show = context.show
         self.optimizer = defenders_adam(self.model.parameters(), self.config.fts_lr)
         self.attackers = Attackers(context)
         self.curriculum = Curriculum(context.sampler, self.config)
@@ -196,6 +198,7 @@ class FTS:
         query = streams(turn.domain, "query", self.config.query_batch_size, turn.generator)
         taken = past.steps if past else 0
         steps = min(self.config.chunk, strategy.steps - taken) if self.pool.size else strategy.steps
+        adapt = self._shown(adapt, turn.index, steps)
         gammas = query_weights(self.config.gamma, steps, self.config.query_every)
         going_on = {} if past is None else {"past": past}
         run = self._engine(attacker, strategy, self.task, adapt, query, gammas, **going_on)
@@ -206,6 +209,12 @@ class FTS:
                 turn.place, strategy, taken + steps, attacker, self.model, factors, optimizer_state, turn.domain
             )
         return _to_released(run.gradients, factors), run
+
+    def _shown(self, batches: Iterator[Batch], index: int, steps: int) -> Iterator[Batch]:
+        """Show each of an attacker's steps as it takes its batch."""
+        for step, batch in enumerate(batches, start=1):
+            self.show(f"attacker {index + 1} of {self.config.attackers}, step {step} of {steps}")
+            yield batch
 
     def _refresh_probes(self, key: tuple[object, ...], turns: list[_Turn]) -> None:
         """Refresh the probed head of each domain for which an attacker, of any rank, begins from it; all ranks do."""

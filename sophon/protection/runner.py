@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sophon.config import GuardConfig, MethodConfig
+from sophon.errors import UserError
 from sophon.protection.context import Context
 from sophon.protection.guard import Guard, copied
 from sophon.protection.profiling import profiled
@@ -22,7 +25,10 @@ from sophon.protection.resume import STATE_FILE, Position, SavedRun, read_state,
 from sophon.protection.stage import Remembered, Stage
 from sophon.seeds import derive_seed
 from sophon.tasks import Task
-from sophon.tracking import Tracker
+from sophon.tracking import Advance, Tracker
+
+_QUIET = 5.0  # seconds of a round before it shows where it is
+_LONG = 3600.0  # seconds that are left after the first round, from which on shorter settings are named
 
 
 class Planned(NamedTuple):
@@ -62,7 +68,8 @@ class Runner:
         self.folder = folder
         self.profile = profile and context.ranks.rank == 0
         self.seed = context.seed
-        self.context = replace(context, say=tracker.say)
+        self._advance: Advance = lambda note="", steps=1: None
+        self.context = replace(context, say=tracker.say, show=self._show)
         self.guard = Guard(guard, self.context)
         if context.ranks.first((folder / STATE_FILE).exists):
             self._resume()
@@ -84,14 +91,16 @@ class Runner:
         if self.at.round:
             self.tracker.say(f"going on after round {self.at.round}")
         with (
-            _stop_requests() as stop,
-            self.tracker.progress("protect", rounds, self.at.round) as advance,
+            _stop_requests(self.context.ranks.rank == 0) as stop,
+            self.tracker.progress("protect", rounds, self.at.round) as self._advance,
             profiled(self.folder, left, self.tracker.say) if self.profile and left else nullcontext() as round_done,
         ):
             while True:
                 while self.at.round < self.at.ends[self.at.stage]:
                     stopping = self._round(stop)
-                    advance(self._shown())
+                    self._advance(self._shown())
+                    if self.at.round == rounds - left + 1:
+                        self._forecast(left - 1)
                     if round_done:
                         round_done()
                     if stopping and self.at.round < self.at.ends[-1]:
@@ -153,7 +162,14 @@ class Runner:
     def _round(self, stop: threading.Event) -> bool:
         """Do a round, look and save if it is time to; return whether any rank was asked to stop."""
         at, number = self.at, self.at.round - self._started()
+        self._began = time.monotonic()
         row = self.stage.step(self.context, number)
+        if not isinstance(row, dict):
+            kind, name = type(self.stage), self.plan[at.stage].name
+            raise UserError(
+                f"method.stages.{name}: step of {kind.__module__}.{kind.__qualname__} returned {row!r}; it must return "
+                "a dict, such as {'ntr_loss': loss}"
+            )
         self.stage.project()
         at.round += 1
         due = (number + 1) % self.guard.config.every == 0 or at.round in at.ends
@@ -169,6 +185,21 @@ class Runner:
         if due or stopping:
             self.save()
         return stopping
+
+    def _show(self, note: str) -> None:
+        """Show how far the present round is, if it takes long."""
+        if time.monotonic() - self._began > _QUIET:
+            self._advance(f"round {self.at.round + 1}: {note}", 0)
+
+    def _forecast(self, left: int) -> None:
+        """After the first round, say how long ``left`` more take if that is long, and what takes less."""
+        seconds = time.monotonic() - self._began
+        if seconds * left > _LONG:
+            self.tracker.say(
+                f"the first round took {seconds:.0f} s, the {left} that are left take about "
+                f"{seconds * left / 3600:.1f} hours; method=pool_anchored has shorter rounds, and so have smaller "
+                "sampler.batch_sizes, method.query_batch_size and method.ntr_batch_size; method.rounds sets how many"
+            )
 
     def _shown(self) -> str:
         """Return the stage if there are several, the first figure of the last round, and where the guard stands."""
@@ -215,8 +246,12 @@ class Runner:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after this round; a second one interrupts at once."""
+def _stop_requests(says: bool) -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after this round; a second one interrupts at once.
+
+    Args:
+        says: whether this process tells the user so.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -226,6 +261,9 @@ def _stop_requests() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        if says:
+            with suppress(RuntimeError):  # the signal came in the middle of a line
+                print("interrupted: this round is finished and saved first; again to stop at once", file=sys.stderr)
 
     old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

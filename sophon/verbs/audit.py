@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sophon.api.audit import Audit, identity_of, named_checkpoints, prepare, run, runner_of, share_threads
-from sophon.api.common import doubt, run_dir, say_domains, tracker_of, warn
+from sophon.api.common import doubt, run_dir, said_by, say_domains, say_input, tracker_of, warn
 from sophon.api.results import Audited
 from sophon.auditing.runner import Runner
 from sophon.config import Config
@@ -30,6 +30,7 @@ def audit(config: Config) -> None:
     }
     first = next(iter(audits.values()))
     say_domains(first.original, *(audit.scene.restricted for audit in audits.values()), first.scene.benign)
+    say_input(first.protected.spec, said_by(first.protected))
     runners = {path: runner_of(audit, path) for path, audit in audits.items()}  # refuses before a folder is begun
     given = [(first.protected, "checkpoint"), (first.reference, "reference")]
     if first.reference.sha256 == first.protected.sha256:

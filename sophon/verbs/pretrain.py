@@ -18,20 +18,21 @@ from sophon.api.common import (
     restricted_of,
     run_dir,
     say_domains,
+    say_input,
     task_of,
     tracker_of,
     warn,
 )
 from sophon.api.manifests import both_splits, figures, hashes_of, manifest_of
 from sophon.checkpoint import write_checkpoint
-from sophon.config import Config, keyed, plain
+from sophon.config import Config, ModelConfig, keyed, plain
 from sophon.devices import resolve_device
 from sophon.domains import ImageSet, LoadedDomain, classes_of_all, defenders_images
 from sophon.errors import UserError
 from sophon.finetune import check, loop_of, rehearse
 from sophon.models import ModelSpec, create, describe, resize_head
 from sophon.models.weights import load_state
-from sophon.paths import exists
+from sophon.paths import exists, is_folder
 from sophon.run_folder import run_folder
 from sophon.seeds import derive_seed, seed_all
 from sophon.tasks import Task
@@ -40,7 +41,7 @@ from sophon.tasks import Task
 def pretrain(config: Config) -> None:
     """Train the unprotected reference on the original domain, or on both; write ``run_dir/checkpoint``."""
     device = resolve_device(config.device)
-    config = replace(config, model=describe(config.model))
+    asked, config = config.model, replace(config, model=describe(config.model))
     original = original_of(config, config.model.image_size, config.model.channels).to(device)
     restricted = _seen(config, device)
     say_domains(original, *restricted)
@@ -57,6 +58,7 @@ def pretrain(config: Config) -> None:
     seed_all(derive_seed(config.seed, "pretrain"))
     everything = classes_of_all(original, restricted)
     model, spec = create(config.model, everything if config.domain.restricted_outputs else original.classes)
+    say_input(spec, _source(asked))
     task = task_of(config, spec, device)
     resize_head(model, task.adapter, everything)
     model.to(device)
@@ -71,6 +73,15 @@ def pretrain(config: Config) -> None:
             _train(config, model, task, images, folder)
             resize_head(model, task.adapter, spec.classes)
             _release(config, model, spec, task, original, restricted, folder)
+
+
+def _source(model: ModelConfig) -> str:
+    """Return who says how images are normalised."""
+    if model.weights is not None and is_folder(model.weights):
+        return model.weights
+    if model.mean is not None and model.std is not None:
+        return "model.mean and model.std"
+    return f"{model.library}'s published weights" if model.pretrained else "the defaults, model.mean and model.std"
 
 
 def _seen(config: Config, device: torch.device) -> tuple[LoadedDomain, ...]:

@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from sophon.api.common import doubt, reference_of, run_dir, say_domains, tracker_of, warn
+from sophon.api.common import doubt, reference_of, run_dir, said_by, say_domains, say_input, tracker_of, warn
 from sophon.api.manifests import figures
 from sophon.api.protect import lost_on_test, prepare, run
 from sophon.api.results import Protected
@@ -36,6 +36,7 @@ def protect(config: Config) -> str | None:
         raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
     if ranks.rank == 0:
         say_domains(context.original, *context.restricted)
+        say_input(protection.reference.spec, said_by(protection.reference))
     folder = run_dir(config)
     with ExitStack() as stack:
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from omegaconf import OmegaConf
 
@@ -63,7 +64,8 @@ def test_published_weights_come_from_safetensors_and_get_a_fresh_head(
         return str(tmp_path / "published.safetensors")
 
     monkeypatch.setattr(timm_models, "hf_hub_download", download)
-    model, _ = create(dataclasses.replace(config, pretrained=True), CLASSES)
+    model, spec = create(dataclasses.replace(config, pretrained=True), CLASSES)
+    assert spec.mean == tuple(timm.get_pretrained_cfg("test_resnet").mean) != (0.5,) * 3
     assert asked == [("timm/test_resnet.r160_in1k", "model.safetensors")]
     assert torch.equal(model.state_dict()["layer1.0.conv1.weight"], published.state_dict()["layer1.0.conv1.weight"])
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)

@@ -75,6 +75,8 @@ def test_of_any_library(config: dict[str, Any], message: str) -> None:
         ({"std": [0.5, 0.0, 0.5]}, "model.std: .* finite numbers above 0"),
         ({"std": [float("inf")]}, "model.std: .* finite numbers above 0"),
         ({"pretrained": True, "weights": "x"}, "model.weights: 'x' contradicts model.pretrained"),
+        ({"weights": "x"}, "model.mean and model.std: missing; the state dict 'x' does not say it; give"),
+        ({"weights": "x", "mean": [0.5]}, "model.std: missing; the state dict 'x'"),
         ({"model_args": {"num_classes": 3}}, "model.model_args.num_classes: set by sophon"),
         ({"scheduler": {"beta_end": 0.01}}, "model.scheduler: only models of library diffusers have one; leave it out"),
         ({"class_conditional": True}, "model.class_conditional: only models of library diffusers have one"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import signal
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,13 @@ from sophon.protection.resume import STATE_FILE
 from sophon.protection.stage import Row, Stage
 from tests.protection.staged import METHOD, Scripted, rows, runner
 from tests.tiny import assert_same_state, state_of, tiny_model
+
+
+class Mute(Stage):
+    """Forgets to say what a round came to."""
+
+    def step(self, context: Context, number: int) -> Row:
+        return None  # type: ignore[return-value]
 
 
 class Shrink(Stage):
@@ -86,6 +95,27 @@ def test_stages_that_are_refused(stages: dict[str, Any], words: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+def test_a_round_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    run = runner(tmp_path, method=replace(METHOD, stages={"mute": {"stage": "tests.stages.test_runner.Mute"}}))
+    with pytest.raises(
+        UserError, match=r"^method\.stages\.mute: step of tests\.\S+\.Mute returned None; it must return a"
+    ):
+        run.run()
+
+
+def test_a_long_round_shows_where_it_is_and_how_long_all_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sophon.protection.runner._QUIET", -1.0)
+    monkeypatch.setattr("sophon.protection.runner._LONG", -1.0)
+    shown: list[str] = []
+    run = runner(tmp_path)
+    monkeypatch.setattr(run.tracker, "progress", lambda *_: nullcontext(lambda note, steps=1: shown.append(note)))
+    run.run()
+    assert re.fullmatch(r"round 1: attacker 1 of 2, step 1 of [123]", shown[0])
+    assert "round 1: ntr step 2 of 2" in shown
+    [said] = [line for line in run.tracker.said if "the 3 that are left take about" in line]  # type: ignore[attr-defined]
+    assert "method=pool_anchored" in said
+
+
 # --- the state ----------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +146,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_look(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_round_and_saves(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_finishes_the_round_and_saves(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Sent in the middle of the second round's training; no look is due then."""
     task, calls = Scripted(), itertools.count(1)
 
@@ -130,6 +162,7 @@ def test_a_signal_finishes_the_round_and_saves(number: signal.Signals, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         run.run()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert "this round is finished and saved first" in capsys.readouterr().err
     assert [row["round"] for row in run.at.history] == [1, 2]
     assert next(calls) == 2 * METHOD.ntr_steps + 1
     assert runner(tmp_path, Scripted(), every=4).at == run.at
