@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -164,7 +164,7 @@ class Runner:
         at, number = self.at, self.at.round - self._started()
         self._began = time.monotonic()
         row = self.stage.step(self.context, number)
-        if not isinstance(row, dict):
+        if not isinstance(cast(object, row), dict):  # a class of the user's own may forget
             kind, name = type(self.stage), self.plan[at.stage].name
             raise UserError(
                 f"method.stages.{name}: step of {kind.__module__}.{kind.__qualname__} returned {row!r}; it must return "

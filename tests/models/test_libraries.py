@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from omegaconf import OmegaConf
 
@@ -64,11 +63,19 @@ def test_published_weights_come_from_safetensors_and_get_a_fresh_head(
         return str(tmp_path / "published.safetensors")
 
     monkeypatch.setattr(timm_models, "hf_hub_download", download)
-    model, spec = create(dataclasses.replace(config, pretrained=True), CLASSES)
-    assert spec.mean == tuple(timm.get_pretrained_cfg("test_resnet").mean) != (0.5,) * 3
+    model, _ = create(dataclasses.replace(config, pretrained=True), CLASSES)
     assert asked == [("timm/test_resnet.r160_in1k", "model.safetensors")]
     assert torch.equal(model.state_dict()["layer1.0.conv1.weight"], published.state_dict()["layer1.0.conv1.weight"])
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "mean"),
+    [({}, (0.485, 0.456, 0.406)), ({"mean": [0.3]}, (0.3,) * 3), ({"channels": 1}, (pytest.approx(0.449),))],
+)
+def test_published_weights_bring_their_normalisation(given: dict[str, Any], mean: Any) -> None:
+    config = ModelConfig(architecture="resnet18", pretrained=True, **given)
+    assert timm_models.TimmAdapter.from_config(config, CLASSES).spec.mean == mean
 
 
 def test_published_weights_that_cannot_be_had_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
