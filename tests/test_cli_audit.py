@@ -15,7 +15,7 @@ from tests.cli_helpers import RUNS, SMALL, load, sophon, start
 SUITE = """
 seeds: 1
 eval_points: 2
-masking: {heads: [kept], steps: 1, batches: 1}
+masking: {heads: [kept]}
 oracle: adam_fresh
 benign: [adam_fresh]
 strategies:

@@ -61,7 +61,7 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
-def test_without_classes_no_labels_are_needed(copied: Path) -> None:
+def test_a_folder_without_classes_is_one_class(copied: Path) -> None:
     """Images in ``train/`` and ``test/`` themselves serve to protect, and to attack with."""
     flat = image_folder(copied / "flat", ("any",), count=24)
     for side in ("train", "test"):
@@ -72,12 +72,11 @@ def test_without_classes_no_labels_are_needed(copied: Path) -> None:
         "domain@domain.restricted=objects_a",
         "domain.restricted.name=mine",
         f"domain.restricted.root={flat}",
-        "domain.restricted.labels=none",
     )
     protect, audit = ([word for word in each if not word.startswith("domain.r")] for each in (PROTECT, AUDIT))
     assert sophon(copied, *protect, *mine, "run_dir=new").code == 0
     restricted = load(copied / "new" / "checkpoint" / "sophon.json")["domains"]["restricted"]
-    assert (restricted["name"], restricted["classes"]) == ("mine", ["unlabelled"])
+    assert (restricted["name"], restricted["classes"]) == ("mine", ["image"])
     result = sophon(copied, *audit, *mine, "checkpoint=new", "run_dir=audited")
     assert result.code == 0, result
     assert load(copied / "audited" / "audit.json")["domains"]["restricted"] == "mine"

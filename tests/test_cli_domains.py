@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from sophon.auditing import runner
 from sophon.cli import conf_dir
 from sophon.config import Config, plain
-from sophon.losses import SUPPRESSION_LOSSES, reads_labels
 from sophon.validation import from_omegaconf
 from tests.cli_helpers import AUDIT, PROTECT, RUNS, load, refusal, refused, sophon, tree, weights_sha256
 
@@ -23,7 +22,6 @@ DIGITS = (
     "{source: bundled, dataset: mnist, classes: ['0', '1', '2', '3', '4'], per_class: 40, test_per_class: 20}"
 )
 NAMES = ["fashion_shoes_bags", "digits"]
-FLAT = ("domain.restricted.labels=none", "domain.restricted.clusters=5")
 
 
 def of_several(command: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,10 +78,6 @@ WRONG = {
         ("domain.restricted=[mnist,svhn]",),
         ["domain.restricted: [mnist,svhn]", "domain@domain.restricted=NAME"],
     ),
-    "labels": (("domain.restricted.labels=some",), ["domain.restricted.labels", "some", "given, none"]),
-    "one cluster": (("domain.restricted.clusters=1",), ["domain.restricted.clusters", "1", ">= 2"]),
-    "original labels": (("domain.original.labels=none",), ["domain.original.labels", "none"]),
-    "benign labels": (("+domain@domain.benign=mnist", "domain.benign.labels=none"), ["domain.benign.labels", "none"]),
 }
 
 
@@ -96,7 +90,7 @@ def test_what_makes_no_domains_is_refused_in_one_line(tmp_path: Path, case: str)
         assert word in message
 
 
-# ---- without labels -------------------------------------------------------------------------------------------------
+# ---- several, from end to end ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -104,53 +98,6 @@ def pretrained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("pretrained") / "copy"))
     shutil.rmtree(folder / RUNS / "protect")
     return folder
-
-
-@pytest.fixture
-def copied(pretrained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pretrained, tmp_path / "copied"))
-
-
-@pytest.mark.slow
-def test_protecting_without_labels(copied: Path) -> None:
-    result = sophon(copied, *PROTECT, *FLAT)
-    assert result.code == 0, result
-    made = load(copied / RUNS / "protect" / "checkpoint" / "sophon.json")
-    restricted = made["domains"]["restricted"]
-    assert restricted["classes"] == [f"cluster_{index}" for index in range(5)]
-    assert "kept" in made["sampler_support"]["head"]
-    fewer = sophon(copied, *PROTECT, *FLAT, "run_dir=fewer", "domain.restricted.clusters=4")
-    assert "sampler.heads: 'kept' is left out; fashion_shoes_bags has 4 classes, the model 5\n" in fewer.out
-    assert load(copied / "fewer" / "checkpoint" / "sophon.json")["sampler_support"]["head"] == ["fresh", "probed"]
-    assert sophon(copied, *PROTECT, *FLAT, "run_dir=again").code == 0
-    again = load(copied / "again" / "checkpoint" / "sophon.json")["domains"]["restricted"]
-    assert again["hashes"] == restricted["hashes"]
-    assert "restricted" in refused(copied, *PROTECT, *FLAT, "domain.restricted.split_seed=1")
-    # an attacker has labels
-    message = refused(copied, *AUDIT, *FLAT)
-    assert message.startswith("domain.restricted.labels: ")
-    assert "given" in message
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        *(
-            (("method.suppression_loss=" + name,), ["method.suppression_loss", name, "klu"])
-            for name, loss in SUPPRESSION_LOSSES.items()
-            if reads_labels(loss)
-        ),
-        (("domain.restricted.clusters=1000",), ["domain.restricted.clusters", "1000", "fewer"]),
-    ],
-)
-def test_what_needs_labels_is_refused(copied: Path, overrides: tuple[str, ...], words: list[str]) -> None:
-    message = refused(copied, *PROTECT, *FLAT, *overrides)
-    for word in words:
-        assert word in message
-
-
-# ---- several, from end to end ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

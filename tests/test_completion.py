@@ -74,7 +74,7 @@ complete -p sophon
         ("gate", ["gate.worst_case: float | None = null", "gate.removal: float | None = null"]),
         ("guard", ["guard.relative: bool = false", "in percent of the reference's value"]),
         ("sampler", ["sampler.optimizers: dict[str, list[float] | None]"]),
-        ("attack", ["attack.masking.steps: int = 10", "attack.search.NAME.trials: int = 64"]),
+        ("attack", ["attack.masking.heads: list[str]", "attack.search.NAME.trials: int = 64"]),
         ("domain", ["domain.original.classes: list[str] | None = null", "The keys of domain.original."]),
         ("model", ["model.library: str = timm"]),
         ("pretrain", ["pretrain.ema: float = 0.0"]),

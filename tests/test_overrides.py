@@ -129,7 +129,7 @@ def test_a_mapping_replaces_and_later_overrides_add_to_it() -> None:
         "attack.strategies={one: {lr: 0.1}}",
         "+attack.search.mine={trials: 3, optimizers: {sgd: [0.1, 1.0]}}",
         "attack.search.mine.seeds=1",
-        "attack.masking={steps: 3}",
+        "attack.masking={heads: [kept]}",
     )
     attack, search = config["attack"], config["attack"]["search"]["mine"]
     assert config["model"]["model_args"] == {"depth": 4}
@@ -138,7 +138,7 @@ def test_a_mapping_replaces_and_later_overrides_add_to_it() -> None:
     assert attack["strategies"] == {"one": {"lr": 0.1}}
     assert (search["trials"], search["seeds"], search["optimizers"]) == (3, 1, {"sgd": [0.1, 1.0]})
     # of declared keys the others are at their defaults
-    assert (search["sampler"], attack["masking"]["steps"], attack["masking"]["heads"]) == ("tpe", 3, ["fresh", "kept"])
+    assert (search["sampler"], search["steps"], attack["masking"]) == ("tpe", 200, {"heads": ["kept"]})
 
 
 @pytest.mark.parametrize("override", ["model.architecture=vit_tiny_patch16_224", "model.library=torchvision"])

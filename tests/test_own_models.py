@@ -151,7 +151,7 @@ def folder(tmp_path: Path) -> Path:
     write_images(tmp_path / "original", 0)
     write_images(tmp_path / "restricted", 1, ("x", "y", "z"))
     (tmp_path / "own" / "attack").mkdir(parents=True)
-    lines = ["seeds: 1", "eval_points: 2", "masking: {heads: [kept], steps: 1, batches: 1}", "strategies:"]
+    lines = ["seeds: 1", "eval_points: 2", "masking: {heads: [kept]}", "strategies:"]
     lines += [f"  {name}: {strategy}" for name, strategy in STRATEGIES.items()]
     (tmp_path / "own" / "attack" / "few.yaml").write_text("\n".join([*lines, ""]))
     return tmp_path

@@ -131,16 +131,9 @@ def test_a_domain_under_another_name_is_known_by_its_test_images() -> None:
         check_pretraining(reference, [], [domain])
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("pretrain.steps=0", ["domain.pretrained_on", "pretrain.steps=0"]),
-        ("domain.restricted.labels=none", ["domain.restricted.labels", "none", "given"]),
-    ],
-)
-def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, override: str, words: list[str]) -> None:
-    message = refused(tmp_path, *PRETRAIN, *BOTH, override)
-    assert all(word in message for word in words)
+def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, *PRETRAIN, *BOTH, "pretrain.steps=0")
+    assert all(word in message for word in ("domain.pretrained_on", "pretrain.steps=0"))
 
 
 @pytest.mark.parametrize("pretrained", [{"same": ["train"]}, None])

@@ -119,7 +119,7 @@ def test_there_is_a_whole_attempt_of_each_attack_against_each_role(audited: Path
 
 def test_audit_json_compares_the_roles(audited: Path) -> None:
     summary = load(audited / RUNS / "audit" / "audit.json")
-    assert (summary["schema_version"], summary["attempts"]) == (2, 9)
+    assert (summary["schema_version"], summary["attempts"]) == (3, 9)
     assert summary["verdict"]["word"] in ("BROKEN", "WEAKENED", "HOLDS", "CANNOT BE JUDGED")
     assert {attack["attack"] for attack in summary["attacks"]} == set(ATTACKS)
     for attack in summary["attacks"]:
@@ -181,12 +181,15 @@ def test_masking_is_measured_otherwise_without_another_attempt(copied: Path, mon
     monkeypatch.setattr("sophon.auditing.runner.attack", lambda *_, **__: pytest.fail("an attempt ran again"))
     path = copied / RUNS / "audit" / "audit.json"
     before = load(path)
-    for override, steps in (("attack.masking={heads: [kept], steps: 2}", [0, 2]), ("attack.masking.heads=[]", None)):
+    for override, heads in (
+        ("attack.masking.heads=[fresh]", {"fresh"}),
+        ("attack.masking.heads=[]", None),
+    ):
         result = sophon(copied, *AUDIT, override)
         assert result.code == 0, result
         after = load(path)
         measured = after["masking"]
-        assert (measured and sorted({each["step"] for each in measured["seen"]})) == steps
+        assert (measured and {row["head"] for row in measured["seen"]}) == heads
         assert after["attacks"] == before["attacks"]
 
 

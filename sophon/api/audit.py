@@ -29,7 +29,7 @@ from sophon.auditing.scene import Scene
 from sophon.auditing.words import filtered_roles
 from sophon.auditing.workers import run_jobs
 from sophon.checkpoint import Checkpoint
-from sophon.config import Config, keyed, plain
+from sophon.config import Config, plain
 from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
@@ -107,11 +107,6 @@ def prepare(config: Config, protected: Checkpoint, reference: Checkpoint, *filte
             )
     task = task_of(config, spec, device)
     require_float32(bool(protected.manifest.get("float32")), task)
-    for key, domain in keyed(config.domain.restricted).items():
-        if domain.labels == "none" and task.head_names(protected.model):
-            raise UserError(
-                f"{key}.labels: 'none' is not allowed in an audit, whose attackers learn labels; give given"
-            )
     original, restricted = domains_of(config, spec, device)
     check_pretraining(reference, filtered, restricted)
     benign = None

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sophon.auditing.words import format_value
 from sophon.checkpoint import Checkpoint, is_ours, read_checkpoint
-from sophon.config import Config, DomainConfig, keyed, plain
-from sophon.domains import LoadedDomain, classes_of_all, load_original, load_restricted, with_clusters
+from sophon.config import Config, keyed, plain
+from sophon.domains import LoadedDomain, classes_of_all, load_original, load_restricted
 from sophon.domains.names import few
 from sophon.errors import UserError
 from sophon.foreign import described, open_foreign
 from sophon.models import ModelSpec
 from sophon.paths import exists, is_folder
-from sophon.tasks import Measured, Task, evaluating, make_task
+from sophon.tasks import Measured, Task, make_task
 from sophon.tracking import Tracker
 
 
@@ -128,29 +128,6 @@ def restricted_of(config: Config, image_size: int, channels: int) -> tuple[Loade
         load_restricted(domain, image_size=image_size, channels=channels, where=key, memory_gb=config.domain.memory_gb)
         for key, domain in keyed(config.domain.restricted).items()
     )
-
-
-def with_pseudo_labels(
-    domain: LoadedDomain, config: DomainConfig, where: str, task: Task, model: nn.Module
-) -> LoadedDomain:
-    """Give a domain without labels those that simulated attackers can learn: clusters of the reference's features.
-
-    It stays as it is if it has labels, if the model has no use for them, or if it has no features to go by; a model
-    that is told the class then learns a single one.
-
-    Raises:
-        UserError: there are not as many clusters as the configuration asks for; the message names ``where``.
-    """
-
-    def features(images: Tensor) -> Tensor | None:
-        with evaluating(model):
-            return task.features(model, images)
-
-    needless = config.labels == "given" or not task.head_names(model)
-    if needless or features(domain["adapt"].first(1).images) is None:
-        return domain
-    of_any = cast(Callable[[Tensor], Tensor], features)
-    return with_clusters(domain, of_any, config.clusters, seed=config.split_seed, where=where)
 
 
 def say_domains(*domains: LoadedDomain | None) -> None:

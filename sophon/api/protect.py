@@ -17,15 +17,12 @@ from sophon.api.common import (
     metric_of,
     require_float32,
     task_of,
-    with_pseudo_labels,
 )
 from sophon.api.manifests import both_splits, check_pretraining, hashes_of, information_path, manifest_of
 from sophon.api.results import Protected
 from sophon.checkpoint import Checkpoint
-from sophon.config import Config, GuardConfig, keyed, plain
+from sophon.config import Config, GuardConfig, plain
 from sophon.domains import LoadedDomain
-from sophon.errors import UserError
-from sophon.losses import SUPPRESSION_LOSSES, reads_labels
 from sophon.protection.context import Context
 from sophon.protection.distributed import ALONE, Ranks
 from sophon.protection.resume import Position
@@ -67,7 +64,8 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
     plan = plan_of(
         config.method, lambda method: task_of(replace(config, method=method), reference.spec, device, protects=True)
     )
-    original, restricted = protected_domains(config, reference, plan, device)
+    original, restricted = domains_of(config, reference.spec, device)
+    reference.model.to(device)
     check_pretraining(reference, (), restricted)
     if any(planned.stage.simulates for planned in plan):
         config = _with_heads_that_fit(config, plan[0].task, reference.model, restricted, ranks)
@@ -99,28 +97,6 @@ def _with_heads_that_fit(
             f"sampler.heads: 'kept' is left out; {misfit.name} has {len(misfit.classes)} classes, the model {outputs}"
         )
     return replace(config, sampler=replace(config.sampler, heads=others))
-
-
-def protected_domains(
-    config: Config, reference: Checkpoint, plan: Sequence[Planned], device: torch.device
-) -> tuple[LoadedDomain, tuple[LoadedDomain, ...]]:
-    """Load the domains, and put the reference where they are: it says what to learn of those without labels."""
-    configs = keyed(config.domain.restricted)
-    unlabelled = [key for key, domain in configs.items() if domain.labels == "none"]
-    for planned in plan if unlabelled else ():
-        if planned.stage.simulates and planned.task.reads_labels:
-            allowed = ", ".join(name for name, loss in SUPPRESSION_LOSSES.items() if not reads_labels(loss))
-            raise UserError(
-                f"method.suppression_loss: '{planned.method.suppression_loss}' reads labels and {unlabelled[0]} has "
-                f"none; allowed: {allowed}"
-            )
-    original, loaded = domains_of(config, reference.spec, device)
-    reference.model.to(device)
-    restricted = (
-        with_pseudo_labels(domain, domain_config, key, plan[0].task, reference.model)
-        for domain, (key, domain_config) in zip(loaded, configs.items(), strict=True)
-    )
-    return original, tuple(restricted)
 
 
 def run(protection: Protection, folder: Path, tracker: Tracker) -> Protected | None:

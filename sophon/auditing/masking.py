@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +22,8 @@ from sophon.attacker import FineTuneStrategy
 from sophon.auditing.attacks import Attacker
 from sophon.auditing.words import ROLES
 from sophon.config import MaskingConfig
-from sophon.domains import Batch, LoadedDomain, batches
+from sophon.domains import LoadedDomain
 from sophon.errors import UserError
-from sophon.finetune import fine_tune
 from sophon.models import ModelSpec
 from sophon.seeds import derive_seed, seed_all
 from sophon.surgery import Means
@@ -36,7 +32,7 @@ from sophon.surgery.renormalise import scale_free
 from sophon.tasks import Task
 
 COMPARED = ROLES[:2]  # a fresh model has nothing to hide
-_MILD = FineTuneStrategy(optimizer="momentum", lr=1e-2)
+_IMAGES = 128  # that the gradient is taken on
 _FEW = 8  # images that show which layers feed a normalisation
 
 
@@ -61,11 +57,10 @@ class Norms:
 
 @dataclass(frozen=True)
 class Seen:
-    """A quantity that an attacker sees of both models; ``ratio`` is NaN unless both are positive.
+    """A quantity that an attacker sees of both models before its first step; ``ratio`` is NaN unless both are positive.
 
     Attributes:
         head: how its head started.
-        step: after how many steps.
         quantity: ``loss``; ``gradient`` (its norm, the head left out); ``hidden_gradient`` (of the weights before
             normalisation only); or ``scale_free_gradient``, the sum over these layers of norm of weight times norm of
             gradient, which does not change with the layers' scale.
@@ -75,7 +70,6 @@ class Seen:
     """
 
     head: str
-    step: int
     quantity: str
     protected: float
     unprotected: float
@@ -95,17 +89,6 @@ class Masking:
         return next((norms for norms in self.norms if norms.of == "layers"), None)
 
 
-class _Start(NamedTuple):
-    """What does not depend on the role; of each layer the name, and the axis of its weight if channels have scales."""
-
-    spec: ModelSpec
-    task: Task
-    restricted: LoadedDomain
-    draws: Sequence[Batch]
-    layers: Mapping[str, int | None]
-    seed: int
-
-
 def measure(
     models: Mapping[str, nn.Module],
     spec: ModelSpec,
@@ -114,9 +97,9 @@ def measure(
     config: MaskingConfig,
     seed: int,
 ) -> Masking | None:
-    """Compare what an attacker's first steps see of the protected and of the unprotected weights.
+    """Compare what an attacker's first step sees of the protected and of the unprotected weights.
 
-    Both roles face the same head, batches and noise. Only the ``attack`` split is read.
+    Both roles face the same head, images and noise. Only the ``attack`` split is read.
 
     Args:
         models: ``protected`` and ``unprotected``, of one architecture; left as they are.
@@ -128,88 +111,59 @@ def measure(
     """
     if not config.heads:
         return None
-    attacked = restricted["attack"]
-    stream = batches(attacked, _MILD.batch_size, torch.Generator().manual_seed(derive_seed(seed, "draws")))
-    draws = list(islice(stream, config.batches))
-    means = Means(task, spec, restricted.classes, attacked, torch.Generator())
+    means = Means(task, spec, restricted.classes, restricted["attack"], torch.Generator())
     layers = _hidden_layers(copy.deepcopy(models["unprotected"]), means)
-    start = _Start(spec, task, restricted, draws, layers, seed)
     seen: list[Seen] = []
     left_out: dict[str, str] = {}
     for head in config.heads:
-        strategy = replace(_MILD, steps=config.steps, head=head)
         try:
-            protected, unprotected = (_course(models[role], strategy, start) for role in COMPARED)
+            protected, unprotected = (
+                _quantities(copy.deepcopy(models[role]), FineTuneStrategy(head=head), means, layers, restricted, seed)
+                for role in COMPARED
+            )
         except UserError as error:
             left_out[head] = str(error)
             continue
         seen += [
-            Seen(head, step, name, value, unprotected[step][name], _ratio(value, unprotected[step][name]))
-            for step, quantities in protected.items()
-            for name, value in quantities.items()
+            Seen(head, name, value, unprotected[name], _ratio(value, unprotected[name]))
+            for name, value in protected.items()
         ]
     return Masking(_norms(models, layers), seen, left_out)
 
 
 def _hidden_layers(model: nn.Module, means: Means) -> dict[str, int | None]:
+    """Return the layers that feed a normalisation, with the axis of the weight's channels if these have scales."""
     loss = partial(means.task.attacker_loss, model, means.relabelled(means.images, model).first(_FEW))
     return {layer.name: layer.axis for layer in scale_free(model, loss, per="channel")}
 
 
-def _course(model: nn.Module, strategy: FineTuneStrategy, start: _Start) -> dict[int, dict[str, float]]:
-    """Return what the attacker sees by the steps done."""
-    attacker = Attacker(
-        copy.deepcopy(model),
-        strategy,
-        start.task,
-        start.restricted,
-        spec=start.spec,
-        seed=start.seed,
-        eval_points=2,
-        read_test=False,
-    )
-    course = {0: _quantities(attacker.model, start)}
-    if strategy.steps:
-        seed_all(derive_seed(start.seed, "steps"))
-        with suppress(FloatingPointError):
-            fine_tune(attacker.model, strategy, start.task, attacker.images, attacker.generator)
-        course[strategy.steps] = _quantities(attacker.model, start)
-    return course
-
-
-def _quantities(model: nn.Module, start: _Start) -> dict[str, float]:
-    model = copy.deepcopy(model)  # whose normalisation statistics must not move
-    outside = start.task.head_names(model)
-    body = {name: part for name, part in start.task.train_mode(model, "all").items() if name not in outside}
-    gradients = _gradients(model, body, start)
-    sizes = {name: _norm(part) for name, part in body.items()}
-    slopes = {name: _norm(part) for name, part in gradients.items()}
-    hidden = [f"{name}.weight" for name in start.layers]
-    return {
-        "loss": _loss(model, start),
-        "gradient": math.hypot(*slopes.values()),
-        "hidden_gradient": math.hypot(*(slopes[name] for name in hidden)),
-        "scale_free_gradient": math.fsum(sizes[name] * slopes[name] for name in hidden),
-    }
-
-
-def _gradients(model: nn.Module, body: Mapping[str, nn.Parameter], start: _Start) -> dict[str, Tensor]:
-    """Return the gradient of the mean loss by parameter, zero for what the loss does not depend on."""
-    model.requires_grad_(False)
+def _quantities(
+    model: nn.Module,
+    strategy: FineTuneStrategy,
+    means: Means,
+    layers: Iterable[str],
+    restricted: LoadedDomain,
+    seed: int,
+) -> dict[str, float]:
+    """Return by `Seen.quantity` what an attacker sees before its first step; ``model`` is changed."""
+    task = means.task
+    attacker = Attacker(model, strategy, task, restricted, spec=means.spec, seed=seed, eval_points=2, read_test=False)
+    outside = task.head_names(attacker.model)
+    body = {name: part for name, part in task.train_mode(attacker.model, "all").items() if name not in outside}
     for part in body.values():
         part.requires_grad_(True)
-    seed_all(derive_seed(start.seed, "noise"))
-    for batch in start.draws:
-        loss = start.task.attacker_loss(model, batch) / len(start.draws)
-        loss.backward()  # type: ignore[no-untyped-call]
-    return {name: torch.zeros_like(part) if part.grad is None else part.grad for name, part in body.items()}
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, start: _Start) -> float:
-    """Return the mean loss over the batches, under the same noise every time."""
-    seed_all(derive_seed(start.seed, "noise"))
-    return math.fsum(float(start.task.attacker_loss(model, batch)) for batch in start.draws) / len(start.draws)
+    seed_all(derive_seed(seed, "noise"))
+    loss = task.attacker_loss(attacker.model, restricted["attack"].spread(_IMAGES))
+    slopes = torch.autograd.grad(loss, list(body.values()), materialize_grads=True, allow_unused=True)
+    sizes = {name: _norm(part) for name, part in body.items()}
+    steepness = {name: _norm(slope) for name, slope in zip(body, slopes, strict=True)}
+    hidden = [f"{name}.weight" for name in layers]
+    return {
+        "loss": float(loss.detach()),
+        "gradient": math.hypot(*steepness.values()),
+        "hidden_gradient": math.hypot(*(steepness[name] for name in hidden)),
+        "scale_free_gradient": math.fsum(sizes[name] * steepness[name] for name in hidden),
+    }
 
 
 def _norm(tensor: Tensor) -> float:

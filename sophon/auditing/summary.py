@@ -24,7 +24,7 @@ from sophon.files import read_json, write_bytes, write_json
 from sophon.paths import exists
 from sophon.tasks import Measured, Metric
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _TABLES = ("attempts", "curves")
 
 
@@ -137,7 +137,6 @@ class AuditReport:
                 **{part.name: getattr(self.results, part.name) for part in fields(self.results)},
                 "masked_share": self.results.masked_share,
                 **{part.name: getattr(self.context, part.name) for part in fields(self.context)},
-                "searches": _by_role(self.context.searches),
             }
         )
         return content
@@ -170,28 +169,10 @@ class AuditReport:
         try:
             tables = [pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES]
             facts = {part.name: stored[part.name] for part in fields(Context)}
-            context = Context(**facts | _typed(stored) | {"searches": _one_by_one(stored["searches"])})
+            context = Context(**facts | _typed(stored))
             return cls.of(Attempts(*tables), context)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{key}: '{folder}' is not whole ({error}); run `sophon audit` again") from error
-
-
-def _by_role(searches: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return searches by name, each with its course against every role: the form that ``audit.json`` has."""
-    courses: dict[str, dict[str, Any]] = {}
-    for search in searches:
-        course = {key: value for key, value in search.items() if key not in ("name", "role")}
-        courses.setdefault(search["name"], {})[search["role"]] = course
-    return [{"name": name, "roles": roles} for name, roles in courses.items()]
-
-
-def _one_by_one(searches: Iterable[Record]) -> list[dict[str, Any]]:
-    """Undo `_by_role`."""
-    return [
-        {"name": search["name"], "role": role, **course}
-        for search in searches
-        for role, course in search["roles"].items()
-    ]
 
 
 def _typed(stored: Mapping[str, Any]) -> dict[str, Any]:

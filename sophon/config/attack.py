@@ -52,16 +52,11 @@ class MaskingConfig:
     It only looks, so that changing this does not make other attacks of an audit, which may go on in its run directory.
 
     Attributes:
-        heads: head starts from which the attacker's gradient is measured: ``fresh``, ``kept``, ``probed``. One that
-            does not fit the model is left out; an empty list leaves the whole measurement out.
-        steps: after so many steps of a mild attacker (momentum, rate 0.01) it is measured again, >= 0; 0 measures the
-            released weights only.
-        batches: batches of 128 of the attacker's images that each measurement averages over, >= 1.
+        heads: head starts from which the attacker's gradient is measured, before its first step: ``fresh``, ``kept``,
+            ``probed``. One that does not fit the model is left out; an empty list leaves the whole measurement out.
     """
 
     heads: list[str] = limited(["fresh", "kept"], choices=HEADS)
-    steps: int = limited(10, ge=0)
-    batches: int = limited(2, ge=1)
 
 
 @dataclass

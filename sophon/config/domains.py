@@ -32,10 +32,6 @@ class DomainConfig:
         val_fraction: part of an original domain's training images kept for ``val``.
         fractions: parts of a restricted domain's training images: ``adapt`` and ``query`` (the defender's), ``attack``
             and ``select`` (the attacker's). They sum to at most 1.
-        labels: ``given``, or for a restricted domain of which the defender has images only ``none``: classes then
-            serve to choose and to split images as with ``given``, simulated attackers learn clusters, and an image
-            folder may hold its images in ``train/`` and ``test/`` themselves.
-        clusters: without labels, how many clusters of the reference's features become classes, >= 2.
         prompt: what a text-to-image model is told with each image, such as ``"a photo of a {class}"``: ``{class}``
             stands for the class's name, ``{text}`` for the image's own caption; null for that caption alone.
     """
@@ -52,8 +48,6 @@ class DomainConfig:
     split_seed: int = 0
     val_fraction: float = limited(0.1, gt=0, lt=1)
     fractions: dict[str, float] = limited({"adapt": 0.4, "query": 0.1, "attack": 0.4, "select": 0.1}, gt=0)
-    labels: str = limited("given", choices=("given", "none"))
-    clusters: int = limited(10, ge=2)
     prompt: str | None = None
 
     def validate(self, key: str) -> None:
@@ -71,8 +65,6 @@ class DomainConfig:
             raise UserError(
                 f"{key}.prompt: {{{min(unknown)}}} is not allowed; a prompt may have {{class}} and {{text}}"
             )
-        if "class" in fields and self.labels == "none":
-            raise UserError(f"{key}.prompt: {{class}} is not allowed with labels=none; the defender has no classes")
 
 
 @dataclass
@@ -109,9 +101,6 @@ class DomainsConfig:
                 raise UserError(f"{key}.restricted: the name '{name}' is given twice; names must differ")
             if not name or "/" in name or name.startswith("."):
                 raise UserError(f"{key}.restricted: the name '{name}' is not allowed; among several it names a folder")
-        for role, other in (("original", self.original), ("benign", self.benign)):
-            if other is not None and other.labels != "given":
-                raise UserError(f"{key}.{role}.labels: 'none' is not allowed; only a restricted domain may be without")
 
 
 @dataclass

@@ -4,7 +4,6 @@ Images stay ``uint8`` until a task normalises them. A set lives on the device wh
 """
 
 from sophon.domains.batches import AUGMENTATIONS, batch_indices, batches, evaluation_batches
-from sophon.domains.clusters import with_clusters
 from sophon.domains.python_data import Domain
 from sophon.domains.sources import SOURCES, load_source
 from sophon.domains.splits import classes_of_all, defenders_images, few_shot, load_original, load_restricted
@@ -30,5 +29,4 @@ __all__ = [
     "load_original",
     "load_restricted",
     "load_source",
-    "with_clusters",
 ]

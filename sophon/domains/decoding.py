@@ -36,6 +36,7 @@ def open_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            image.load()  # raises what damaged pixels lead to
             with suppress(Exception):  # damaged metadata of an image that is whole
                 ImageOps.exif_transpose(image, in_place=True)
             return eight_bit(image)

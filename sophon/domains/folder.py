@@ -33,8 +33,9 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
     The classes are the folders of ``train`` and of ``test`` (else ``val``, ``valid``), in the order of torchvision's
     ImageFolder; a class's images are the files at any depth below it whose suffix Pillow reads. Where both sides have a
     ``metadata.csv`` or ``metadata.jsonl``, as in Hugging Face's imagefolder, it says what the images and labels are.
-    Without a folder ``train`` it may lie in the root, with a column ``split`` besides. Hidden files and folders are no
-    data, and a folder that links lead to again is read once.
+    Without a folder ``train`` it may lie in the root, with a column ``split`` besides. Where ``train`` has images and
+    no class folders all are of one class, ``image``. Hidden files and folders are no data, and a folder that links lead
+    to again is read once.
 
     Raises:
         UserError: a folder is missing or may not be listed, or a name in it cannot be written as UTF-8.
@@ -56,16 +57,16 @@ def image_folder(config: DomainConfig, where: str) -> tuple[Part, Part]:
             f"root/test/CLASS/IMAGE, or {METADATA_FILES[0]} in root with the columns file_name, label and split"
         )
     train, test = _Side(root / "train", key), _Side(tests[0], key)
-    if config.labels == "none" and not train.folders:
-        return train.unlabelled(), test.unlabelled()
     if train.metadata or test.metadata:
         train_part, test_part = labelled([train.listed()[0], test.listed()[0]], None, f"{key}: {root}")
         return train_part, test_part
+    if train.has_images and not train.folders:
+        return train.one_class(), test.one_class()
     classes = tuple(sorted({*train.folders, *test.folders}))
     if not classes:
         raise UserError(
-            f"{key}: there is no class folder in {train.folder}; give root/train/CLASS/IMAGE, or "
-            f"{METADATA_FILES[0]} in root/train and in root/test, or {where}.labels=none for images without classes"
+            f"{key}: there is neither a class folder nor an image in {train.folder}; give root/train/CLASS/IMAGE, "
+            f"root/train/IMAGE for images of one class, or {METADATA_FILES[0]} in root/train and in root/test"
         )
     kept = classes if config.classes is None else config.classes
     return train.part(classes, kept), test.part(classes, kept)
@@ -142,7 +143,12 @@ class _Side:
         of_train, of_test = (torch.tensor([split == name for split in splits]) for name in ("train", test))
         return replace(both.take(of_train), left_out=self.left_out), both.take(of_test)
 
-    def unlabelled(self) -> Part:
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images beside the class folders."""
+        return any(_suffix(name) in SUFFIXES for name in self._files)
+
+    def one_class(self) -> Part:
         """Return all images as one class."""
         paths = self._images(str(self.folder))
         if not paths:

@@ -16,8 +16,6 @@ from sophon.domains.streamed import joined
 from sophon.domains.types import ImageSet, LoadedDomain
 from sophon.errors import UserError
 
-UNLABELLED = ("unlabelled",)
-
 
 def load_original(
     config: DomainConfig, *, image_size: int, channels: int, where: str = "domain.original", memory_gb: float = math.inf
@@ -58,9 +56,7 @@ def load_restricted(
         config: the data set; ``fractions`` are the parts of the training images that each split gets.
 
     Returns:
-        The domain, on the CPU, with the splits ``adapt``, ``query``, ``attack``, ``select`` and ``test``. Without
-        labels the splits hold the same images, so that an audit with labels attacks with others than the defender
-        had; all of them are then of one class, ``unlabelled``.
+        The domain, on the CPU, with the splits ``adapt``, ``query``, ``attack``, ``select`` and ``test``.
 
     Raises:
         UserError: as `load_source`; or ``fractions`` leaves a split without some class.
@@ -131,14 +127,8 @@ def _split(loaded: Loaded, config: DomainConfig, fractions: Mapping[str, float],
         notes.left_out["repeated"] += len(everything) - len(train)
     indices = _stratified(train, fractions, config.split_seed, where)
     splits = {name: train.take(chosen) for name, chosen in indices.items()} | {"test": test}
-    if config.labels == "none":
-        splits = {name: _without_labels(images) for name, images in splits.items()}
     classes, hashes = splits["test"].classes, {name: images.sha256() for name, images in splits.items()}
     return LoadedDomain(config.name, classes, splits, hashes, tuple(notes.texts()))
-
-
-def _without_labels(images: ImageSet) -> ImageSet:
-    return images.relabelled(torch.zeros_like(images.labels), UNLABELLED)
 
 
 def _without_duplicates(train: ImageSet, test: ImageSet) -> ImageSet:

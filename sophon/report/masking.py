@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from sophon.auditing.masking import Masking, Seen
 from sophon.auditing.results import Results
 from sophon.auditing.words import known
-from sophon.report.page import Element, Fold, Table
+from sophon.report.page import Element, Table
 from sophon.report.tables import name
 
 _QUANTITIES = {
@@ -32,16 +32,13 @@ def masking(results: Results, measured: Masking | None) -> Iterator[Element]:
         yield Table(["weights before normalisation", "count", "geometric mean", "least", "most"], rows)
     if measured and measured.seen:
         yield (
-            "What a mild attacker sees, its head left out. The scale-free gradient sums norm of weight times norm of "
-            "gradient over the layers before normalisation, and does not depend on their scale. Masking is where the "
-            "gradient falls and this does not."
+            "What an attacker sees before its first step, its head left out. The scale-free gradient sums norm of "
+            "weight times norm of gradient over the layers before normalisation, and does not depend on their scale. "
+            "Masking is where the gradient falls and this does not."
         )
         if explained := extreme(measured.seen):
             yield explained
-        first = (measured.seen[0].head, measured.seen[0].step)
-        yield _seen([row for row in measured.seen if (row.head, row.step) == first])
-        if rest := [row for row in measured.seen if (row.head, row.step) != first]:
-            yield Fold("Later, and from other head starts", [_seen(rest)])
+        yield _seen(measured.seen)
     if results.undone:
         share = results.masked_share
         yield (
@@ -62,14 +59,11 @@ def extreme(seen: Sequence[Seen]) -> str:
     """Explain a loss or a gradient that is out of all proportion to the unprotected model's; "" if none is."""
     for row in seen:
         if row.quantity in ("loss", "gradient") and known(row.ratio) and not 1 / _EXTREME < row.ratio < _EXTREME:
-            when = f"after {row.step} steps" if row.step else "before its first step"
             return (
-                f"These values are no misprint: {when} the attacker's {row.quantity} is {row.protected:.2g} on the "
-                f"protected model, {row.unprotected:.2g} on the unprotected one. Weights of very uneven scale cancel "
-                "in what the model was released for, and no longer do once somebody trains it or gives it another "
-                "head; at ordinary rates training then diverges or stands still. An attacker can even the weights out "
-                "first, which the attacks of the family surgery do: what they reach tells what this protection is "
-                "worth."
+                f"These values are no misprint: the attacker's {row.quantity} is {row.protected:.2g} on the protected "
+                f"model, {row.unprotected:.2g} on the unprotected one. Weights of very uneven scale cancel in what the "
+                "model was released for, and no longer do once somebody trains it or gives it another head. An "
+                "attacker can even the weights out first, which the attacks of the family surgery do."
             )
     return ""
 
@@ -77,7 +71,7 @@ def extreme(seen: Sequence[Seen]) -> str:
 def _seen(seen: Sequence[Seen]) -> Table:
     rows = [
         [
-            *(f"{row.head} head, {row.step} steps", _QUANTITIES.get(row.quantity, row.quantity)),
+            *(f"{row.head} head", _QUANTITIES.get(row.quantity, row.quantity)),
             *(f"{v:.4g}" if known(v) else "-" for v in (row.protected, row.unprotected, row.ratio)),
         ]
         for row in seen

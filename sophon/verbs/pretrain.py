@@ -25,7 +25,7 @@ from sophon.api.common import (
 )
 from sophon.api.manifests import both_splits, figures, hashes_of, manifest_of
 from sophon.checkpoint import write_checkpoint
-from sophon.config import Config, ModelConfig, keyed, plain
+from sophon.config import Config, ModelConfig, plain
 from sophon.devices import resolve_device
 from sophon.domains import ImageSet, LoadedDomain, classes_of_all, defenders_images
 from sophon.errors import UserError
@@ -90,9 +90,6 @@ def _seen(config: Config, device: torch.device) -> tuple[LoadedDomain, ...]:
         return ()
     if config.pretrain.steps == 0:
         raise UserError("domain.pretrained_on: 'both' is not allowed with pretrain.steps=0, which trains on nothing")
-    for key, domain in keyed(config.domain.restricted).items():
-        if domain.labels == "none":
-            raise UserError(f"{key}.labels: 'none' is not allowed with domain.pretrained_on=both; give given")
     return tuple(domain.to(device) for domain in restricted_of(config, config.model.image_size, config.model.channels))
 
 

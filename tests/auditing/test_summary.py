@@ -11,7 +11,7 @@ from sophon.errors import UserError
 from sophon.tasks import Measured
 from tests.auditing.records import ACCURACY, MSE, attempt, audit, duo, idle, oracle, searched, trio
 
-MASKING = Masking([Norms("layers", 2, 1.0, 0.5, 2.0)], [Seen("kept", 0, "loss", math.nan, 1.0, math.nan)], {"x": "y"})
+MASKING = Masking([Norms("layers", 2, 1.0, 0.5, 2.0)], [Seen("kept", "loss", math.nan, 1.0, math.nan)], {"x": "y"})
 
 
 SEARCHES = [
@@ -37,7 +37,7 @@ def test_an_audit_is_read_back_as_it_was_written(tmp_path):
 
 def test_what_stands_in_audit_json():
     found = several().json()
-    assert found["schema_version"] == 2
+    assert found["schema_version"] == 3
     assert found["verdict"]["word"] == "WEAKENED"
     assert found["verdict"]["basis"].startswith("1000 test images, 1 seed, 2 attacks and 64 searched trials")
     assert (found["attempts"], found["date"]) == (len(several().attempts.table), "2026-01-02")
@@ -45,8 +45,7 @@ def test_what_stands_in_audit_json():
     assert found["attacks"][0]["roles"]["protected"]["test_images"] == 1000
     assert found["thresholds"]["holds_from"] == 0.9
     assert found["domains"]["restricted"] == "dogs"
-    assert [search["name"] for search in found["searches"]] == ["s", "t"]
-    assert found["searches"][1]["roles"]["scratch"]["trials"] == [{"number": 0, "value": 0.5}]
+    assert found["searches"] == SEARCHES
 
 
 def test_only_seconds_depend_on_the_machine():
@@ -99,7 +98,7 @@ def spoil(folder, name, change):
             "is of schema version 1; this",
         ),
         (lambda folder: spoil(folder, "audit.json", lambda s: [s]), "is of schema version None; this sophon reads"),
-        (lambda folder: spoil(folder, "audit.json", lambda s: {"schema_version": 2}), "is not whole"),
+        (lambda folder: spoil(folder, "audit.json", lambda s: {"schema_version": 3}), "is not whole"),
         (lambda folder: spoil(folder, "audit.json", lambda s: s | {"intactness": 3}), "is not whole"),
         (lambda folder: (folder / "attempts.parquet").unlink(), "is not whole"),
         (lambda folder: (folder / "curves.parquet").write_text("no parquet"), "is not whole"),

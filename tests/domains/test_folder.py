@@ -135,19 +135,33 @@ def test_what_pillow_reads_is_read(suffix: str, pets: DomainConfig, tmp_path: Pa
     assert (abs(red - 200) < 8, abs(green - 100) < 8, abs(blue - 50) < 8) == (True, True, True)
 
 
-@pytest.mark.parametrize("labels", ["given", "none"])
+@pytest.mark.parametrize("sides", [("train", "test"), ("train",), ("test",)])
+def test_images_beside_no_class_folders_are_of_one_class(sides: tuple[str, ...], tmp_path: Path) -> None:
+    config = DomainConfig(name="mine", source="imagefolder", root=str(tmp_path))
+    for side in ("train", "test"):
+        (tmp_path / side).mkdir()
+        for number in range(3 if side in sides else 0):
+            Image.new("RGB", (8, 8), (number, 50, 100)).save(tmp_path / side / f"{number}.png")
+    if len(sides) == 1:
+        assert "there is " in refused(config)
+        return
+    loaded = load(config)
+    assert loaded.train.classes == ("image",)
+    assert loaded.train.images[:, 0, 0, 0].tolist() == loaded.test.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     "name", [b"caf\xe9", b"two\nlines", b"bell\x07"], ids=["Latin-1", "line break", "control character"]
 )
-def test_a_name_that_cannot_be_written_is_refused(name: bytes, labels: str, pets: DomainConfig) -> None:
+def test_a_name_that_cannot_be_written_is_refused(name: bytes, pets: DomainConfig) -> None:
     train = os.fsencode(pets.root) + b"/train"
     os.rename(train + b"/cat", train + b"/" + name)  # noqa: PTH104 - a name of bytes
-    message = refused(replace(pets, labels=labels))
+    message = refused(pets)
     assert message.startswith(f"domain.original.root: the name {pets.root}/train/")
     assert message.endswith("is not UTF-8 or has control characters; rename it")
     os.rename(train + b"/" + name, train + b"/cat")  # noqa: PTH104
     write_other_name(Path(pets.root) / "train", name + b".png")
-    assert "rename it" in refused(replace(pets, labels=labels))
+    assert "rename it" in refused(pets)
 
 
 def test_an_accent_is_the_same_in_either_spelling(tmp_path: Path, pets: DomainConfig) -> None:

@@ -90,17 +90,10 @@ def test_prompts_are_part_of_a_splits_hash_where_there_are_any(tmp_path: Path) -
     assert len(set(hashes)) == 3
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"prompt": "a {colour} {class}"}, "{colour} is not allowed"),
-        ({"prompt": "a {class}", "labels": "none"}, "the defender has no classes"),
-    ],
-)
-def test_a_prompt_that_cannot_be_filled_in_is_refused(settings: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        DomainConfig(name="x", source="imagefolder", **settings).validate("domain.restricted")  # type: ignore[arg-type]
-    assert said in str(caught.value)
+def test_a_prompt_that_cannot_be_filled_in_is_refused() -> None:
+    config = DomainConfig(name="x", source="imagefolder", prompt="a {colour} {class}")
+    with pytest.raises(UserError, match=r"\{colour\} is not allowed"):
+        config.validate("domain.restricted")
 
 
 def test_a_caption_that_is_missing_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from sophon.domains import (
     joined,
     load_original,
     load_restricted,
-    with_clusters,
 )
 from sophon.errors import UserError
 from tests.domains.made import save_image, write_pets
@@ -105,9 +104,6 @@ OPERATIONS = {
     "joined with itself": lambda images: joined(images, images.take(torch.arange(2))),
     "joined with memory": lambda images: joined(images, OTHER),
     "joined behind memory": lambda images: joined(OTHER, images, OTHER, classes=("a", "b", "c")),
-    "clusters": lambda images: with_clusters(
-        LoadedDomain("x", images.classes, {"adapt": images}, {}), lambda x: x.flatten(1).float(), 2, seed=0, where="x"
-    )["adapt"],
     "part of joined": lambda images: joined(images, OTHER, images).take(torch.tensor([0, len(images) + 1, -1])),
 }
 OTHER = MemoryImages(torch.full((2, 3, 8, 8), 7, dtype=torch.uint8), torch.tensor([1, 0]), ("a", "b"))

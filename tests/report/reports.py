@@ -12,9 +12,9 @@ EVIL = "<script>alert('$x_1$')</script>|`&`"
 MASKING = Masking(
     [Norms("layers", 3, 3.1, 1.5, 6.6)],
     [
-        Seen("fresh", 0, "gradient", 0.0065, 0.26, 0.025),
-        Seen("fresh", 0, "loss", math.nan, 1.0, math.nan),
-        Seen("kept", 10, "gradient", 3.3e9, 1.0, 3.3e9),
+        Seen("fresh", "gradient", 0.0065, 0.26, 0.025),
+        Seen("fresh", "loss", math.nan, 1.0, math.nan),
+        Seen("kept", "gradient", 3.3e9, 1.0, 3.3e9),
     ],
     {},
 )
