@@ -1,8 +1,9 @@
 """Write the bench's table and its figure: what attacks get, and the gap closed by kind of attack, against the budget.
 
-    python experiments/bench_f/summary.py runs/bench_f --row pool_anchored --then undoing
+    python experiments/bench_f/summary.py runs/bench_f --row pool_anchored --then undoing --beside undoing_first
 
 A row of ``--then`` went on from the first one's exports at its largest budget, which is added to its own.
+One ``--beside`` them started from the reference; it has columns of its own in the table.
 Gap closed of an attack is (U - P) / (U - S), of means over seeds, held to 0 .. 1, where 1 is no better than scratch;
 a kind's is the mean over its attacks. Attacks with U - S below two points tell nothing and are left out there. The
 benign domain's kind reads the other way: what of its head start harmless fine-tuning loses.
@@ -103,41 +104,46 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="the bench's folder")
     parser.add_argument("--row", default="pool_anchored", help="name of the runs")
     parser.add_argument("--then", help="name of the runs that started from what those came to")
+    parser.add_argument("--beside", help="name of runs to compare with")
     options = parser.parse_args()
     columns = {role: attempts(options.runs / "controls", role).test for role in ("scratch", "unprotected")}
-    cells: dict[float, list[pd.DataFrame]] = {}
-    losses: dict[float, list[float]] = {}
+    cells: dict[str, list[pd.DataFrame]] = {}
+    losses: dict[str, list[float]] = {}
     lines = []
     before = None
     found = audited(options.runs, [row for row in (options.row, options.then) if row])
-    for minutes, folder in found:
-        cells.setdefault(minutes, []).append(attempts(folder / "audit", "protected"))
+    beside = audited(options.runs, [options.beside]) if options.beside else []
+    for minutes, folder in [*sorted(found), *sorted(beside)]:
+        row = folder.parts[-3]
+        budget = f"{minutes:g} min, {row}" if row == options.beside else f"{minutes:g} min"
+        cells.setdefault(budget, []).append(attempts(folder / "audit", "protected"))
         manifest = json.loads((folder / "export" / "sophon.json").read_text())
         history, intactness = manifest["history"], manifest["intactness"]
         before = intactness["before"]["test"] if before is None else before
         after = intactness["after"]["test"]
-        losses.setdefault(minutes, []).append(before - after)
+        losses.setdefault(budget, []).append(before - after)
         lines.append(
-            f"- {folder.parts[-2]}, {minutes:g} core-minutes: {history['rounds']} rounds in this run, "
+            f"- {row}, {folder.parts[-2]}, {minutes:g} core-minutes: {history['rounds']} rounds in this run, "
             f"{history['rollbacks']} roll-backs, original domain (test) {after:.1f} (reference {before:.1f})"
         )
-    for minutes, tables in sorted(cells.items()):
-        columns[f"{minutes:g} min"] = pd.concat([each.test for each in tables], axis=1).mean(axis=1)
-    budgets = [name for name in columns if name.endswith("min")]
+    for budget, tables in cells.items():
+        columns[budget] = pd.concat([each.test for each in tables], axis=1).mean(axis=1)
+    budgets = list(cells)
     table = pd.DataFrame(columns).dropna(subset=budgets)
     table.insert(0, "kind", next(iter(cells.values()))[0].kind)
     table = table.sort_values("kind", kind="stable").round(1)
     telling = table[table.unprotected - table.scratch >= 2]
     closed = telling[budgets].rsub(telling.unprotected, axis=0).div(telling.unprotected - telling.scratch, axis=0)
     gaps = closed.clip(0, 1).groupby(telling.kind).mean().round(2)
-    lost = pd.Series({f"{minutes:g} min": sum(each) / len(each) for minutes, each in losses.items()})[budgets].round(1)
-    seeds = ", ".join(f"{minutes:g} min: {len(tables)}" for minutes, tables in sorted(cells.items()))
+    lost = pd.Series({budget: sum(each) / len(each) for budget, each in losses.items()}).round(1)
+    seeds = "; ".join(f"{budget}: {len(tables)}" for budget, tables in cells.items())
     head = f"Test accuracy in percent; protection seeds a column: {seeds}."
     summary = pd.concat([gaps, lost.to_frame(LOST).T]).rename_axis("kind")
     parts = [head, markdown(table), "Gap closed:", markdown(summary), "\n".join(lines)]
     (HERE / f"{options.row}.md").write_text("\n\n".join(parts) + "\n")
     change = max((m for m, folder in found if folder.parts[-3] == options.row)) if options.then else None
-    draw(gaps, lost, change, HERE / f"{options.row}.svg")
+    drawn = [budget for budget in budgets if budget.endswith("min")]
+    draw(gaps[drawn], lost[drawn], change, HERE / f"{options.row}.svg")
 
 
 if __name__ == "__main__":

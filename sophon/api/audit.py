@@ -223,8 +223,7 @@ def runner_of(audit: Audit, folder: Path) -> Runner:
 def _frechet(audit: Audit, features: Fidelity | None) -> Frechet | None:
     if features is None:
         return None
-    distance = partial(features.distance, real=audit.scene.restricted["test"])
-    return Frechet(features.name, distance, features.concept_rate)
+    return Frechet(features.name, partial(features.distance, real=audit.scene.restricted["test"]))
 
 
 def _features(audit: Audit, folder: Path) -> Fidelity | None:
