@@ -121,9 +121,9 @@ def filled(key: str, name: str, kind: type[T], arguments: Mapping[str, Any]) -> 
         UserError: it has no such field, or one may not have its value.
     """
     check_arguments(key, name, kind, (), arguments)
-    made = kind(**arguments)
-    check(made, key)
-    return made
+    instance = kind(**arguments)
+    check(instance, key)
+    return instance
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -100,10 +100,10 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
             exported.
     """
     path = Path(path)
-    ours = paths.exists(path / _MANIFEST, key)
-    if not ours and paths.is_folder(path / "checkpoint", key):
+    is_whole = paths.exists(path / _MANIFEST, key)
+    if not is_whole and paths.is_folder(path / "checkpoint", key):
         return read_checkpoint(path / "checkpoint", key)
-    for file in () if ours else paths.entries(path, key) if paths.is_folder(path, key) else (path,):
+    for file in () if is_whole else paths.entries(path, key) if paths.is_folder(path, key) else (path,):
         refuse_pickle(file, key)
     if not paths.is_folder(path, key):
         raise UserError(f"{key}: '{path}' is not a folder; give a checkpoint that sophon exported")

@@ -71,14 +71,14 @@ def named_checkpoints(config: Config) -> Checkpoints:
     )
 
 
-def _difference(theirs: ModelSpec, ours: ModelSpec) -> str:
+def _difference(other: ModelSpec, spec: ModelSpec) -> str:
     """Say in which field two specs differ first, and how."""
     name = next(
         field.name
-        for field in fields(ours)
-        if field.compare and getattr(theirs, field.name) != getattr(ours, field.name)
+        for field in fields(spec)
+        if field.compare and getattr(other, field.name) != getattr(spec, field.name)
     )
-    values = [getattr(spec, name) for spec in (theirs, ours)]
+    values = [getattr(other, name), getattr(spec, name)]
     if isinstance(values[0], tuple):
         differing = [pair for pair in zip(*values, strict=False) if pair[0] != pair[1]]
         values = list(differing[0]) if differing else [len(value) for value in values]

@@ -136,11 +136,11 @@ def audit(
         UserError: something that was given is wrong; one line says what, where and what is allowed.
     """
     if isinstance(model, Protected):
-        made = model.protection
-        reference = made.reference if reference is None else reference
-        original = made.config.domain.original if original is None else original
-        restricted = list(made.config.domain.restricted.values()) if restricted is None else restricted
-        model = in_memory(model.model, made.reference.spec, model.manifest, "model")
+        protection = model.protection
+        reference = protection.reference if reference is None else reference
+        original = protection.config.domain.original if original is None else original
+        restricted = list(protection.config.domain.restricted.values()) if restricted is None else restricted
+        model = in_memory(model.model, protection.reference.spec, model.manifest, "model")
     missing = {"reference": reference, "original": original, "restricted": restricted}
     if reference is None or original is None or restricted is None:
         lacking = ", ".join(key for key, value in missing.items() if value is None)

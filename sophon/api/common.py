@@ -189,9 +189,9 @@ def doubt(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> str
     guess, error, images = task.chance(original["val"])
     if task.metric.sign * (value - guess) > 2 * error:
         return None
-    said, guessed = (format_value(number, task.metric) for number in (value, guess))
+    result, guessed = (format_value(number, task.metric) for number in (value, guess))
     return (
-        f"{key}: {task.metric.name} on {images} images of val is {said}, no better than a guess "
+        f"{key}: {task.metric.name} on {images} images of val is {result}, no better than a guess "
         f"({guessed}, standard error {error:.2g}); if the model was trained, check {task.suspects}"
     )
 

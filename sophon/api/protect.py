@@ -133,11 +133,11 @@ def _measured(protection: Protection, model: nn.Module, at: Position) -> Protect
     before = both_splits(context.task, reference.model, context.original, "reference")
     after = both_splits(context.task, model, context.original, "method.fts_lr")
     guard = {"tolerance": config.guard.tolerance, "relative": config.guard.relative}
-    done = _entered(protection.plan, at)
-    stages = {planned.name: planned.stage for planned in done}
+    entered = _entered(protection.plan, at)
+    stages = {planned.name: planned.stage for planned in entered}
     information = {
         planned.name: asdict(planned.stage.information(replace(context, method=planned.method, task=planned.task)))
-        for planned in done
+        for planned in entered
     }
     general = manifest_of(
         as_loaded(config, reference.spec), "protect", reference.sha256, context.original, context.restricted

@@ -32,11 +32,12 @@ def forecast(runner: Runner, missing: Sequence[Path], workers: int) -> str:
     jobs = list(runner.jobs.values())
     searches = {job.name: job.config.trials for job in jobs if isinstance(job, Search)}
     names = {(job.attack, job.domain) for job in jobs if not isinstance(job, Search)}
-    what = [counted(len(names), "attack")] if names else []
-    what += [f"{counted(len(searches), 'searching attacker')} of {sum(searches.values())} trials"] if searches else []
+    phrases = [counted(len(names), "attack")] if names else []
+    if searches:
+        phrases.append(f"{counted(len(searches), 'searching attacker')} of {sum(searches.values())} trials")
     models, total = len({job.role for job in jobs}), sum(job.cost for job in jobs)
     left = sum(runner.jobs[path].cost for path in missing)
-    line = f"{listed(what)} against {counted(models, 'model')}: {counted(total, 'attempt')}"
+    line = f"{listed(phrases)} against {counted(models, 'model')}: {counted(total, 'attempt')}"
     line += f", {left} of them to run" if left < total else ""
     if not missing:
         return line
@@ -87,6 +88,6 @@ def _seconds(scene: Scene) -> tuple[float, float]:
         strategy = FineTuneStrategy(optimizer="adam", lr=1e-8, batch_size=_BATCH, steps=_STEPS, head=head)
         generator = torch.Generator().manual_seed(0)
         fine_tune(model, strategy, scene.task, domain["attack"], generator, lambda *_: at.append(time.perf_counter()))
-        begun = time.perf_counter()
+        start = time.perf_counter()
         scene.task.measure(model, domain["select"])
-        return (at[-1] - at[1]) / (_STEPS - 1) / _BATCH, time.perf_counter() - begun
+        return (at[-1] - at[1]) / (_STEPS - 1) / _BATCH, time.perf_counter() - start

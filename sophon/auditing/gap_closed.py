@@ -70,11 +70,11 @@ def gap_closed(roles: Mapping[str, Score], metric: Metric, yardstick: str = "scr
     if missing := [role for role in needed if role not in scores]:
         return Gap(reason=f"no result of {' and '.join(missing)}")
     p, u, s = scores.values()
-    taken, gap = u.mean - p.mean, u.mean - s.mean
+    loss, gap = u.mean - p.mean, u.mean - s.mean
     least = MIN_GAP_POINTS if metric.unit == "%" else MIN_GAP_RELATIVE * abs(s.mean)
     if not max(least, 0.0) <= metric.sign * gap or gap == 0:
         return Gap(reason=f"unprotected is not clearly better than {yardstick}")
-    value = taken / gap
+    value = loss / gap
     if not math.isfinite(value):
         return Gap(reason="the results are too large to compare")
     # The ends are the ratios r at which (u - p) - r (u - s) is as large as its own error; all in units of the gap.

@@ -76,8 +76,8 @@ def _barrier(
     for place in PLACES:
         between = copy.deepcopy(reference)
         with torch.no_grad():
-            for mine, other in zip(between.parameters(), model.parameters(), strict=True):
-                mine.lerp_(other, place)
+            for weight, other in zip(between.parameters(), model.parameters(), strict=True):
+                weight.lerp_(other, place)
         seed_all(derive_seed(seed, "geometry"))
         generator = torch.Generator().manual_seed(derive_seed(seed, "geometry"))
         restate(between, Means(task, spec, original.classes, original["train"], generator))

@@ -46,9 +46,9 @@ def knowing_of(results: Results, mechanisms: Sequence[str] | None, known: Mappin
         for attack in results.attacks
         if attack.exposure != "seen" and set(known.get(attack.attack, ())) & set(mechanisms)
     ]
-    met = {name for attack in attacks for name in known[attack.attack]}
+    mechanisms_met = {name for attack in attacks for name in known[attack.attack]}
     worst = worst_case(attacks, results.metric, results.best_filtered) if attacks else None
-    return Knowing(list(mechanisms), [name for name in mechanisms if name not in met], worst)
+    return Knowing(list(mechanisms), [name for name in mechanisms if name not in mechanisms_met], worst)
 
 
 def not_run(missing: Sequence[str]) -> str:

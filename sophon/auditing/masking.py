@@ -178,7 +178,7 @@ def _norms(models: Mapping[str, nn.Module], layers: Mapping[str, int | None]) ->
     """Compare the released weights: whole layers, and the channels of those that have scales of their own."""
     rows = []
     apart = {name: axis for name, axis in layers.items() if axis is not None}
-    for what, axes in (("layers", dict.fromkeys(layers)), ("channels", apart)):
+    for kind, axes in (("layers", dict.fromkeys(layers)), ("channels", apart)):
         sizes = [
             np.concatenate(
                 [
@@ -195,5 +195,5 @@ def _norms(models: Mapping[str, nn.Module], layers: Mapping[str, int | None]) ->
         ratios = sizes[0][kept] / sizes[1][kept]
         if len(ratios):
             mean = float(np.exp(np.log(ratios).mean()))
-            rows.append(Norms(what, len(ratios), mean, float(ratios.min()), float(ratios.max())))
+            rows.append(Norms(kind, len(ratios), mean, float(ratios.min()), float(ratios.max())))
     return rows

@@ -161,18 +161,20 @@ def _distillation_floor(attacks: Sequence[Attack], metric: Metric, filtered: str
 def _oracle(rows: pd.DataFrame, metric: Metric) -> Oracle | None:
     """Score the oracle; of several, the best on ``select``."""
     oracles = [
-        Oracle(str(name), float(mine["data_ratio"].iloc[0]), score(mine, metric, spread(rows)))
-        for name, mine in rows.groupby("attack")
+        Oracle(str(name), float(attempts["data_ratio"].iloc[0]), score(attempts, metric, spread(rows)))
+        for name, attempts in rows.groupby("attack")
     ]
     return max(oracles, key=lambda oracle: (oracle.score.seeds > 0, metric.sign * oracle.score.select), default=None)
 
 
 def _benign(rows: pd.DataFrame, curves: pd.DataFrame, metric: Metric) -> list[Benign]:
     scored, usual = [], spreads(rows)
-    for name, mine in rows.groupby("attack"):
-        roles = roles_of(mine, metric, usual)
+    for name, attempts in rows.groupby("attack"):
+        roles = roles_of(attempts, metric, usual)
         p, u = (roles.get(role, Score()) for role in ROLES[:2])
         scored.append(
-            Benign(str(name), roles, harm(p, u, metric), sgrc_of(roles, metric), signed_rfd_of(mine, curves, metric))
+            Benign(
+                str(name), roles, harm(p, u, metric), sgrc_of(roles, metric), signed_rfd_of(attempts, curves, metric)
+            )
         )
     return scored

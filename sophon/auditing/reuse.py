@@ -50,10 +50,10 @@ class Reused:
             name = f"attempts/{identifier}.json"
             self._copy(other, read_json(other / name), self.folder / name)
         for picture in record.get("samples", ()):
-            drawn = other / picture["file"]
-            if not is_file(drawn):
-                raise UserError(f"attack.reuse: an attempt in '{other}' lacks its picture '{drawn.name}'; leave it out")
-            write_bytes(self.folder / picture["file"], drawn.read_bytes())
+            file = other / picture["file"]
+            if not is_file(file):
+                raise UserError(f"attack.reuse: an attempt in '{other}' lacks its picture '{file.name}'; leave it out")
+            write_bytes(self.folder / picture["file"], file.read_bytes())
         if "strategy" in record:
             record |= self.exposure(record["strategy"])
         write_json(path, record)

@@ -91,11 +91,11 @@ class Runner:
 
     def missing(self) -> list[Path]:
         """Return the files of this shard's jobs that are not there yet, after taking over what other audits have."""
-        mine = list(self.jobs)[self.config.shard :: self.config.shards]
-        for path in mine:
+        paths = list(self.jobs)[self.config.shard :: self.config.shards]
+        for path in paths:
             if not exists(path):
                 self.reused.take_over(path)
-        return [path for path in mine if not exists(path)]
+        return [path for path in paths if not exists(path)]
 
     def run(self, path: Path, on_trial: Callable[[str], None] = lambda note: None) -> str:
         """Run the job whose file is ``path``; return a line on what came of it."""
@@ -107,8 +107,8 @@ class Runner:
         write_json(path, record)
         if isinstance(job, Attempt):
             value = record["test"]
-            said = "not finite" if value is None else format_value(value, self.scene.task.metric)
-            return f"{job.attack} on {job.role}: {said}"
+            result = "not finite" if value is None else format_value(value, self.scene.task.metric)
+            return f"{job.attack} on {job.role}: {result}"
         return f"{job.name} on {job.role}: {len(record['trials'])} trials"
 
     def records(self) -> tuple[list[Record], list[Record]]:

@@ -84,6 +84,6 @@ def _check_means(operation: Operation, model: nn.Module, scene: Scene) -> None:
             raise UserError(f"surgery: {operation.name} needs a benign domain; set domain.benign")
         if operation.name == "heal" and scene.task.head_names(model):
             scene.task.start_head(model, "fresh", scene.benign.classes)
-    there = len(scene.task.blocks(model))
-    if operation.name == "reinitialise" and given.get("blocks", 1) > there:
-        raise UserError(f"surgery: reinitialise has {given['blocks']} blocks to replace; the model has only {there}")
+    blocks = len(scene.task.blocks(model))
+    if operation.name == "reinitialise" and given.get("blocks", 1) > blocks:
+        raise UserError(f"surgery: reinitialise has {given['blocks']} blocks to replace; the model has only {blocks}")

@@ -39,12 +39,12 @@ def dreambooth(
     count = min(PRIOR_IMAGES, max(1, strategy.steps * strategy.batch_size))
     prompts = tuple(PRIOR_PROMPT.format(name) for name in images.classes)
     seed = int(torch.randint(2**31, (), generator=generator))
-    drawn = task.sample(model, count, seed, prompts)
-    if drawn is None:
+    samples = task.sample(model, count, seed, prompts)
+    if samples is None:
         raise UserError("loop: 'dreambooth' needs a model that generates images; use fine_tune")
     device = images.labels.device
     labels = torch.arange(count, device=device) % len(prompts)
-    prior = MemoryImages(drawn.to(device), labels, images.classes, tuple(islice(cycle(prompts), count)))
+    prior = MemoryImages(samples.to(device), labels, images.classes, tuple(islice(cycle(prompts), count)))
     stream = batches(prior, strategy.batch_size, torch.Generator().manual_seed(seed))
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:

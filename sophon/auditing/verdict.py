@@ -82,8 +82,8 @@ def verdict(results: Results, context: Context, knowing: Knowing) -> Verdict:
     if removal is not None:
         both = f"Against scratch it is {worst.state}, against a model that never saw the restricted classes {removal}."
         sentence = " ".join(filter(None, (both, sentence, _removal(worst, results, context))))
-    told = [finding for finding in findings if finding]
-    return Verdict(worst.state, removal, sentence, _knowing(knowing, results), basis(results), told)
+    sentences = [finding for finding in findings if finding]
+    return Verdict(worst.state, removal, sentence, _knowing(knowing, results), basis(results), sentences)
 
 
 def _sentence(worst: WorstCase, results: Results) -> str:
@@ -92,16 +92,16 @@ def _sentence(worst: WorstCase, results: Results) -> str:
         return f"These attacks do not tell whether protection holds: {gap.reason}."
     p, u, s = (format_value(reading.roles[role].mean, results.metric) for role in ROLES)
     direction = "" if results.metric.higher_is_better else " (lower is better)"
-    got = f"fine-tuning the protected model gets an attacker to {p} {results.metric.name}{direction}"
+    success = f"fine-tuning the protected model gets an attacker to {p} {results.metric.name}{direction}"
     others = f"fine-tuning the unprotected one to {u} and training from scratch to {s}"
     if worst.state == Judgement.UNKNOWN:
         why = gap.reason or f"the interval of gap closed, {format_interval(gap)}, is too wide"
-        return f"These attacks do not tell whether protection holds: {got}, {others}, but {why}."
+        return f"These attacks do not tell whether protection holds: {success}, {others}, but {why}."
     off = "worse" if gap.low > 1 else "no better" if gap.value > 1 else "hardly better"
     return {
-        Judgement.BROKEN: f"Protection does not stop an attacker: {got}, {others}.",
-        Judgement.WEAKENED: f"Protection takes something from an attacker, but not all: {got}, {others}.",
-        Judgement.HOLDS: f"Protection leaves an attacker {off} off than starting from scratch: {got}, {others}.",
+        Judgement.BROKEN: f"Protection does not stop an attacker: {success}, {others}.",
+        Judgement.WEAKENED: f"Protection takes something from an attacker, but not all: {success}, {others}.",
+        Judgement.HOLDS: f"Protection leaves an attacker {off} off than starting from scratch: {success}, {others}.",
     }[worst.state]
 
 
@@ -114,37 +114,37 @@ def _removal(worst: WorstCase, results: Results, context: Context) -> str:
     if gap.state == Judgement.UNKNOWN:
         why = gap.reason or f"the interval of R, {format_interval(gap)}, is too wide"
         return f"Whether it removes what the model had learnt of the restricted classes cannot be judged: {why}."
-    got = "fine-tuning a model that never saw the restricted classes gets to "
-    got += format_value(reading.roles[role].mean, results.metric)
-    told = {
-        Judgement.BROKEN: f"It removes nothing of what the model had learnt of the restricted classes: {got}",
-        Judgement.WEAKENED: f"It removes part of what the model had learnt of the restricted classes: {got}",
-        Judgement.HOLDS: f"It removes what the model had learnt of the restricted classes: {got}",
+    success = "fine-tuning a model that never saw the restricted classes gets to "
+    success += format_value(reading.roles[role].mean, results.metric)
+    sentence = {
+        Judgement.BROKEN: f"It removes nothing of what the model had learnt of the restricted classes: {success}",
+        Judgement.WEAKENED: f"It removes part of what the model had learnt of the restricted classes: {success}",
+        Judgement.HOLDS: f"It removes what the model had learnt of the restricted classes: {success}",
     }[gap.state] + f" (R {format_gap(gap, role)})."
     kept, original = context.intactness, context.filtered.get(role, {}).get("original")
     if gap.value > 1 and kept and original is not None and kept.metric.sign * (original - kept.after) > 0:
         values = [format_value(value, kept.metric) for value in (kept.after, original)]
-        told += f" On the original domain it has {values[0]}, that model {values[1]}: "
-        told += "its features may just be less trained."
-    return told
+        sentence += f" On the original domain it has {values[0]}, that model {values[1]}: "
+        sentence += "its features may just be less trained."
+    return sentence
 
 
 def _knowing(knowing: Knowing, results: Results) -> str:
     """Say what attackers come to who know how the model is protected, or that there was none."""
     who = "An attacker who knows how it protects"
-    met = [name for name in knowing.mechanisms if name not in knowing.missing]
+    mechanisms = [name for name in knowing.mechanisms if name not in knowing.missing]
     if knowing.worst_case is None:
         against = f" ({listed(knowing.missing)})" if knowing.missing else ""
         return f"{who}{against} was not run; {not_run(knowing.missing)}."
     reading = knowing.worst_case.deciding
     if "protected" not in reading.attacks:
-        return f"{who} ({listed(met)}) diverged in every attempt."
-    got, attack = format_value(reading.roles["protected"].mean, results.metric), reading.attacks["protected"]
+        return f"{who} ({listed(mechanisms)}) diverged in every attempt."
+    value, attack = format_value(reading.roles["protected"].mean, results.metric), reading.attacks["protected"]
     gaps = f"gap closed {format_gap(reading.gap_closed)}"
     if reading.removal:
         gaps += f", R {format_gap(reading.removal, str(results.best_filtered))}"
     more = f" None was run against {listed(knowing.missing)}; {not_run(knowing.missing)}." if knowing.missing else ""
-    return f"{who} ({listed(met)}) gets to {got} with '{attack}': {knowing.worst_case.state}, {gaps}.{more}"
+    return f"{who} ({listed(mechanisms)}) gets to {value} with '{attack}': {knowing.worst_case.state}, {gaps}.{more}"
 
 
 def format_gap(gap: Gap, yardstick: str = "scratch") -> str:
@@ -166,15 +166,15 @@ def _reading(name: str, reading: Reading, results: Results) -> str:
         return ""
     if name == "own_best":
         values = [f"{role} {format_value(reading.roles[role].mean, metric)} ('{attacks[role]}')" for role in attacks]
-        told = READINGS[name]
+        title = READINGS[name]
     else:
         attack = next(attack for attack in results.attacks if attack.attack == attacks["protected"])
         who = f"best of {attack.trials} searched trials, " if attack.trials else ""
-        told = f"{READINGS[name]}, '{attack.attack}' ({who}{describe(attack.strategy)})"
+        title = f"{READINGS[name]}, '{attack.attack}' ({who}{describe(attack.strategy)})"
         values = [f"{role} {format_value(score.mean, metric)}" for role, score in reading.roles.items()]
     removal = f"; R {format_gap(reading.removal, str(results.best_filtered))}" if reading.removal else ""
     gap = f"gap closed {format_gap(reading.gap_closed)}{removal}"
-    return f"{told[0].upper()}{told[1:]}: {', '.join(values)}; {gap}."
+    return f"{title[0].upper()}{title[1:]}: {', '.join(values)}; {gap}."
 
 
 def basis(results: Results) -> str:
@@ -193,8 +193,8 @@ def _groups(results: Results, context: Context) -> str:
     groups = {name: results.worst_case[name] for name in EXPOSURES if name in results.worst_case}
     if not context.support or len({group.state for group in groups.values()}) < 2:
         return ""
-    told = [f"{group.state} against {_WHO[name]} ({_gap_of(group)})" for name, group in groups.items()]
-    return f"By what protection simulated: {'; '.join(told)}."
+    phrases = [f"{group.state} against {_WHO[name]} ({_gap_of(group)})" for name, group in groups.items()]
+    return f"By what protection simulated: {'; '.join(phrases)}."
 
 
 def _gap_of(group: WorstCase) -> str:
@@ -227,8 +227,8 @@ def _masking(results: Results, context: Context) -> str:
     pair = min(
         (pair for pair in results.undone if not math.isnan(pair.share)), key=lambda pair: abs(pair.share - share)
     )
-    deeds = listed([operation_in_words(operation) for operation in pair.operations])
-    undone = f"gap closed {pair.gap_closed:.2f} after {deeds} instead of {pair.gap_closed_without:.2f}"
+    surgery = listed([operation_in_words(operation) for operation in pair.operations])
+    undone = f"gap closed {pair.gap_closed:.2f} after {surgery} instead of {pair.gap_closed_without:.2f}"
     evidence = ", ".join(part for part in (_growth(context, EQUAL_WITHIN), undone) if part)
     return f"{'Most' if share >= MASKING_MOST else 'Part'} of it is masking ({evidence})."
 

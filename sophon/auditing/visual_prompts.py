@@ -50,13 +50,13 @@ def visual_prompts(
 def _entrance(model: nn.Module, task: Task, images: ImageSet) -> tuple[nn.Module, int]:
     """Return the first of a transformer's blocks, and the width of its tokens."""
     stacks = (part for part in model.modules() if isinstance(part, nn.ModuleList | nn.Sequential) and len(part))
-    inside = (part[0] for part in stacks if any(attention(block) for block in part))
-    block, taken = next(inside, None), []
+    first_blocks = (part[0] for part in stacks if any(attention(block) for block in part))
+    block, entries = next(first_blocks, None), []
     if block is not None:
-        hook = block.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+        hook = block.register_forward_pre_hook(lambda _, inputs: entries.append(inputs[0]))
         with evaluating(model):
             task.features(model, images.first(1).images)
         hook.remove()
-    if block is None or not taken or not isinstance(taken[0], Tensor) or taken[0].dim() != 3:
+    if block is None or not entries or not isinstance(entries[0], Tensor) or entries[0].dim() != 3:
         raise UserError("loop: 'visual_prompts' needs a vision transformer whose blocks take tokens; use fine_tune")
-    return block, taken[0].shape[-1]
+    return block, entries[0].shape[-1]

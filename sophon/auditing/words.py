@@ -27,9 +27,9 @@ def filtered_roles(count: int) -> list[str]:
 
 def in_order(roles: Iterable[str]) -> list[str]:
     """Return roles from the protected model to what is left to an attacker without it; the oracle is none of them."""
-    there = set(roles)
-    filtered = sorted((role for role in there if role.startswith(FILTERED)), key=lambda role: (len(role), role))
-    return [role for role in (*ROLES[:2], *filtered, *ROLES[2:]) if role in there]
+    present = set(roles)
+    filtered = sorted((role for role in present if role.startswith(FILTERED)), key=lambda role: (len(role), role))
+    return [role for role in (*ROLES[:2], *filtered, *ROLES[2:]) if role in present]
 
 
 def printable(text: str) -> str:

@@ -42,15 +42,15 @@ def run_jobs(runner: Runner, make: Callable[[], Runner], workers: int, tracker: 
 
 def _in_turn(runner: Runner, paths: Sequence[Path], advance: Callable[..., None]) -> None:
     for path in paths:
-        told = 0
+        trials = 0
 
         def on_trial(note: str) -> None:
-            nonlocal told
-            told += 1
+            nonlocal trials
+            trials += 1
             advance(note)
 
         note = runner.run(path, on_trial)
-        advance(note, steps=runner.jobs[path].cost - told)
+        advance(note, steps=runner.jobs[path].cost - trials)
 
 
 def _side_by_side(
@@ -64,9 +64,9 @@ def _side_by_side(
     reading, writing = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(workers, context, _begin, (make, reading))
     try:
-        running = {executor.submit(_run, path): path for path in paths}
-        for done in as_completed(running):
-            advance(done.result(), steps=runner.jobs[running[done]].cost)
+        paths_by_job = {executor.submit(_run, path): path for path in paths}
+        for job in as_completed(paths_by_job):
+            advance(job.result(), steps=runner.jobs[paths_by_job[job]].cost)
     except BrokenProcessPool as error:
         writing.close()
         raise UserError(

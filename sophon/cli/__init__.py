@@ -20,7 +20,6 @@ from omegaconf import DictConfig, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from sophon import __version__
-from sophon.cli import overrides as said
 from sophon.cli.completion import BASH, complete
 from sophon.cli.early import refuse_early
 from sophon.cli.follow import following
@@ -29,6 +28,7 @@ from sophon.cli.help import USAGE, explain
 from sophon.cli.listing import listing
 from sophon.cli.messages import one_line
 from sophon.cli.next import next_steps
+from sophon.cli.overrides import as_typed, mend_hydra, named, of_a_model, text
 from sophon.cli.project import init
 from sophon.config import ComposedConfig, Config
 from sophon.config.keys import keys
@@ -39,7 +39,7 @@ from sophon.validation import from_omegaconf
 from sophon.verbs import VERBS, action
 
 ConfigStore.instance().store(name="schema", node=ComposedConfig)
-said.mend_hydra()
+mend_hydra()
 
 
 @hydra.main(  # type: ignore[untyped-decorator]
@@ -95,7 +95,7 @@ def _main(arguments: list[str]) -> int:
             print(*complete(line), sep="\n")
             return 0
         case ["list" | "init" as word, *rest] if not {"--help", "-h"} & set(rest):
-            return _said(listing if word == "list" else init, rest)
+            return _answered(listing if word == "list" else init, rest)
         case ["list" | "init", *_]:
             print(USAGE)
             return 0
@@ -107,7 +107,7 @@ def _main(arguments: list[str]) -> int:
     return _fail(f"'{verb}' is not a verb{likely(verb, allowed)}; allowed: {', '.join(allowed)}", 2)
 
 
-def _said(answer: Callable[[list[str]], str], arguments: list[str]) -> int:
+def _answered(answer: Callable[[list[str]], str], arguments: list[str]) -> int:
     """Print an answer that takes no configuration."""
     try:
         print(answer(arguments))
@@ -132,7 +132,7 @@ def _command(verb: str, arguments: list[str]) -> int:
         overrides, flags, options = _parted([f"verb={verb}", *arguments])
         searched += [options.config_dir] if options.config_dir else []
         known = groups(searched)
-        overrides = said.of_a_model([said.as_typed(override, known, options.multirun) for override in overrides])
+        overrides = of_a_model([as_typed(override, known, options.multirun) for override in overrides])
         if options.multirun or options.help:
             _by_hydra(overrides, flags)
         else:
@@ -187,8 +187,8 @@ def _warn(line: str | None) -> None:
 
 def _runs_as_override(arguments: list[str]) -> list[str]:
     """Turn the folders among ``arguments`` into the key that names them; Hydra takes overrides only."""
-    rest = [argument for argument in arguments if argument.startswith("-") or said.named([argument]) & set(keys())]
-    folders = ",".join(said.text(argument) for argument in arguments if argument not in rest)
+    rest = [argument for argument in arguments if argument.startswith("-") or named([argument]) & set(keys())]
+    folders = ",".join(text(argument) for argument in arguments if argument not in rest)
     return [*rest, f"runs=[{folders}]"]
 
 

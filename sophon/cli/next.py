@@ -31,12 +31,12 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
         return shlex.join(["sophon", verb, *flags, *kept, *more])
 
     folder = config.run_dir or _default(config, config.verb)
-    made = [] if config.run_dir is None else [folder]  # what the next verb does not find by itself
+    folders = [] if config.run_dir is None else [folder]  # what the next verb does not find by itself
     match config.verb:
         case "pretrain":
-            commands = [command("protect", *_restricted(overrides), *(f"reference={path}" for path in made))]
+            commands = [command("protect", *_restricted(overrides), *(f"reference={path}" for path in folders))]
         case "protect":
-            commands = [command("audit", *(f"checkpoint={path}" for path in made)), _export(config, folder)]
+            commands = [command("audit", *(f"checkpoint={path}" for path in folders)), _export(config, folder)]
         case "export":
             return _loading(config.out or _default(config, "export"))
         case "audit" if config.attack.shards > 1:

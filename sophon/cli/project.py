@@ -46,6 +46,6 @@ def init(arguments: Sequence[str]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = files("sophon").joinpath("templates", "project", template).read_text(encoding="utf-8")
         write_text(path, text.replace("NAME", name))
-    made = "\n".join(f"  {folder / place.replace('NAME', name)}" for place in _FILES.values())
+    paths = "\n".join(f"  {folder / place.replace('NAME', name)}" for place in _FILES.values())
     command = shlex.join(["sophon", "pretrain", "--config-dir", str(folder), f"experiment={name}"])
-    return f"{folder} holds, each file commented:\n{made}\nnext: {command}"
+    return f"{folder} holds, each file commented:\n{paths}\nnext: {command}"

@@ -88,8 +88,8 @@ def _keys(kind: type, prefix: str) -> Iterator[Key]:
         name, hint = prefix + part.name, hints[part.name]
         default = part.default if part.default_factory is MISSING else part.default_factory()
         yield Key(name, hint, default, meanings.get(part.name, ""), tuple(part.metadata.get("choices", ())))
-        for inside in _UNTYPED.get(name, [content(hint)]):
-            yield from _inside(inside, name)
+        for value_kind in _UNTYPED.get(name, [content(hint)]):
+            yield from _inside(value_kind, name)
 
 
 def _inside(kind: Any, name: str) -> Iterator[Key]:

@@ -75,8 +75,8 @@ def batches(
     augment = AUGMENTATIONS[augmentation]
     _check(len(images), batch_size)
     # An epoch at a time: what is read ahead must not draw from the generator before the augmentation of what is due.
-    drawn = chain.from_iterable(map(images.stream, _epochs(len(images), batch_size, generator)))
-    return (batch._replace(images=augment(batch.images, generator)) for batch in drawn)
+    stream = chain.from_iterable(map(images.stream, _epochs(len(images), batch_size, generator)))
+    return (batch._replace(images=augment(batch.images, generator)) for batch in stream)
 
 
 def evaluation_batches(images: ImageSet, batch_size: int) -> Iterator[Batch]:

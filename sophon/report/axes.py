@@ -48,11 +48,11 @@ def recovery(results: Results) -> Iterator[Element]:
 def _table(results: Results, axes: Sequence[Axis], title: str) -> Table:
     rows = [
         [
-            *(name(attack), "all" if value is None else f"{value:g}", percent(taken), ratio(closed.value)),
+            *(name(attack), "all" if value is None else f"{value:g}", percent(sgrc), ratio(closed.value)),
             *removal_cells(results, ratio(removed.value) if removed else "-"),
         ]
         for axis in axes
-        for attack, value, taken, closed, removed in zip(
+        for attack, value, sgrc, closed, removed in zip(
             axis.attacks, axis.values, axis.sgrc, axis.gap_closed, axis.removal, strict=True
         )
     ]

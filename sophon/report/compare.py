@@ -101,7 +101,7 @@ def _labels(folders: Sequence[Path], audits: Sequence[AuditReport]) -> list[str]
 
 
 def _page(audits: Sequence[_Compared], out: Path) -> Page:
-    everything = set.union(*(set(audit.attacks) for audit in audits))
+    attacks = set.union(*(set(audit.attacks) for audit in audits))
     shared = _shared(audits)
     verdicts = [[_link(audit, out), printable(str(audit.report.verdict))] for audit in audits]
     sections = [
@@ -109,11 +109,11 @@ def _page(audits: Sequence[_Compared], out: Path) -> Page:
         Section("families", "Worst cases by family", list(_families(audits))),
         Section("attacks", "Gap closed, attack by attack", list(_attack_map(audits, shared))),
         Section("values", "What the attacked models reach", list(_values(audits, shared))),
-        Section("sources", "Checkpoints and attacks", list(_sources(audits, everything - set(shared)))),
+        Section("sources", "Checkpoints and attacks", list(_sources(audits, attacks - set(shared)))),
     ]
     return Page(
         title="Comparison of audits",
-        lead=f"{len(audits)} audits; {len(shared)} of {len(everything)} attacks were run in all of them.",
+        lead=f"{len(audits)} audits; {len(shared)} of {len(attacks)} attacks were run in all of them.",
         notes=[Warn(text) for text in differences(audits, shared)],
         sections=sections,
         terms={term: TERMS[term] for term in ("gap closed", "R", "reading", "judged", "masked share", "intervals")},
@@ -130,8 +130,8 @@ def _shared(audits: Sequence[_Compared]) -> list[str]:
 
     def order(name: str) -> tuple[float, str]:
         gaps = [audit.attacks[name].gap_closed.value for audit in audits]
-        there = [gap for gap in gaps if known(gap)]
-        return (sum(there) / len(there) if there else math.inf, name)
+        values = [gap for gap in gaps if known(gap)]
+        return (sum(values) / len(values) if values else math.inf, name)
 
     return sorted(set.intersection(*(set(audit.attacks) for audit in audits)), key=order)
 
@@ -143,8 +143,8 @@ def differences(audits: Sequence[_Compared], shared: Sequence[str]) -> list[str]
     def differ(what: str, fact: Callable[[AuditReport], Any]) -> None:
         facts = {audit.label: fact(audit.report) for audit in audits}
         if len({json.dumps(value, sort_keys=True) for value in facts.values()}) > 1:
-            told = "; ".join(f"{label}: {_told(value)}" for label, value in facts.items())
-            texts.append(printable(f"{what} ({told})."))
+            values = "; ".join(f"{label}: {_told(value)}" for label, value in facts.items())
+            texts.append(printable(f"{what} ({values})."))
 
     differ("The images of the restricted domain are not the same, by their hashes", lambda a: _digest(a.context.hashes))
     if not any(audit.report.context.hashes for audit in audits):
@@ -234,10 +234,10 @@ def _map(audits: Sequence[_Compared], rows: Mapping[str, Sequence[float]], first
 
 
 def _families(audits: Sequence[_Compared]) -> Iterator[Element]:
-    every = [audit.report.results.families for audit in audits]
-    names = dict.fromkeys(name for families in every for name in families)
+    columns = [audit.report.results.families for audit in audits]
+    names = dict.fromkeys(name for families in columns for name in families)
     rows = {
-        name: [families[name].deciding.gap_closed.value if name in families else math.nan for families in every]
+        name: [families[name].deciding.gap_closed.value if name in families else math.nan for families in columns]
         for name in names
     }
     if rows:

@@ -36,8 +36,8 @@ def curve_panels(attempts: Attempts, names: Iterable[str], metric: Metric) -> di
     curves = attempts.curves[attempts.curves["id"].isin(kept)]
     bands = {}
     for name in names:
-        mine = curves[curves["attack"] == name]
-        roles = {role: band(mine[mine["role"] == role]) for role in in_order(mine["role"])}
+        points = curves[curves["attack"] == name]
+        roles = {role: band(points[points["role"] == role]) for role in in_order(points["role"])}
         if roles := {role: curve for role, curve in roles.items() if len(curve)}:
             bands[name] = roles
     limits = _limits([curve for roles in bands.values() for curve in roles.values()], metric)
@@ -47,8 +47,8 @@ def curve_panels(attempts: Attempts, names: Iterable[str], metric: Metric) -> di
 def _limits(bands: Sequence[pd.DataFrame], metric: Metric) -> tuple[float, float]:
     if not bands:
         return 0.0, 1.0
-    every = pd.concat(bands)
-    low, high = float(every["low"].min()), float(every["high"].max())
+    points = pd.concat(bands)
+    low, high = float(points["low"].min()), float(points["high"].max())
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     least, most = metric.limits
     return max(low - margin, least), min(high + margin, most + 2)
@@ -94,8 +94,8 @@ def _search_panel(name: str, trials: pd.DataFrame, metric: Metric) -> str:
         axes = figure.add_axes((0.1, 0.16, 0.7, 0.79))
         axes.set_ylim(low, high)
         for role in in_order(trials["role"]):
-            mine = trials[trials["role"] == role]
-            for pruned, shown in mine.groupby(mine["state"] == "pruned"):
+            rows = trials[trials["role"] == role]
+            for pruned, shown in rows.groupby(rows["state"] == "pruned"):
                 axes.plot(
                     shown["trial"] + 1,
                     shown["value"].clip(low, high),
@@ -106,7 +106,7 @@ def _search_panel(name: str, trials: pd.DataFrame, metric: Metric) -> str:
                     marker="x" if pruned else MARKERS[own(role)],
                     markersize=3.2 if pruned else 2.4,
                 )
-            axes.step(mine["trial"] + 1, mine["best"], where="post", color=COLOURS[own(role)], linewidth=1.6)
+            axes.step(rows["trial"] + 1, rows["best"], where="post", color=COLOURS[own(role)], linewidth=1.6)
         ends = trials.groupby("role")["best"].last().dropna()
         label_ends(axes, {str(role): float(best) for role, best in ends.items()}, (low, high))
         axes.set_xlim(0.5, trials["trial"].max() + 1.5)

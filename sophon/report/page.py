@@ -21,9 +21,9 @@ class Link(Name):
 
     def __new__(cls, text: str, href: str) -> Link:
         """Make the name."""
-        made = super().__new__(cls, text)
-        made.href = href
-        return made
+        link = super().__new__(cls, text)
+        link.href = href
+        return link
 
 
 @dataclass(frozen=True)

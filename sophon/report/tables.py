@@ -160,8 +160,8 @@ def strengths(values: Sequence[float], metric: Metric) -> list[int | None]:
     Percentages are compared by differences; other units, whose values span orders of magnitude, by ratios where all
     are positive.
     """
-    there = [value for value in values if known(value)]
-    ratios = metric.unit != "%" and all(value > 0 for value in there)
+    numbers = [value for value in values if known(value)]
+    ratios = metric.unit != "%" and all(value > 0 for value in numbers)
     places = [metric.sign * (math.log(value) if ratios and known(value) else value) for value in values]
     low, high = (end((place for place in places if known(place)), default=0.0) for end in (min, max))
     if not 0 < high - low < math.inf:
@@ -186,7 +186,7 @@ def worst_table(results: Results) -> Table:
 
     def add(title: str, worst: WorstCase, reading: str) -> None:
         case = getattr(worst, reading)
-        told = _READING[reading] if worst.readings_differ else "both"
+        words = _READING[reading] if worst.readings_differ else "both"
         decides = "\nthe lower" if reading == worst.decided_by and worst.readings_differ else ""
         cells = [
             f"{score(case.roles[role], results.metric)}\n{printable(case.attacks[role])}" if role in case.roles else "-"
@@ -194,7 +194,7 @@ def worst_table(results: Results) -> Table:
         ]
         rows.append(
             [
-                *(title, str(len(worst.tried)), told + decides, *cells),
+                *(title, str(len(worst.tried)), words + decides, *cells),
                 *(gap(case.gap_closed), str(case.gap_closed.state).lower()),
                 *removal_cells(results, gap(case.removal, str(results.best_filtered))),
             ]
@@ -213,16 +213,16 @@ def worst_table(results: Results) -> Table:
 def searches_table(trials: pd.DataFrame, metric: Metric) -> Table:
     """Return each search and role: trials, what became of them, and the winner."""
     rows = []
-    for (search, role), mine in trials.groupby(["search", "role"]):
-        won = mine[mine["won"]]
-        first, states = mine.iloc[0], mine["state"].value_counts()
+    for (search, role), group in trials.groupby(["search", "role"]):
+        won = group[group["won"]]
+        first, states = group.iloc[0], group["state"].value_counts()
         rows.append(
             [
                 name(str(search)),
                 str(role),
                 printable(describe(json.loads(won["strategy"].iloc[0]))) if len(won) else "-",
                 f"{first['sampler']}, {first['steps']} steps",
-                *(str(count) for count in (len(mine), states.get("pruned", 0), states.get("failed", 0))),
+                *(str(count) for count in (len(group), states.get("pruned", 0), states.get("failed", 0))),
                 str(won["trial"].iloc[0]) if len(won) else "-",
                 format_number(float(won["value"].iloc[0]), metric) if len(won) else "-",
             ]
@@ -269,8 +269,8 @@ def further_table(attempts: Attempts, roles: Sequence[str]) -> Table:
     columns = [str(column) for column in table if str(column).startswith(MEASURED)]
     means = kept.groupby(["attack", "role"])[columns].mean()
     rows: list[Sequence[str]] = []
-    for attack, mine in means.groupby(level="attack"):
-        by_role = mine.droplevel("attack")
+    for attack, group in means.groupby(level="attack"):
+        by_role = group.droplevel("attack")
         for column in columns:
             values = [float(by_role[column].get(role, math.nan)) for role in roles]
             if any(map(known, values)):

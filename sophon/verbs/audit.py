@@ -44,8 +44,8 @@ def audit(config: Config) -> None:
             ownership.enter_context(owned(run_dir(config), _shard(config)))
         for path in parts:
             ownership.enter_context(run_folder(path, "audit", identity_of(audits[path]), _shard(config)))
-        ended = {path: _audit(audits[path], runners[path]) for path in parts}
-        reports = {path: audited.report for path, audited in ended.items() if audited}  # none of a shard
+        audited_by_path = {path: _audit(audits[path], runners[path]) for path in parts}
+        reports = {path: audited.report for path, audited in audited_by_path.items() if audited}  # none of a shard
         if len(parts) > 1 and reports:
             compare_domains(run_dir(config), reports)
     require(config, reports)
@@ -62,7 +62,7 @@ def _parts(config: Config) -> dict[Path, Config]:
     if len(domains.restricted) == 1:
         return {folder: config}
     for name, domain in domains.restricted.items():
-        inside = [
+        folders = [
             str(path) if is_folder(path := Path(other) / domain.name, "attack.reuse") else other
             for other in config.attack.reuse
         ]
@@ -70,7 +70,7 @@ def _parts(config: Config) -> dict[Path, Config]:
             config,
             run_dir=str(folder / domain.name),
             domain=replace(domains, restricted={name: domain}),
-            attack=replace(config.attack, reuse=inside),
+            attack=replace(config.attack, reuse=folders),
         )
     return parts
 

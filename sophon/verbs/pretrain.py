@@ -56,11 +56,11 @@ def pretrain(config: Config) -> None:
         **({"restricted_outputs": config.domain.restricted_outputs} if restricted else {}),
     }
     seed_all(derive_seed(config.seed, "pretrain"))
-    everything = classes_of_all(original, restricted)
-    model, spec = create(config.model, everything if config.domain.restricted_outputs else original.classes)
+    all_classes = classes_of_all(original, restricted)
+    model, spec = create(config.model, all_classes if config.domain.restricted_outputs else original.classes)
     say_input(spec, _source(asked))
     task = task_of(config, spec, device)
-    resize_head(model, task.adapter, everything)
+    resize_head(model, task.adapter, all_classes)
     model.to(device)
     load_state(model, dict(model.state_dict()), "model.architecture")
     check(config.pretrain, "pretrain")

@@ -35,14 +35,14 @@ def push(config: Config) -> str | None:
         raise UserError(f"checkpoint: '{checkpoint.path}' is the unprotected reference; give a protected checkpoint")
     files = [path for path in _files(checkpoint.path) if not path.name.startswith(".")]
     size = sum(path.stat().st_size for path in files) / 1e6
-    what = f"{len(files)} files, {size:.1f} MB, to {constants.ENDPOINT}/{config.repo}"
+    upload = f"{len(files)} files, {size:.1f} MB, to {constants.ENDPOINT}/{config.repo}"
     if config.dry_run:
         for path in files:
             print(f"  {path.relative_to(checkpoint.path)}")
-        print(f"dry run: would upload {what}; dry_run=false uploads")
+        print(f"dry run: would upload {upload}; dry_run=false uploads")
     else:
         _upload(checkpoint.path, config.repo, checkpoint.sha256)
-        print(f"uploaded {what}")
+        print(f"uploaded {upload}")
     audited = bool(checkpoint.manifest.get("audits"))
     return None if audited else "its card says 'not audited'; `sophon export audit=RUN_DIR` writes an audit into it"
 

@@ -44,7 +44,7 @@ def require(config: Config, audits: Mapping[Path, AuditReport]) -> None:
 
     missed = {path: failures(config.gate, audit) for path, audit in audits.items()}
     several = len(audits) > 1
-    lines = [f"{path.name}: {failure}" if several else failure for path, them in missed.items() for failure in them]
+    lines = [f"{path.name}: {failure}" if several else failure for path, failed in missed.items() for failure in failed]
     if lines:
         raise GateError("; ".join(lines))
 
