@@ -22,9 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from sophon.errors import UserError, choose
+from sophon.errors import UserError
 
-MODES = ("disabled", "offline", "online")
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -59,7 +58,6 @@ class Tracker:
         name: str = "",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        choose("tracking.wandb", wandb_mode, MODES)
         self._console = Console(stderr=True)
         self.shows = progress
         self._run: Any = None

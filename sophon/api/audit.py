@@ -171,12 +171,13 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
     run_jobs(runner, partial(_in_worker, config, folder, checkpoints), config.workers, tracker)
     if config.attack.shards > 1:
         return None
-    from sophon.auditing.summary import audit_of
+    from sophon.auditing.summary import AuditReport
+    from sophon.auditing.table import tabulate
     from sophon.report.audit import write_reports
 
     attempts, searches = runner.records()
-    report = audit_of(
-        attempts,
+    report = AuditReport.of(
+        tabulate(attempts),
         replace(
             context_of(audit, tracker),
             searches=searches,

@@ -47,11 +47,6 @@ def required(path: str, key: str) -> str:
     return path
 
 
-def reference_of(config: Config) -> Checkpoint:
-    """Read the unprotected checkpoint, also one that sophon did not make."""
-    return checkpoint_of(config, "reference", "pretrain")
-
-
 def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
     """Read ``config.checkpoint`` or ``config.reference``, also one that sophon did not make.
 

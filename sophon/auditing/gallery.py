@@ -39,7 +39,7 @@ def write_gallery(folder: Path, images: Mapping[str, Tensor]) -> list[dict[str, 
     """Write one grid for each set of images to ``samples/`` in ``folder``, atomically.
 
     Args:
-        images: uint8 [N, C, H, W] by title.
+        images: uint8 [N, C, H, W] by title; titles differ in their letters and digits.
 
     Returns:
         ``title`` and ``file`` (relative to ``folder``) of each, in the order given: the summary's ``gallery``.
@@ -49,10 +49,7 @@ def write_gallery(folder: Path, images: Mapping[str, Tensor]) -> list[dict[str, 
     """
     gallery: list[dict[str, str]] = []
     for title, pictures in images.items():
-        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "picture"
-        taken = {entry["file"] for entry in gallery}
-        names = (f"samples/{slug}{f'-{again}' if again > 1 else ''}.png" for again in range(1, len(images) + 1))
-        file = next(name for name in names if name not in taken)
+        file = f"samples/{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.png"
         write_bytes(folder / file, image_grid(pictures))
         gallery.append({"title": title, "file": file})
     return gallery

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,9 +16,8 @@ from sophon.auditing.knowing import Knowing, knowing_of
 from sophon.auditing.masking import Masking, Norms, Seen
 from sophon.auditing.results import Results, results
 from sophon.auditing.scores import Difference
-from sophon.auditing.table import Attempts, tabulate
+from sophon.auditing.table import Attempts
 from sophon.auditing.verdict import HARM_ABOVE, Verdict, verdict
-from sophon.auditing.words import Record
 from sophon.errors import UserError
 from sophon.files import read_json, write_bytes, write_json
 from sophon.paths import exists
@@ -191,11 +190,6 @@ def _known(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {key: math.nan if value is None else _known(value) for key, value in data.items()}
     return [_known(member) for member in data] if isinstance(data, list) else data
-
-
-def audit_of(records: Iterable[Record], context: Context) -> AuditReport:
-    """Make an audit of the contents of ``attempts/*.json``, in any order."""
-    return AuditReport.of(tabulate(records), context)
 
 
 def _plain(data: Any) -> Any:

@@ -43,10 +43,8 @@ def score(value: Score | None, metric: Metric) -> str:
     """Write a mean with its interval, and how many attempts diverged."""
     if not value or not (value.seeds or value.diverged):
         return "-"
-    ends = (
-        "" if math.isnan(value.low) else f"\n[{format_number(value.low, metric)}, {format_number(value.high, metric)}]"
-    )
-    return format_number(value.mean, metric) + ends + (f"\n{value.diverged} diverged" if value.diverged else "")
+    diverged = f"\n{value.diverged} diverged" if value.diverged else ""
+    return _with_interval(value.mean, value.low, value.high, metric) + diverged
 
 
 def gap(value: Gap | None, yardstick: str = "scratch") -> str:
@@ -65,10 +63,12 @@ def ratio(value: float) -> str:
 
 def difference(value: Difference, metric: Metric) -> str:
     """Write a difference with its interval."""
-    ends = (
-        "" if math.isnan(value.low) else f"\n[{format_number(value.low, metric)}, {format_number(value.high, metric)}]"
-    )
-    return format_number(value.value, metric) + ends
+    return _with_interval(value.value, value.low, value.high, metric)
+
+
+def _with_interval(value: float, low: float, high: float, metric: Metric) -> str:
+    ends = "" if math.isnan(low) else f"\n[{format_number(low, metric)}, {format_number(high, metric)}]"
+    return format_number(value, metric) + ends
 
 
 def percent(value: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sophon.api.common import default, reference_of, required, say_domains
+from sophon.api.common import checkpoint_of, default, required, say_domains
 from sophon.api.protect import last_good, prepare
 from sophon.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.config import Config, GuardConfig, MethodConfig
@@ -60,7 +60,7 @@ def _audits(folder: Path, checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def _export_unfinished(config: Config, run: Path, out: Path) -> str | None:
-    reference = reference_of(config)
+    reference = checkpoint_of(config, "reference", "pretrain")
     identity = read_json(run / "run.json")["identity"]
     if identity["reference"] != reference.sha256:
         raise UserError(f"reference: not the checkpoint that '{run}' started from; give that one")

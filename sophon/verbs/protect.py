@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from sophon.api.common import doubt, reference_of, run_dir, said_by, say_domains, say_input, tracker_of, warn
+from sophon.api.common import checkpoint_of, doubt, run_dir, said_by, say_domains, say_input, tracker_of, warn
 from sophon.api.manifests import figures
 from sophon.api.protect import lost_on_test, prepare, run
 from sophon.api.results import Protected
@@ -29,7 +29,7 @@ def protect(config: Config) -> str | None:
     """
     ranks, device = join(config.device)
     with ranks.together():
-        protection = prepare(config, reference_of(config), device, ranks)
+        protection = prepare(config, checkpoint_of(config, "reference", "pretrain"), device, ranks)
         context = protection.context
         doubted = doubt(context.task, context.reference, context.original, "reference")
     if len({json.dumps(identity) for identity in ranks.gather(protection.identity)}) > 1:

@@ -7,7 +7,8 @@ from typing import Any
 
 from sophon.attacker import FineTuneStrategy
 from sophon.auditing.scores import Difference
-from sophon.auditing.summary import AuditReport, Context, Intactness, audit_of
+from sophon.auditing.summary import AuditReport, Context, Intactness
+from sophon.auditing.table import tabulate
 from sophon.tasks import Metric
 
 Record = dict[str, Any]
@@ -95,4 +96,4 @@ def oracle(test: float, seed: int = 0, attack: str = "a") -> Record:
 
 
 def audit(attempts: list[Record], **context: Any) -> AuditReport:
-    return audit_of(attempts, replace(CONTEXT, **context))
+    return AuditReport.of(tabulate(attempts), replace(CONTEXT, **context))
