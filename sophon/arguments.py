@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -37,10 +38,20 @@ def function_at(path: str, key: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # a module may raise anything
         hint = "; give its folder as PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        raise UserError(f"{key}: '{path}' cannot be imported: {one_line(error)}{hint}") from error
+        raise UserError(f"{key}: '{path}' cannot be imported: {one_line(error)}{_place(error)}{hint}") from error
     if not callable(function):
         raise UserError(f"{key}: '{path}' is not allowed; {module} has no function '{name}'")
     return function  # type: ignore[no-any-return]
+
+
+def _place(error: Exception) -> str:
+    """Return the file and line of the user's own code at which an import failed; nothing where none of it ran."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename not in _IMPORTING]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+_IMPORTING = (__file__, importlib.__file__)
 
 
 def check_arguments(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,15 @@ def loop_of(strategy: FineTuneStrategy) -> Loop:
     A loop trains ``model`` in place, takes its batches and all else that it draws from ``generator``, calls ``on_step``
     after each step, and returns the model that it ends with, which may be another.
     """
-    return function_at(LOOPS.get(strategy.loop, strategy.loop), "loop")
+    loop = function_at(LOOPS.get(strategy.loop, strategy.loop), "loop")
+
+    def checked(*arguments: Any) -> nn.Module:
+        model = loop(*arguments)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"loop: '{strategy.loop}' returned {model!r:.50}; it must return the model that it trained")
+        return model
+
+    return checked
 
 
 def check(strategy: FineTuneStrategy, where: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sophon.attacker import OF_SCOPE, FineTuneStrategy
 
 # Within the support that protection sampled attackers from; outside it only in the number of steps; anything else.
-EXPOSURE_WORDS = {"seen": "seen", "longer": "longer", "held_out": "held out"}
+EXPOSURE_WORDS = {"seen": "seen", "longer": "another length", "held_out": "held out"}
 EXPOSURES = tuple(EXPOSURE_WORDS)
 
 # How long an attacker probes before it fine-tunes has no counterpart in the simulation, whose probed head is the

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sophon.errors import UserError, choose
+from sophon.errors import UserError, choose, likely
 
 _LIMITS = {"ge": (">=", float.__ge__), "gt": (">", float.__gt__), "le": ("<=", float.__le__), "lt": ("<", float.__lt__)}
+
+
+class Arguments:
+    """A dataclass that refuses an argument that is none of its fields in one line, with what was likely meant."""
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Look at the names only."""
+        own = {name for name, each in inspect.signature(cls.__init__).parameters.items() if each.kind not in _VARIABLE}
+        allowed = [*(own - {"self"}), *(part.name for part in fields(cls) if part.name not in own)]  # type: ignore[arg-type]
+        for name in given:
+            if name not in allowed:
+                raise UserError(
+                    f"{name}: no such argument{likely(name, allowed)}; allowed: {', '.join(sorted(allowed))}"
+                )
+        return super().__new__(cls)
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def limited(

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from sophon.attacker import SIMULATED, FineTuneStrategy, check_field, operations_from
 from sophon.errors import UserError, choose
+from sophon.ranges import Arguments
 
 if TYPE_CHECKING:  # help and refusals do not wait for torch
     import torch
 
 
 @dataclass
-class SamplerConfig:
+class SamplerConfig(Arguments):
     """The distribution Phi over strategies that protection simulates.
 
     Attributes:

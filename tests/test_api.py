@@ -183,7 +183,12 @@ def test_a_model_that_guesses_is_warned_of() -> None:
             lambda: audit(own_model(), own_model(mean=0.4), ORIGINAL, RESTRICTED),
             "of mean it has 0.4, ",
         ),
-        (lambda: attack(attacks="standart"), r"^attack: .*standard"),
+        (lambda: attack(attacks="standart"), r"^attacks: .*standard"),
+        (
+            lambda: sophon.Guard(tolerence=1),
+            r"^tolerence: no such argument \(did you mean tolerance\?\); allowed: every",
+        ),
+        (lambda: sophon.Domain(arrays(0, 6), clas_names="ab"), r"^clas_names: no such argument \(did you mean class_n"),
         (lambda: load("nowhere"), r"^folder: 'nowhere' is not a folder"),
     ],
 )

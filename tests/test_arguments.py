@@ -141,6 +141,6 @@ def test_functions_of_another_form(name: str, message: str) -> None:
 def test_a_module_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "failing_surgery.py").write_text("raise RuntimeError('two\\nlines')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    line = r"^surgery\[0\]\.operation: 'failing_surgery\.cut' cannot be imported: two lines$"
+    line = r"^surgery\[0\]\.operation: '\S+' cannot be imported: two lines \(\S+/failing_surgery\.py, line 1\)$"
     with pytest.raises(UserError, match=line):
         surgery.check([Operation("failing_surgery.cut")], "surgery")

@@ -218,7 +218,7 @@ def test_a_config_that_is_not_timms(tmp_path: Path, change: dict[str, Any]) -> N
         ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "is not known to timm"),
         ({"library": "keras"}, "library: 'keras' is not known; allowed: diffusers, python, timm"),
         ({"model_args": {"stem": "deep"}}, "does not fit 'resnet18'"),
-        ({"model_args": {}}, "does not fit the model: "),
+        ({"model_args": {}}, "does not fit timm's resnet18 (model.library, model.architecture): "),
         ({"label_names": ["dog", "cat", "owl"]}, "in another order (dog, cat, owl, ...)"),
     ],
 )

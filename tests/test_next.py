@@ -95,6 +95,8 @@ def test_audits_of_other_seeds_are_set_beside(tmp_path: Path, monkeypatch: pytes
     export = "next: sophon export 'checkpoint=a b' audit=runs/mine/seed1/audit out=runs/mine/seed1/export"
     assert next_steps(config("audit"), [], [])[1:] == [compare, export]
     assert next_steps(config("report"), [], []) == [compare, export]
+    other = next_steps(config("report", run_dir="runs/mine/seed0/audit"), [], [])
+    assert other[1] == "next: sophon export 'checkpoint=a b' audit=runs/mine/seed0/audit out=runs/mine/seed0/export"
 
 
 def test_an_export_is_followed_by_the_code_that_loads_it(tmp_path: Path) -> None:

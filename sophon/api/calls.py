@@ -89,7 +89,10 @@ def protect(
             if exists(folder / "checkpoint"):
                 return _already(protection, folder)
             _warn(doubt(protection.context.task, reference.model, protection.context.original, "model"))
-            protected = protecting.run(protection, folder, Tracker(progress=progress))
+            tracker = Tracker(progress=progress)
+            if protection.note:
+                tracker.say(protection.note)
+            protected = protecting.run(protection, folder, tracker)
             assert protected is not None  # there is but one rank
             if run_dir is not None:
                 protected.save(folder / "checkpoint")

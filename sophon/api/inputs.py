@@ -40,6 +40,9 @@ _COMMON = ("task", "amp", "threads", "domain.memory_gb")
 _SETTINGS = {"protect": ("method", "sampler", "guard", *_COMMON), "audit": ("attack", "workers", *_COMMON)}
 
 
+_ARGUMENTS = {"attack": "attacks", "sampler": "attackers"}  # what the calls name a group of the configuration
+
+
 def domain_of(data: Data, name: str) -> DomainConfig:
     """Return data as a domain, called after its folder if it is one, else ``name``."""
     if isinstance(data, DomainConfig):
@@ -140,7 +143,7 @@ def config_of(
     """
     usual = USUAL[kind] | ({"attack": STANDARD[kind]} if verb == "audit" else {})
     given = {group: usual[group] if choices.get(group) is None else choices[group] for group in usual}
-    groups = {group: chosen(group, _plain(choice)) for group, choice in given.items()}
+    groups = {group: chosen(group, _plain(choice), _ARGUMENTS.get(group, group)) for group, choice in given.items()}
     domain = {"original": asdict(original), "restricted": {name: asdict(domain) for name, domain in restricted.items()}}
     if benign is not None:
         domain["benign"] = asdict(benign)

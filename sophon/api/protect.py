@@ -43,6 +43,7 @@ class Protection:
         plan: the stages.
         context: what the first of them works with, the domains among it.
         identity: everything that decides the result, plain JSON data.
+        note: a line for the user on what of the configuration is left out; None for nothing.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Protection:
     plan: list[Planned]
     context: Context
     identity: dict[str, Any]
+    note: str | None = None
 
 
 def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: Ranks = ALONE) -> Protection:
@@ -67,8 +69,9 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
     original, restricted = domains_of(config, reference.spec, device)
     reference.model.to(device)
     check_pretraining(reference, (), restricted)
+    note = None
     if any(planned.stage.simulates for planned in plan):
-        config = _with_heads_that_fit(config, plan[0].task, reference.model, restricted, ranks)
+        config, note = _with_heads_that_fit(config, plan[0].task, reference.model, restricted)
     identity = {
         **plain(config, "seed", "task", "method", "sampler", "guard"),
         **asked_precision(config),
@@ -80,23 +83,20 @@ def prepare(config: Config, reference: Checkpoint, device: torch.device, ranks: 
     for planned in plan:
         require_float32(planned.stage.float32, planned.task)
         planned.stage.check(replace(context, task=planned.task, method=planned.method))
-    return Protection(config, reference, plan, context, identity)
+    return Protection(config, reference, plan, context, identity, note)
 
 
 def _with_heads_that_fit(
-    config: Config, task: Task, model: nn.Module, restricted: Sequence[LoadedDomain], ranks: Ranks
-) -> Config:
-    """Leave ``kept`` out of the simulated heads, and say so, if a domain has more or fewer classes than the model."""
+    config: Config, task: Task, model: nn.Module, restricted: Sequence[LoadedDomain]
+) -> tuple[Config, str | None]:
+    """Leave ``kept`` out of the simulated heads, and say so in a line, where classes are not as many as the model's."""
     heads, outputs = config.sampler.heads, task.adapter.classes_in(model)
     others = [head for head in heads if head != "kept"]
     misfit = next((domain for domain in restricted if outputs and len(domain.classes) != outputs), None)
     if misfit is None or not others or others == heads:
-        return config
-    if ranks.rank == 0:
-        print(
-            f"sampler.heads: 'kept' is left out; {misfit.name} has {len(misfit.classes)} classes, the model {outputs}"
-        )
-    return replace(config, sampler=replace(config.sampler, heads=others))
+        return config, None
+    note = f"sampler.heads: 'kept' is left out; {misfit.name} has {len(misfit.classes)} classes, the model {outputs}"
+    return replace(config, sampler=replace(config.sampler, heads=others)), note
 
 
 def run(protection: Protection, folder: Path, tracker: Tracker) -> Protected | None:

@@ -36,7 +36,10 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
         case "pretrain":
             commands = [command("protect", *_restricted(overrides), *(f"reference={path}" for path in folders))]
         case "protect":
-            commands = [command("audit", *(f"checkpoint={path}" for path in folders)), _export(config, folder)]
+            commands = [
+                command("audit", *(f"checkpoint={path}" for path in folders)),
+                _export(_default(config, "export"), folder),
+            ]
         case "export":
             return _loading(config.out or _default(config, "export"))
         case "audit" if config.attack.shards > 1:
@@ -46,7 +49,7 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
             commands = [shlex.join(["sophon", "report", f"run_dir={folder}"])] if config.verb == "audit" else []
             commands += _comparison(folder)
             if audited := _audited(Path(folder)):
-                commands.append(_export(config, audited, f"audit={folder}"))
+                commands.append(_export(Path(folder).parent / "export", audited, f"audit={folder}"))
         case "sample":
             commands = [command("audit", *([] if config.checkpoint is None else [f"checkpoint={config.checkpoint}"]))]
         case _:
@@ -66,8 +69,8 @@ def _default(config: Config, verb: str) -> str:
     return f"runs/{config.name}/seed{config.seed}/{verb}"
 
 
-def _export(config: Config, checkpoint: str, *more: str) -> str:
-    return shlex.join(["sophon", "export", f"checkpoint={checkpoint}", *more, f"out={_default(config, 'export')}"])
+def _export(out: str | Path, checkpoint: str, *more: str) -> str:
+    return shlex.join(["sophon", "export", f"checkpoint={checkpoint}", *more, f"out={out}"])
 
 
 def _audited(folder: Path) -> str | None:

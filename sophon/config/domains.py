@@ -9,13 +9,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from sophon.errors import UserError
-from sophon.ranges import limited
+from sophon.ranges import Arguments, limited
 
 RESTRICTED_SPLITS = ("adapt", "query", "attack", "select")
 
 
 @dataclass
-class DomainConfig:
+class DomainConfig(Arguments):
     """A data set, or a part of one.
 
     Attributes:

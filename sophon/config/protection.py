@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from sophon.attacker import AUGMENTATIONS, SCHEDULES
 from sophon.errors import UserError
-from sophon.ranges import limited
+from sophon.ranges import Arguments, limited
 
 
 @dataclass
@@ -111,7 +111,7 @@ class MethodConfig:
 
 
 @dataclass
-class GuardConfig:
+class GuardConfig(Arguments):
     """The constraint that keeps the original domain's work.
 
     Attributes:

@@ -40,12 +40,13 @@ def conf_dir() -> Path:
     return inside if is_file(inside / "config.yaml") else package.parent / "conf"
 
 
-def chosen(group: str, choice: str | Mapping[str, Any]) -> dict[str, Any]:
+def chosen(group: str, choice: str | Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
     """Return a group of the configuration as plain data.
 
     Args:
         group: ``method``, ``attack``, ...
         choice: the name of a file of the group, the path of a ``.yaml`` file of one's own, or the data itself.
+        key: what messages call it; by default the group.
 
     Raises:
         UserError: there is no such file, or it is not YAML.
@@ -53,8 +54,8 @@ def chosen(group: str, choice: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(choice, str):
         return dict(choice)
     file = Path(choice).expanduser() if choice.endswith((".yaml", ".yml")) else conf_dir() / group / f"{choice}.yaml"
-    if not is_file(file, group):
-        choose(group, choice, [path.stem for path in (conf_dir() / group).glob("*.yaml")])
+    if not is_file(file, key or group):
+        choose(key or group, choice, [path.stem for path in (conf_dir() / group).glob("*.yaml")])
     composed: Any = _composed(file, group)
     for part in group.split("/"):
         composed = composed[part]

@@ -38,6 +38,11 @@ class ClassifierAdapter(ModelAdapter):
     reserved: ClassVar[tuple[str, ...]] = ()  # arguments that the spec decides, or that load weights unasked
     call: ClassVar[str] = "model((images - mean) / std)"
 
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return f"{self.library}'s {self.spec.architecture} (model.library, model.architecture)"
+
     @classmethod
     def from_config(cls, config: ModelConfig, classes: Sequence[str]) -> Self:
         """Check a classifier's configuration; ``mean`` and ``std`` become one number a channel."""
@@ -161,7 +166,9 @@ class ClassifierAdapter(ModelAdapter):
         """Load a state dict, all of it."""
         path = self.weights_in(path, key)
         tensors = read_state(path, key, strip_prefix)
-        load_state(model, tensors, f"{key}: {path}", explain=partial(self._other_classes, model, tensors))
+        load_state(
+            model, tensors, f"{key}: {path}", model=self.name, explain=partial(self._other_classes, model, tensors)
+        )
 
     def _other_classes(self, model: nn.Module, tensors: Mapping[str, Tensor], wrong: Sequence[str]) -> str | None:
         """Say it plainly when nothing but the number of classes differs."""

@@ -145,7 +145,9 @@ class TransformersAdapter(ClassifierAdapter):
         tensors = read_state(path, key, strip_prefix)
         check_values(tensors, f"{key}: {path}")
         renamed = self._renamed(tensors)
-        load_state(model, renamed, f"{key}: {path}", explain=partial(self._other_classes, model, renamed))
+        load_state(
+            model, renamed, f"{key}: {path}", model=self.name, explain=partial(self._other_classes, model, renamed)
+        )
 
     def _renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let transformers give the tensors their names in the model; what it cannot place stays as it is."""

@@ -85,6 +85,7 @@ def load_state(
     tensors: Mapping[str, Tensor],
     where: str,
     *,
+    model: str = "the model",
     explain: Callable[[Sequence[str]], str | None] = lambda wrong: None,
 ) -> None:
     """Load a state dict into a model: all of it, and nothing that cannot be what a training left.
@@ -94,17 +95,18 @@ def load_state(
 
     Args:
         where: what it was read from; messages begin with it.
+        model: what messages call it.
         explain: given the names whose shapes differ, may say why in better words than a list of shapes.
 
     Raises:
         UserError: names, shapes, types or values are not the model's. The model is unchanged.
     """
     state = module.state_dict()
-    _check_names(where, tensors, state)
+    _check_names(where, tensors, state, model)
     wrong = [name for name in state if tensors[name].shape != state[name].shape]
     if wrong:
         shapes = [f"{name} {tuple(tensors[name].shape)}, not {tuple(state[name].shape)}" for name in wrong]
-        raise UserError(f"{where}{explain(wrong) or f' does not fit the model: {_few(shapes)}'}")
+        raise UserError(f"{where}{explain(wrong) or f' does not fit {model}: {_few(shapes)}'}")
     for name, own in state.items():
         if fault := _fault(name, tensors[name], own.dtype):
             raise UserError(f"{where}: weight '{name}' {fault}; give the weights as they were trained")
@@ -155,7 +157,7 @@ def require_finite(model: nn.Module, where: str) -> None:
             raise UserError(f"{where}: weight '{name}' holds NaN or infinite numbers")
 
 
-def _check_names(where: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _check_names(where: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], model: str) -> None:
     parts = []
     if missing := [name for name in state if name not in tensors]:
         if prefix := _shared_prefix(tensors, state):
@@ -166,7 +168,7 @@ def _check_names(where: str, tensors: Mapping[str, Tensor], state: Mapping[str, 
     if unexpected := [name for name in tensors if name not in state]:
         parts.append(f"the model has no {_few(unexpected)}")
     if parts:
-        raise UserError(f"{where} does not fit the model: {'; '.join(parts)}")
+        raise UserError(f"{where} does not fit {model}: {'; '.join(parts)}")
 
 
 def _shared_prefix(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:

@@ -11,8 +11,8 @@ TERMS = {
     "filtered": "A model of the same pre-training that never saw the restricted classes: what removal is measured "
     "against.",
     "scratch": "A fresh model of the same architecture: what an attacker has who takes nothing.",
-    "exposure": "seen: protection could have simulated this attacker. longer: only its number of steps lies outside "
-    "what was simulated. held out: something else does, named after the colon.",
+    "exposure": "seen: protection could have simulated this attacker. another length: only its number of steps lies "
+    "outside what was simulated. held out: something else does, named after the colon.",
     "gap closed": "(unprotected - protected) / (unprotected - scratch): 0 is no protection, 1 no better a start than "
     "scratch, more is worse than scratch. Its interval is Fieller's.",
     "R": "Removal, (unprotected - protected) / (unprotected - filtered): 0 where everything is left of what the model "

@@ -195,7 +195,14 @@ class Task(Protocol):
 
     def _suppress(self, output: Tensor, wanted: Tensor) -> Tensor:
         assert self._suppression is not None  # only a protection asks for it, and its task was given one
-        return self._suppression(output, wanted)
+        loss: object = self._suppression(output, wanted)
+        if isinstance(loss, Tensor) and loss.ndim == 0:
+            return loss
+        returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        function = f"{self._suppression.__module__}.{getattr(self._suppression, '__name__', 'function')}"
+        raise UserError(
+            f"method.suppression_loss: {function} returned {returned}; it must return a tensor of one number"
+        )
 
     def _require_classes(self, count: int, classes: Sequence[str]) -> None:
         """Refuse to keep a head of another number of classes."""

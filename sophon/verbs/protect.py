@@ -35,6 +35,8 @@ def protect(config: Config) -> str | None:
     if len({json.dumps(identity) for identity in ranks.gather(protection.identity)}) > 1:
         raise UserError("the ranks differ in configuration, checkpoint or images; give all of them the same")
     if ranks.rank == 0:
+        if protection.note:
+            print(protection.note)
         say_domains(context.original, *context.restricted)
         say_input(protection.reference.spec, said_by(protection.reference))
     folder = run_dir(config)

@@ -60,6 +60,10 @@ def exploding(model: nn.Module, strategy: Any, task: Any, images: Any, generator
     raise AssertionError("goes on after a loss that is not finite")
 
 
+def forgetful(model: nn.Module, strategy: Any, task: Any, images: Any, generator: Any, on_step: OnStep) -> None:
+    return None
+
+
 def failing(model: nn.Module, strategy: Any, task: Any, images: Any, generator: Any, on_step: OnStep) -> nn.Module:
     raise KeyError("nothing of the kind")
 
@@ -204,6 +208,10 @@ def test_every_optimizer_learns(optimizer: str) -> None:
         ({"loop": f"{HERE}.nothing"}, "attack.strategies.x.loop: .*no function 'nothing'"),
         ({"loop": f"{HERE}.not_a_loop"}, "attack.strategies.x.loop: .*it must be a function of"),
         ({"loop": f"{HERE}.failing"}, "attack.strategies.x: loop: a training step .* fails .*nothing of the kind"),
+        (
+            {"loop": f"{HERE}.forgetful"},
+            "attack.strategies.x: loop: '.*forgetful' returned None; it must return the mod",
+        ),
         ({"optimizer_args": {"betas": [0.9]}}, "attack.strategies.x: model.architecture: a training step .* fails"),
     ],
 )

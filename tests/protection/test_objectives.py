@@ -193,6 +193,15 @@ def test_objectives_that_are_refused(asked: dict[str, Any], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [None, torch.ones(3)])
+def test_an_objective_that_returns_no_number_is_refused(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mine, "add", lambda *_: value)
+    with pytest.raises(
+        UserError, match=r"^method\.objectives: add of tests\.\S+\.Mine returned .*; it must return its value"
+    ):
+        run_with(objectives_of({"mine": MINE}))
+
+
 @pytest.mark.parametrize("asked", [{"suppression": {"weight": 0.5}}, {"suppression": {}, "condition": {}}])
 def test_the_second_order_asks_plain_suppression_alone(asked: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^method\.engine: second_order asks plain suppression alone"):

@@ -40,7 +40,7 @@ def test_panels_share_their_axis_and_leave_out_the_empty():
 
 def test_dot_plot_names_groups_and_attacks():
     drawn = dot_plot(small().results.attacks, ACCURACY)
-    for label in ("seen", "longer", "held out", "momentum", "patient"):
+    for label in ("seen", "another length", "held out", "momentum", "patient"):
         assert f">{label}</text>" in drawn
 
 

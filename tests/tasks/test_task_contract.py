@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sophon.config import Config, MethodConfig, TaskConfig
 from sophon.domains import Batch
@@ -247,6 +247,19 @@ def test_a_protection_gets_its_losses_and_an_audit_needs_none(kind: Kind) -> Non
     others = {loss for other in KINDS.values() for loss in other.losses} - set(kind.losses)
     audited = make_task(config(kind.name, suppression_loss=min(others), distillation=0.5), kind.spec, amp=False)
     assert audited.distillation == 0
+
+
+def a_number_an_image(output: Tensor, wanted: Tensor) -> Tensor:
+    return output.flatten(1).mean(1)
+
+
+@every_kind
+def test_a_loss_that_is_no_number_is_refused(kind: Kind) -> None:
+    task = task_of(kind, suppression_loss=f"{__name__}.a_number_an_image")
+    with pytest.raises(
+        UserError, match=r"^method\.suppression_loss: \S+\.a_number_an_image returned a tensor of shape \(\d+,\)"
+    ):
+        task.suppression_loss(kind.model(1), BATCH)
 
 
 @every_kind

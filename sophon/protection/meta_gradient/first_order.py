@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from sophon.attacker import FineTuneStrategy, learning_rate
 from sophon.domains import Batch
+from sophon.errors import UserError
 from sophon.finetune import thaw
 from sophon.optimizers import build_optimizer
 from sophon.protection.inner_loop import Objective, Past, Query, Simulation, floats, frozen_statistics, recording_layers
@@ -72,6 +73,17 @@ def first_order(
     return Simulation(total.gradients(), floats(query_losses), floats(attacker_losses), optimizer_state(optimizer))
 
 
+def _value(objective: Objective, value: object) -> Tensor:
+    """Refuse what an objective of the user's own returns unless it is one number."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    kind = type(objective)
+    raise UserError(
+        f"method.objectives: add of {kind.__module__}.{kind.__qualname__} returned {value!r:.50}; it must return its "
+        "value, a tensor of one number"
+    )
+
+
 class _Total:
     """The sum of the query gradients, by parameter, added up where it lies.
 
@@ -102,7 +114,7 @@ class _Total:
             for parameter, summed in zip(self.parameters.values(), self.sums, strict=True):
                 parameter.grad = summed
             with frozen_statistics(self.layers):
-                losses = [objective.add(self.model, task, batch, gamma, query) for objective in self.objectives]
+                losses = [_value(each, each.add(self.model, task, batch, gamma, query)) for each in self.objectives]
             self.sums = [parameter.grad for parameter in self.parameters.values()]
             self.model.zero_grad()
             self._attend(False)
