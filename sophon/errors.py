@@ -1,4 +1,4 @@
-"""The ways in which a run ends badly on purpose; the command line turns them into one line and an exit code."""
+"""The errors that end a run on purpose; the command line turns them into one line and an exit code."""
 
 from __future__ import annotations
 

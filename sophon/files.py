@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent."""
+"""Atomic writes: files and folders that are either whole or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to the file system, and the one line that each of its refusals becomes."""
+"""File-system queries whose errors become one-line messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output and error that never fail the work they tell of."""
+"""Standard output and error that never raise."""
 
 from __future__ import annotations
 

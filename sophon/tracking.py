@@ -1,4 +1,4 @@
-"""Where a run reports to while it goes: progress on the terminal, and Weights & Biases."""
+"""Progress on the terminal, and Weights & Biases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a DictConfig becomes the typed configuration, and what its types cannot say is checked."""
+"""Convert a DictConfig to the typed configuration, and check what types cannot express."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What there is to call from Python."""
+"""The Python API."""

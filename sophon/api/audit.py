@@ -1,4 +1,4 @@
-"""An audit, from its checkpoints to what was found."""
+"""Prepare an audit and run it."""
 
 from __future__ import annotations
 

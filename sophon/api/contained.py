@@ -1,4 +1,4 @@
-"""What a call from Python leaves as it was: generators of random numbers, threads, precision, warnings."""
+"""Restore global state after a call from Python: random generators, threads, precision, warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Put the process's global state back when the block ends: what a command changes for good, a call borrows."""
+    """Restore the process's global state when the block ends."""
     states = random.getstate(), np.random.get_state()
     threads = torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

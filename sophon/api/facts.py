@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # scores need libraries that take long to load, and that no a
 
 
 def context_of(audit: Audit, tracker: Tracker) -> Context:
-    """Return what is known of an audit before its attempts, measuring what protection cost and what hides in scale."""
+    """Return what is known of an audit before its attempts, measuring intactness, masking and geometry."""
     from sophon.auditing.summary import Context, Intactness
 
     scene = audit.scene
@@ -98,7 +98,7 @@ def identifying(config: Config, *keys: str) -> dict[str, Any]:
 
 
 def gallery_of(config: Config, scene: Scene, folder: Path, tracker: Tracker) -> list[dict[str, str]]:
-    """Draw what there is to see before any attack; nothing of models that generate nothing."""
+    """Draw a grid of images of every model before any attack; return [] for models that generate nothing."""
     count = config.attack.samples
     if not count or kind_of(scene.spec) != "denoising":
         return []

@@ -1,4 +1,4 @@
-"""What Python hands over, made into what a run takes: a configuration, domains and checkpoints."""
+"""Convert what a caller from Python hands over into a configuration, domains and checkpoints."""
 
 from __future__ import annotations
 

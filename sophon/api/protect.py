@@ -1,4 +1,4 @@
-"""A protection, from what it starts with to the model that is released."""
+"""Prepare a protection and run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an audit is going to cost, said before it starts: counted attacks, and a time estimated from a few passes."""
+"""Estimate what an audit costs before it starts: attacks are counted, time is extrapolated from a few passes."""
 
 from __future__ import annotations
 

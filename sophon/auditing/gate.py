@@ -1,4 +1,4 @@
-"""What was asked of an audit, and what it came to."""
+"""Compare an audit with the thresholds of ``gate.*``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking over what another audit has measured: a job's file, with the attempts and the pictures that belong to it."""
+"""Copy results from another audit: a job's file, with the attempts and the pictures that belong to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An audit as it is handed on: attempts, context, results and verdict; as ``audit.json`` and two Parquet files."""
+"""An audit's report, read and written: attempts, context, results, verdict; ``audit.json`` and two Parquet files."""
 
 from __future__ import annotations
 

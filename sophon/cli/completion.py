@@ -21,7 +21,7 @@ _FLAGS = ("--help", "--cfg", "--multirun", "--config-dir")
 
 
 def complete(line: str) -> list[str]:
-    """Return what the last word of a command line may become, as bash takes it."""
+    """Return the completions of a command line's last word, for bash."""
     *before, word = re.split(r"\s+", line.lstrip())
     kept = _BREAKS.match(word)
     return [

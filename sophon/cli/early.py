@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported: weights that are a pickle, and data folders that are not there."""
+"""Refuse before torch is imported: weights that are a pickle, and data folders that do not exist."""
 
 from __future__ import annotations
 

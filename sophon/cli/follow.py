@@ -1,4 +1,4 @@
-"""What a command leaves open follows from the model: a denoiser gets a denoiser's task, loss, attackers and guard."""
+"""Defaults that follow from the model: a denoiser gets a denoiser's task, loss, attackers and guard."""
 
 from __future__ import annotations
 

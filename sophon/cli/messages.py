@@ -1,4 +1,4 @@
-"""What is wrong, in one line: what Hydra and OmegaConf spread over several, and what the user may have meant."""
+"""Turn the errors of Hydra and OmegaConf into one line, with what the user may have meant."""
 
 from __future__ import annotations
 

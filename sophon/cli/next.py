@@ -1,4 +1,4 @@
-"""What to do after a verb: the commands that go on from this run, ready to be pasted."""
+"""Suggest the commands that follow a verb, ready to be pasted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overrides as the user typed them, put so that Hydra takes them as they were meant."""
+"""Prepare overrides as the user typed them for Hydra."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _parted(value: str) -> list[str]:
 
 
 def of_a_model(overrides: Sequence[str]) -> list[str]:
-    """Leave the configured model behind where a command says another architecture: its arguments fit its own only."""
+    """Start from ``model=own`` where a command names another architecture: the arguments fit the configured one only."""
     keys = named(overrides)
     own = keys & {"model.architecture", "model.library"} and "model" not in keys
     return ["model=own", *overrides] if own else list(overrides)

@@ -1,4 +1,4 @@
-"""What a run is about: data sets, and which part each plays."""
+"""Data sets, and the part that each plays in a run."""
 
 from __future__ import annotations
 

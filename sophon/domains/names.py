@@ -1,4 +1,4 @@
-"""Names of files and classes that can be written and printed, and the order that people expect of them."""
+"""Names of files and classes: what can be printed, and their natural order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reader of a run should know about how its data were read."""
+"""Notes on how a data set was read: images left out, resized or streamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every data source gives: labels at once, images when asked."""
+"""One side of a data set before decoding: labels at once, images when asked."""
 
 from __future__ import annotations
 

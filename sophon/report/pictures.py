@@ -1,4 +1,4 @@
-"""Pictures of a run directory on their way into a page."""
+"""Embed a run directory's pictures in a page."""
 
 from __future__ import annotations
 
