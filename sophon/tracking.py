@@ -54,7 +54,6 @@ class Tracker:
         progress: bool = False,
         run_dir: Path | None = None,
         project: str = "sophon",
-        entity: str | None = None,
         name: str = "",
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -62,7 +61,7 @@ class Tracker:
         self.shows = progress
         self._run: Any = None
         if wandb_mode != "disabled":
-            self._run = _start_wandb(wandb_mode, run_dir, project, entity, name, config)
+            self._run = _start_wandb(wandb_mode, run_dir, project, name, config)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record ``values`` at ``step`` in wandb."""
@@ -93,15 +92,12 @@ class Tracker:
             self._run = None
 
 
-def _start_wandb(
-    mode: str, run_dir: Path | None, project: str, entity: str | None, name: str, config: Mapping[str, Any] | None
-) -> Any:
+def _start_wandb(mode: str, run_dir: Path | None, project: str, name: str, config: Mapping[str, Any] | None) -> Any:
     import wandb  # slow to import, and most tests run without it
 
     try:
         return wandb.init(
             project=project,
-            entity=entity,
             name=name,
             # absolute: wandb's service keeps the working folder of the process's first run
             dir=None if run_dir is None else run_dir.resolve(),

@@ -68,10 +68,10 @@ def test_disabled_is_silent_and_starts_nothing(wandb: Any, capsys: pytest.Captur
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_wandb_gets_the_run(mode: str, wandb: Any, tmp_path: Path) -> None:
     config = {"seed": 3}
-    tracker = Tracker(mode, run_dir=tmp_path, project="p", entity="e", name="n", config=config)
+    tracker = Tracker(mode, run_dir=tmp_path, project="p", name="n", config=config)
     (started,) = wandb.started
     settings = started.pop("settings")
-    assert started == {"project": "p", "entity": "e", "name": "n", "dir": tmp_path, "mode": mode, "config": config}
+    assert started == {"project": "p", "name": "n", "dir": tmp_path, "mode": mode, "config": config}
     assert settings == {"silent": True, "console": "off"}
     tracker.log({"loss": 0.5}, 7)
     assert wandb.run.logged == [({"loss": 0.5}, 7)]

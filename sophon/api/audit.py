@@ -240,7 +240,7 @@ def identity_of(audit: Audit) -> dict[str, Any]:
     """Return everything that decides the results, as plain JSON data."""
     config, benign = audit.config, audit.scene.benign
     parts = identifying(config, "seed", "task", "attack")
-    for key in ("masking", "knowing", "geometry", "relative"):  # they look at what the attacks leave alone
+    for key in ("masking", "knowing", "relative"):  # they look at what the attacks leave alone
         del parts["attack"][key]
     return {
         **parts,

@@ -152,7 +152,6 @@ def tracker_of(config: Config, folder: Path) -> Iterator[Tracker]:
         progress=settings.progress,
         run_dir=folder,
         project=settings.project,
-        entity=settings.entity,
         name=f"{config.name}-{config.verb}-{config.seed}",
         config=plain(config),
     )

@@ -75,8 +75,6 @@ def _filtered(audit: Audit) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _geometry(audit: Audit) -> list[dict[str, Any]]:
     config, scene = audit.config, audit.scene
-    if not config.attack.geometry:
-        return []
     return measure_geometry(
         scene.models, scene.spec, scene.task, audit.original, scene.restricted, derive_seed(config.seed, "geometry")
     )

@@ -116,7 +116,7 @@ def _parted(value: str) -> list[str]:
 
 
 def of_a_model(overrides: Sequence[str]) -> list[str]:
-    """Start from ``model=own`` where a command names another architecture: the arguments fit the configured one only."""
+    """Start from ``model=own`` where a command names another architecture: its arguments fit no other."""
     keys = named(overrides)
     own = keys & {"model.architecture", "model.library"} and "model" not in keys
     return ["model=own", *overrides] if own else list(overrides)

@@ -125,13 +125,11 @@ class TrackingConfig:
     Attributes:
         wandb: ``disabled``, ``offline`` or ``online`` (needs a key and the network).
         project: wandb's project.
-        entity: wandb's entity; null for the default one.
         progress: show progress bars (plain lines where the output is not a terminal).
     """
 
     wandb: str = limited("disabled", choices=("disabled", "offline", "online"))
     project: str = "sophon"
-    entity: str | None = None
     progress: bool = True
 
 

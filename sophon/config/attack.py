@@ -99,7 +99,6 @@ class AttackConfig:
         relative: a checkpoint of the same architecture that is public, such as an earlier release or the model that the
             reference began with: attackers go towards it by the surgery ``interpolate``. Null for none.
         masking: how gradient masking is looked for.
-        geometry: whether the distance of the models to the reference and their frozen features are measured.
         oracle: name of a strategy that the unprotected model also suffers with ten times the data (as far as there
             are so many) for as many epochs, as the ceiling of what an attacker could have; null for none.
         reuse: run directories of other audits; what they hold of the same attempts is copied instead of run again.
@@ -121,7 +120,6 @@ class AttackConfig:
     knowing: dict[str, list[str]] = field(default_factory=dict)
     relative: str | None = limited(None, path=True)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
-    geometry: bool = True
     oracle: str | None = None
     reuse: list[str] = limited([], path=True)
     shard: int = limited(0, ge=0)
