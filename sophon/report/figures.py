@@ -80,7 +80,7 @@ def search_panels(trials: pd.DataFrame, metric: Metric) -> dict[str, str]:
         SVG by the search's name; searches without a finite value are left out.
     """
     valued = trials[trials["value"].notna()]
-    return {str(name): _search_panel(str(name), mine, metric) for name, mine in valued.groupby("search")}
+    return {str(name): _search_panel(str(name), of_search, metric) for name, of_search in valued.groupby("search")}
 
 
 def _search_panel(name: str, trials: pd.DataFrame, metric: Metric) -> str:
