@@ -34,7 +34,6 @@ from sophon.devices import resolve_device
 from sophon.domains import LoadedDomain, load_restricted
 from sophon.errors import UserError
 from sophon.models import ModelSpec
-from sophon.paths import explained
 from sophon.tracking import Tracker
 
 
@@ -187,10 +186,7 @@ def run(audit: Audit, runner: Runner, tracker: Tracker, checkpoints: Checkpoints
         ),
     )
     report.write(folder)
-    write_reports(folder, report)
-    with explained(folder, "read"):
-        page = (folder / "report.html").read_text()
-    return Audited(report, page)
+    return Audited(report, write_reports(folder, report))
 
 
 def share_threads(config: Config) -> None:

@@ -142,7 +142,7 @@ class Runner:
 
         trials = search.run_search(
             config,
-            storage=self.folder / "searches" / f"{key}.trials.json",
+            storage=self.folder / "searches" / f"{key}.trials",
             seed=seed,
             higher_is_better=task.metric.higher_is_better,
             evaluate=evaluate,

@@ -37,17 +37,19 @@ def table(audit: AuditReport) -> str:
     return tables.short_table(audit.results).markdown()
 
 
-def write_reports(folder: Path, audit: AuditReport) -> None:
+def write_reports(folder: Path, audit: AuditReport) -> str:
     """Write ``report.html`` (one self-contained file) and ``report.md`` into an audit's folder, atomically.
 
-    Pictures that the folder lacks are named in the page instead of shown.
+    Pictures that the folder lacks are named in the page instead of shown. Returns the HTML.
 
     Raises:
         UserError: a file cannot be written.
     """
     page = audit_page(folder, audit)
-    write_text(folder / "report.html", page.html())
+    html = page.html()
+    write_text(folder / "report.html", html)
     write_text(folder / "report.md", page.markdown())
+    return html
 
 
 def audit_page(folder: Path, audit: AuditReport) -> Page:
