@@ -1,4 +1,4 @@
-"""Several restricted domains, and domains without labels, from the command line to what is written."""
+"""Several restricted domains, from the command line to what is written."""
 
 from __future__ import annotations
 
@@ -98,6 +98,15 @@ def pretrained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("pretrained") / "copy"))
     shutil.rmtree(folder / RUNS / "protect")
     return folder
+
+
+@pytest.mark.slow
+def test_kept_heads_are_left_out_where_the_classes_are_not_as_many(pretrained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pretrained, tmp_path / "copied"))
+    result = sophon(folder, *PROTECT, "domain.restricted.classes=[sandal,bag]")
+    assert "sampler.heads: 'kept' is left out; fashion_shoes_bags has 2 classes, the model 5\n" in result.out
+    made = load(folder / RUNS / "protect" / "checkpoint" / "sophon.json")
+    assert made["sampler_support"]["head"] == ["fresh", "probed"]
 
 
 @pytest.fixture(scope="module")
