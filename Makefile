@@ -35,7 +35,7 @@ demo-diffusion: $(VENV)/.installed
 	$(BIN)/sophon pretrain experiment=quickstart_diffusion seed=$(SEED)
 	$(BIN)/sophon protect experiment=quickstart_diffusion seed=$(SEED)
 	$(BIN)/sophon sample experiment=quickstart_diffusion seed=$(SEED)
-	$(BIN)/sophon audit experiment=quickstart_diffusion seed=$(SEED)
+	$(BIN)/sophon audit experiment=quickstart_diffusion seed=$(SEED) workers=2
 	$(BIN)/sophon report run_dir=runs/quickstart_diffusion/seed$(SEED)/audit
 	$(BIN)/sophon export checkpoint=runs/quickstart_diffusion/seed$(SEED)/protect audit=runs/quickstart_diffusion/seed$(SEED)/audit out=runs/quickstart_diffusion/seed$(SEED)/export
 
