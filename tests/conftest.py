@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 import sophon  # noqa: F401  (mends torchvision beside a CPU-only torch, before anything imports diffusers)
@@ -21,6 +20,8 @@ settings.load_profile("suite")
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
+    import torch  # not by the process that only hands out tests
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

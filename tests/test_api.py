@@ -108,6 +108,7 @@ def test_a_model_in_memory_is_protected_saved_loaded_without_us_and_audited(nowh
     assert {path.name for path in nowhere.iterdir()} == {"release", "report.html"}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(own_model())
 
@@ -135,6 +136,7 @@ def state() -> tuple[Any, ...]:
     return python, numpy, torch_state, tf32, signals, list(warnings.filters), dict(os.environ)
 
 
+@pytest.mark.slow
 def test_nothing_global_is_changed_by_a_call_or_changes_it() -> None:
     model = own_model()
     before = state()

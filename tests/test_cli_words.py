@@ -33,6 +33,7 @@ def test_a_list_has_ones_own_files(tmp_path: Path, option: tuple[str, ...]) -> N
     assert [" ".join(line.split()) for line in out.splitlines() if " mine " in line] == ["mine Mine: it works"]
 
 
+@pytest.mark.slow
 def test_a_made_project_is_commented_and_runs(tmp_path: Path) -> None:
     result = sophon(tmp_path, "init", "my_project")
     assert result.code == 0, result
@@ -72,6 +73,7 @@ def test_what_is_not_known_is_one_line(tmp_path: Path, arguments: list[str], mes
     assert message in refused(tmp_path, *arguments)
 
 
+@pytest.mark.slow
 def test_show_says_what_a_checkpoint_is_and_refuses_a_changed_one(tmp_path: Path) -> None:
     audits = [facts(audit(trio("a", 57.0, 60.0, 50.0)))]
     method = {**MANIFEST["method"], "name": "sophon_klu"}

@@ -47,6 +47,7 @@ def test_the_last_word_is_completed(line: str, some: list[str]) -> None:
     assert bool(some) is bool(found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_bash_completes(tmp_path: Path) -> None:
     """As a terminal does: the function that is installed fills in what follows the last word break."""

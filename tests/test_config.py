@@ -89,6 +89,7 @@ def test_every_shipped_file_composes_and_can_be_made(choice: str, made: dict[str
     assert from_omegaconf(OmegaConf.create(plain(config))) == config
 
 
+@pytest.mark.slow
 def test_the_papers_attacks_are_three_ways_with_five_optimizers() -> None:
     config = from_omegaconf(compose("experiment=paper"))
     found = strategies(config.attack).values()

@@ -59,6 +59,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [re.search(r"```python\n(import sophon.*?)```", page, re.DOTALL)[1] for page in pages]
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own(small: list[str]) -> None:
     names: dict = {}
     exec(small[0], names)

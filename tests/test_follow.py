@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.cli_helpers import sophon
+from sophon.cli.follow import following
 
 DENOISER = {"task": "denoising", "method": "sophon_dos", "relative": True, "optimizer": "adam"}
 CLASSIFIER = {"task": "classification", "method": "sophon_klu", "relative": False, "optimizer": "nesterov"}
 
 
 def composed(folder: Path, *arguments: str) -> dict[str, Any]:
-    result = sophon(folder, *arguments, "--cfg", "job")
-    assert result.code == 0, result
-    config = yaml.safe_load(result.out)
+    verb, *overrides = arguments
+    with contextlib.chdir(folder):
+        _, config = following([f"verb={verb}", *overrides], [])
     return {
         "task": config["task"]["name"],
         "method": config["method"]["name"],

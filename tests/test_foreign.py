@@ -241,6 +241,7 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
     assert "32 x 48 pixels" in refusal(folder)
 
 
+@pytest.mark.slow
 def test_a_config_cannot_make_timm_load_another_file(tmp_path: Path) -> None:
     folder = timm_folder(tmp_path, resnet())
     config = read_json(folder / "config.json")

@@ -107,6 +107,7 @@ ATTACKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_attackers_of_a_released_pipeline_run_against_every_role(protected: Any) -> None:
     table = audit(protected, attacks=ATTACKS, settings=SETTINGS, run_dir="audit").table
     encoders = sum(name.startswith("text_encoder") for name in protected.protection.reference.spec.frozen)
@@ -122,6 +123,7 @@ def test_attackers_of_a_released_pipeline_run_against_every_role(protected: Any)
     assert {path.name for path in Path("audit/samples").iterdir()} >= {"real-images-of-paintings.png"}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(protected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = protected.protection.reference.path
 
@@ -185,6 +187,7 @@ def test_a_pipeline_that_is_not_understood_is_refused_in_one_line(name: str) -> 
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.slow
 def test_a_frozen_part_that_was_changed_since_is_refused() -> None:
     shutil.copytree(folder_of("text"), "pipeline")
     protection = run("pipeline").protection
@@ -211,6 +214,7 @@ def test_a_domain_that_does_not_fit_is_refused(name: str) -> None:
         run(folder_of(kind), original=original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 def test_half_precision_and_shards_are_read_and_written_whole_in_float32(sharded: bool) -> None:
     pipeline = made("text")

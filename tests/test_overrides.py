@@ -141,6 +141,7 @@ def test_a_mapping_replaces_and_later_overrides_add_to_it() -> None:
     assert (search["sampler"], search["steps"], attack["masking"]) == ("tpe", 200, {"heads": ["kept"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["model.architecture=vit_tiny_patch16_224", "model.library=torchvision"])
 def test_another_architecture_starts_without_the_demos_arguments(override: str) -> None:
     model = composed("experiment=quickstart", "model.architecture=x", override, "model.mean=[0.3]")["model"]

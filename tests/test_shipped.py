@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from sophon import cli  # noqa: F401  (tells Hydra the schema)
 from sophon.config.shipped import STANDARD, USUAL, chosen, conf_dir
 from sophon.errors import UserError
+from tests.tiny import slow
 
 PLAIN = ["guard=relative", "method=mlac", "pretrain=adam_ema", "sampler=tar", "task=denoising"]
 LISTING = [f"attack={path.stem}" for path in (conf_dir() / "attack").glob("*.yaml") if "defaults:" in path.read_text()]
 
 
-@pytest.mark.parametrize("choice", [*PLAIN, *LISTING])
+@pytest.mark.parametrize("choice", [*PLAIN, *slow(LISTING, ("attack=full", "attack=standard"))])
 def test_a_choice_is_composed_as_by_hydra(choice: str) -> None:
     group, name = choice.split("=")
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):

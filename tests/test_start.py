@@ -61,6 +61,7 @@ def loaded(folder: Path, code: str) -> list[set[str]]:
     return [set(line.split()) for line in done.stderr.splitlines() if not line.startswith("sophon: ")]
 
 
+@pytest.mark.slow
 def test_help_and_refusals_import_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "a.pth").touch()
     for arguments, packages in zip(COMMANDS, loaded(tmp_path, CODE), strict=True):
@@ -68,6 +69,7 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path: Path) -> None:
         assert not packages & {"torch", "numpy", *LIBRARIES}, arguments
 
 
+@pytest.mark.slow
 def test_a_verb_waits_for_no_library_before_it_knows_which_it_needs(tmp_path: Path) -> None:
     imports = "\n".join(f"import {module.split(':')[0]}" for module in VERBS.values())
     [packages] = loaded(tmp_path, f"{imports}\nimport sys\nprint(*sys.modules, file=sys.stderr)")

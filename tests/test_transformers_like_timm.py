@@ -111,6 +111,7 @@ def figures(model: AdaptedModel) -> tuple[dict[str, Tensor], Any]:
     return dict(result.model.state_dict()), audit(result, attacks=ATTACKS).table
 
 
+@pytest.mark.slow
 def test_both_end_with_the_same_weights_and_figures() -> None:
     (state, table), (other_state, other) = figures(of_timm()), figures(of_transformers())
     torch.testing.assert_close(renamed(state), other_state, rtol=1e-3, atol=1e-4)

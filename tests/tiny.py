@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -125,6 +127,11 @@ def tiny_bands(
         pixels = part.images.transpose(2, 3).contiguous() if across else part.images
         images[split] = MemoryImages(pixels, part.labels, part.classes)
     return LoadedDomain(name, CLASSES, images, {split: part.sha256() for split, part in images.items()})
+
+
+def slow(names: Iterable[str], which: Collection[str]) -> list[Any]:
+    """Return the cases of a parametrised test, ``which`` of them marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in which else name for name in names]
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

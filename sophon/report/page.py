@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -150,17 +151,7 @@ class Page:
 
     def html(self) -> str:
         """Return one HTML page that loads nothing."""
-        environment = Environment(
-            loader=PackageLoader("sophon.report"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("_", "_<wbr>"))
-        environment.filters["slug"] = lambda text: "term-" + re.sub(r"[^a-z0-9]+", "-", text.lower())
-        environment.tests["kind"] = lambda part, name: type(part).__name__ == name
-        return environment.get_template("page.html.j2").render(page=self)
+        return _environment().get_template("page.html.j2").render(page=self)
 
     def markdown(self) -> str:
         """Return the page as Markdown, without what only a page can show."""
@@ -176,6 +167,21 @@ class Page:
                 "## Definitions\n\n" + "\n".join(f"- {escaped(k)}: {escaped(v)}" for k, v in self.terms.items())
             )
         return "\n\n".join(part for part in parts if part) + "\n"
+
+
+@cache  # compiling the templates takes as long as filling them in
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("sophon.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("_", "_<wbr>"))
+    environment.filters["slug"] = lambda text: "term-" + re.sub(r"[^a-z0-9]+", "-", text.lower())
+    environment.tests["kind"] = lambda part, name: type(part).__name__ == name
+    return environment
 
 
 def escaped(text: str) -> str:

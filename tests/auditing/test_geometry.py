@@ -61,6 +61,7 @@ def test_neighbours_tell_classes_apart_by_features() -> None:
     ] == pytest.approx(75)
 
 
+@pytest.mark.slow
 def test_models_stay_as_they_are_and_the_same_seed_gives_the_same() -> None:
     models = {"protected": tiny_model(1), "unprotected": tiny_model(2), "filtered": tiny_model(2)}
     before = {role: state_of(model) for role, model in models.items()}

@@ -132,6 +132,7 @@ def test_channels_that_are_normalised_together_have_no_scale_of_their_own() -> N
     assert [(each.of, each.count) for each in measured(model, model, KEPT).norms] == [("layers", 2), ("channels", 4)]
 
 
+@pytest.mark.slow
 def test_a_denoiser_meets_the_same_noise_every_time() -> None:
     models = [tiny_unet(seed=1), tiny_unet(seed=1)]
     kind = {"spec": tiny_unet_spec(), "task": tiny_denoising()}

@@ -246,7 +246,7 @@ def build(found, metric, factor=1):
     ]
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(rows, st.randoms(use_true_random=False))
 def test_the_order_of_attempts_does_not_matter(found, rng):
     attempts = [*build(found, ACCURACY), *idle(12.0, 30.0, 10.0), oracle(88.0), *duo("a", 58.0, 60.0)]
@@ -254,7 +254,7 @@ def test_the_order_of_attempts_does_not_matter(found, rng):
     assert repr(scored(attempts)) == repr(scored(shuffled))
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(rows, st.sampled_from(["", "nats"]))
 def test_turning_the_metric_round_changes_no_relative_score(found, unit):
     up, down = (type(ACCURACY)("m", unit, higher) for higher in (True, False))

@@ -2,7 +2,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophon.auditing.masking import Masking, Norms, Seen
@@ -65,6 +65,7 @@ def test_intactness_by_hand():
 extremes = st.one_of(st.floats(), st.none(), st.sampled_from([0.0, 1e308, -1e308, 5e-324]))
 
 
+@settings(max_examples=10)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["protected", "unprotected", "scratch"]), extremes, extremes, extremes, extremes),

@@ -113,6 +113,7 @@ def test_train_text_to_image(kind: str, scope: str) -> None:
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_train_text_to_image_lora() -> None:
     model, task = made()
     other, reference, parts = copy.deepcopy(model).train(), Reference("text"), stream()
@@ -134,6 +135,7 @@ def test_train_text_to_image_lora() -> None:
         torch.testing.assert_close(part, other.state_dict()[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_train_dreambooth() -> None:
     """The model's own drawings of the class are the other half of each batch, with a loss of weight 1."""
     model, task = made()
@@ -156,6 +158,7 @@ def test_train_dreambooth() -> None:
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_textual_inversion() -> None:
     """The tokenizer learns a word; the whole table is trained, and all rows but the word's are put back each step."""
     model, task = made()

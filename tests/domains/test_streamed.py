@@ -147,6 +147,7 @@ def test_an_image_that_goes_away_later_is_named(tmp_path: Path) -> None:
         pixels(evaluation_batches(joined(domain["train"], domain["val"]), 4))
 
 
+@pytest.mark.slow
 def test_a_large_folder_is_walked_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count, side = 600, 64
     for part in ("train", "test"):

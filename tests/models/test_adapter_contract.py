@@ -28,7 +28,7 @@ from sophon.models.transformers_models import TransformersAdapter
 from tests.models import pipelines
 from tests.models.own import GroupNormNet
 from tests.models.unets import NETWORK
-from tests.tiny import assert_same_state, state_of
+from tests.tiny import assert_same_state, slow, state_of
 
 CLASSES = ("cat", "dog", "owl")
 OWN = "tests.models.own:GroupNormNet"
@@ -134,7 +134,7 @@ WITH_HEAD = [*CLASSIFIERS, "diffusers-classes", "latent-classes"]
 WHOLE = [name for name in CASES if not name.startswith("latent")]  # needs no more than its spec
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=slow(CASES, ("transformers-deit", "transformers-swin", "latent-text-xl")))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

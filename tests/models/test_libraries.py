@@ -14,6 +14,7 @@ from sophon.config import ModelConfig
 from sophon.errors import UserError
 from sophon.models import ModelSpec, adapter_of, build, create, timm_models
 from sophon.tensor_files import write_tensors
+from tests.tiny import slow
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SHIPPED = [path.stem for path in sorted(CONF.glob("*.yaml")) if "architecture:" in path.read_text()]
@@ -34,9 +35,7 @@ def spec_of(name: str, **changes: Any) -> ModelSpec:
 TINY = shipped("resnet_tiny")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "caformer_m36" else name for name in SHIPPED]
-)
+@pytest.mark.parametrize("name", slow(SHIPPED, ("caformer_m36", "unet32", "unet64")))
 def test_every_shipped_model_runs_and_takes_a_fresh_head(name: str) -> None:
     with torch.device("meta"):
         model, spec = create(shipped(name), CLASSES)

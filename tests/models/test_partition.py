@@ -11,7 +11,7 @@ from torch import nn
 from sophon.models import ModelSpec, adapter_of, build
 from sophon.models.partition import Block, owned, partition
 from tests.models.test_libraries import spec_of
-from tests.tiny import tiny_spec
+from tests.tiny import slow, tiny_spec
 
 
 class Residual(nn.Module):
@@ -34,6 +34,9 @@ SPECS = {
 }
 
 
+ON_META = [name for name in SPECS if name not in ("tiny", "vit_b_16 of torchvision")]
+
+
 def made(name: str) -> tuple[nn.Module, ModelSpec]:
     spec = SPECS[name]
     with torch.device("meta"):
@@ -44,7 +47,7 @@ def blocks(model: nn.Module, spec: ModelSpec) -> list[Block]:
     return adapter_of(spec).blocks(model)
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name not in ("tiny", "vit_b_16 of torchvision")])
+@pytest.mark.parametrize("name", slow(ON_META, ("caformer", "efficientnet_lite0")))
 def test_images_meet_the_blocks_in_order(name: str) -> None:
     """A later block never runs before an earlier one has begun."""
     model, spec = made(name)

@@ -60,6 +60,7 @@ def as_the_hub_has_it(folder: Path) -> None:
         shutil.rmtree(folder / part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_a_hub_id_is_fetched_once_and_started_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool

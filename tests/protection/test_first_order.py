@@ -7,6 +7,7 @@ import gc
 import itertools
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +90,7 @@ def test_a_used_scratch_is_as_good_as_a_fresh_one() -> None:
         assert stays == (batch_norm == "frozen" or scope == "head")
 
 
+@pytest.mark.slow
 def test_rounds_leave_no_tensors_behind() -> None:
     """As many are alive after 12 rounds as after 3."""
     model = tiny_model()

@@ -17,6 +17,7 @@ from sophon.protection.fts import ENGINES
 from sophon.protection.inner_loop import query_weights
 from sophon.tasks import DenoisingTask
 from tests.models.pipelines import CLASSES, Reference, batch, folder_of
+from tests.tiny import slow
 
 STEPS, SEED, LR = 2, 7, 0.05
 GAMMA = query_weights("linear", STEPS, 1)
@@ -43,8 +44,8 @@ def meta_gradient(kind: str, model: nn.Module, *, exact: bool) -> dict[str, Tens
         return dict(zip(start, torch.autograd.grad(total, list(start.values())), strict=True))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", ["text", pytest.param("text-xl", marks=pytest.mark.slow), "classes", "flow"])
+@pytest.mark.parametrize("engine", slow(ENGINES, ("second_order",)))
+@pytest.mark.parametrize("kind", slow(("text", "text-xl", "classes", "flow"), ("text-xl", "flow")))
 def test_the_meta_gradient_is_that_of_the_pipelines_own_parts(kind: str, engine: str) -> None:
     model, spec = create(describe(ModelConfig(weights=str(folder_of(kind)))), CLASSES)
     model.double().train()
@@ -58,6 +59,7 @@ def test_the_meta_gradient_is_that_of_the_pipelines_own_parts(kind: str, engine:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "classes", "flow"])
 def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(kind: str) -> None:
     model, spec = create(describe(ModelConfig(weights=str(folder_of(kind)))), CLASSES)

@@ -106,6 +106,7 @@ def assert_same_gradients(run: Simulation, expected: dict[str, Tensor]) -> None:
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     segment=st.integers(1, 7),
@@ -173,6 +174,7 @@ def most_held(steps: int, optimizer: str, engine: Callable[..., Any] = second_or
     return held.most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_what_graphs_hold_grows_with_the_segment_and_not_with_the_steps(optimizer: str) -> None:
     few, many = most_held(3, optimizer), most_held(12, optimizer)

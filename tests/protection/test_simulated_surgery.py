@@ -14,7 +14,7 @@ from sophon.errors import UserError
 from sophon.protection.simulated_surgery import check_simulated, start
 from sophon.surgery import OPERATIONS, Means, operate
 from tests.surgery.surgical import means_for, resnet
-from tests.tiny import assert_same_state, state_of, tiny_domain, tiny_model
+from tests.tiny import assert_same_state, slow, state_of, tiny_domain, tiny_model
 
 ORIGINAL = tiny_domain("original", ("train",))
 SCALE_FREE = ("conv1.weight", "conv2.weight")
@@ -99,7 +99,11 @@ FOLLOWS: dict[str, tuple[tuple[Any, ...], set[str], str | None, float]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOLLOWS)
+# what is slow is of the kind of another, or part of the composition
+SLOW = {"heal", "noise", "shrink_perturb, as it comes", "renormalise channels", "reinitialise the first"}
+
+
+@pytest.mark.parametrize("name", slow(FOLLOWS, SLOW))
 def test_the_start_follows_the_released_weights_by_its_factors(name: str) -> None:
     entries, moved, per, rtol = FOLLOWS[name]
     assert set(assert_follows(operations(*entries), per=per, rtol=rtol)) == moved

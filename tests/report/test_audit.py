@@ -148,6 +148,7 @@ def test_colours_say_what_is_good_for_the_attacker():
     assert [gap_strength(value) for value in (-1.0, 0.0, 0.25, 1.0, 3.0, float("nan"))] == [100, 100, 75, 0, 0, None]
 
 
+@pytest.mark.slow
 def test_an_audit_of_many_attacks_is_folded_away(tmp_path):
     found = audit([attempt(f"attack{n:03}", "protected", n, exposure="held_out") for n in range(14)])
     page, _ = write(tmp_path, found)
@@ -228,10 +229,9 @@ def test_table_for_the_terminal_by_hand():
     )
 
 
-def test_reports_are_the_same_from_what_was_stored(tmp_path):
+def test_reports_are_the_same_from_what_was_stored(written, tmp_path):
     several().write(tmp_path)
-    first = write(tmp_path, several())
-    assert write(tmp_path, AuditReport.read(tmp_path)) == first
+    assert write(tmp_path, AuditReport.read(tmp_path)) == written
 
 
 def test_an_unwritable_folder_is_a_user_error(tmp_path):

@@ -85,6 +85,7 @@ def test_unlearn_takes_the_answers_on_the_restricted_domain_towards_a_guess(by: 
     assert asked(at.model) < 0.5 * before
 
 
+@pytest.mark.slow
 def test_negative_guidance_erases_the_restricted_classes_of_a_conditional_denoiser() -> None:
     def part(domain: LoadedDomain, classes: tuple[str, ...]) -> LoadedDomain:
         sets = {

@@ -178,6 +178,7 @@ def test_a_second_signal_interrupts_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / STATE_FILE).exists()
 
 
+@pytest.mark.slow
 def test_runs_outside_the_main_thread_and_under_a_profile(tmp_path: Path) -> None:
     run, ended = runner(tmp_path), []
     run.profile = True

@@ -24,7 +24,7 @@ from sophon.tasks import ClassificationTask, DenoisingTask
 from tests.protection.staged import METHOD, ORIGINAL, RESTRICTED, SAMPLER, runner
 from tests.stages.small_resnet import colours, small_resnet
 from tests.stages.test_runner import SHRINK
-from tests.tiny import state_of, tiny_model, tiny_spec, tiny_unet, tiny_unet_spec
+from tests.tiny import slow, state_of, tiny_model, tiny_spec, tiny_unet, tiny_unet_spec
 
 
 class Swaying:
@@ -138,13 +138,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         replace(COORDINATES, rounds=2, stages=REPARAMETERISE | {"alternate": {"ntr_lr": 1e-4}}), tolerance=20.0
     ),
 }
-FAST = (
-    "alternate", "alternate, pool", "alternate, all at once", "a user's own, then alternate", "unlearn, probed", "undo",
-    "unlearn, then distil into fresh weights", "reinitialise, then distil, then alternate", "distance",
-)  # fmt: skip
-every_stage = pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+FAST = ("alternate", "alternate, pool", "a user's own, then alternate", "unlearn, probed", "undo", "distance")
+every_stage = pytest.mark.parametrize("case", slow(CASES, CASES.keys() - set(FAST)))
 
 
 def run_of(case: str, folder: Path, told: Callable[[int], object] = lambda number: None) -> Runner:

@@ -18,7 +18,7 @@ from sophon.errors import UserError
 from sophon.surgery import operations as surgery
 from sophon.surgery.attacker_means import Means
 from tests.surgery.surgical import WIDE, changed, means_for, resnet, unet, wide, wide_domain
-from tests.tiny import CLASSES, assert_same_state, state_of, tiny_domain, tiny_images, tiny_model
+from tests.tiny import CLASSES, assert_same_state, slow, state_of, tiny_domain, tiny_images, tiny_model
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "reinitialise": [{}, {"end": "first"}],
@@ -75,7 +75,7 @@ MODELS = {
     "denoiser": denoiser,
     "conditional denoiser": lambda: denoiser(conditional=True),
 }
-everywhere = pytest.mark.parametrize("kind", MODELS)
+everywhere = pytest.mark.parametrize("kind", slow(MODELS, ("resnet", "conditional denoiser")))
 every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: f"{each.name}{each.arguments}")
 
 
