@@ -45,11 +45,9 @@ def also(name: str) -> str:
     ("overrides", "names"),
     [
         (["domain@domain.restricted=mnist"], ["mnist"]),
-        (["domain@domain.restricted=mnist", also("svhn")], ["mnist", "svhn"]),
         (["domain@domain.restricted=mnist", also("svhn"), also("people")], ["mnist", "svhn", "people"]),
         (["domain@domain.restricted=mnist", DIGITS, also("svhn")], ["mnist", "svhn", "digits"]),
         (["experiment=paper", also("svhn"), "domain.restricted.svhn.root=x"], ["cifar10", "svhn"]),
-        (["~domain@domain.restricted", also("svhn")], ["svhn"]),
         (["~domain@domain.restricted", also("svhn"), also("people")], ["svhn", "people"]),
     ],
 )

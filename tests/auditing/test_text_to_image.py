@@ -95,7 +95,10 @@ def mse(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(output.double(), target.double(), reduction="mean")
 
 
-@pytest.mark.parametrize(("kind", "scope"), [("text", "all"), ("text", "cross_attention"), ("flow", "all")])
+@pytest.mark.parametrize(
+    ("kind", "scope"),
+    [("text", "all"), ("text", "cross_attention"), pytest.param("flow", "all", marks=pytest.mark.slow)],
+)
 def test_train_text_to_image(kind: str, scope: str) -> None:
     """A batch of one accumulated twice, clipped at 1, averaged by diffusers' own `EMAModel`."""
     model, task = made(kind)
