@@ -118,7 +118,12 @@ def test_an_interrupted_protection_saves_and_goes_on_to_the_bit(made: Path, copi
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NTR, "run", interrupting)
-        assert "interrupted" in refusal(sophon(copied, *command), 130)
+        result = sophon(copied, *command)
+    assert result.code == 130, result
+    assert [line.split(";")[0] for line in result.err.splitlines()] == [
+        "interrupted: this round is finished and saved first",
+        "sophon: interrupted",
+    ]
     assert calls == 2, "the round in progress is the last"
     assert read_state(copied / "new" / STATE_FILE).at.round == 2
     assert not (copied / "new" / "checkpoint").exists()
