@@ -20,7 +20,8 @@ class Arguments:
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """Look at the names only."""
-        own = {name for name, each in inspect.signature(cls.__init__).parameters.items() if each.kind not in _VARIABLE}
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        own = {parameter.name for parameter in parameters if parameter.kind not in _VARIABLE}
         allowed = [*(own - {"self"}), *(part.name for part in fields(cls) if part.name not in own)]  # type: ignore[arg-type]
         for name in given:
             if name not in allowed:
