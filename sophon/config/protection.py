@@ -59,8 +59,6 @@ class MethodConfig:
         curriculum: who is simulated next: ``uniform``, any strategy of the sampler alike; or ``bandit``, rather those
             that recover most at present (see `sophon.protection.curriculum`). The sampler's lists and ranges bound
             both.
-        curriculum_share: bandit: part of the draws that stays as the sampler has them, >= 0 and <= 1.
-        curriculum_memory: bandit: what a choice's running success keeps of itself whenever it is seen, >= 0 and < 1.
         suppression_timesteps: denoising: the suppression loss draws its timesteps from this first part of the noise
             schedule, > 0 and <= 1. Where nearly all is noise the domains cannot be told apart.
         probe_steps: steps by which the defender's probed head is refreshed in each FTS step in which an attacker starts
@@ -94,8 +92,6 @@ class MethodConfig:
     pool: int = limited(0, ge=0)
     chunk: int = limited(20, ge=1)
     curriculum: str = limited("uniform", choices=("uniform", "bandit"))
-    curriculum_share: float = limited(0.3, ge=0, le=1)
-    curriculum_memory: float = limited(0.9, ge=0, lt=1)
     suppression_timesteps: float = limited(1.0, gt=0, le=1)
     probe_steps: int = limited(5, ge=0)
     probe_lr: float = limited(0.005, gt=0)

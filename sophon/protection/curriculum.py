@@ -8,10 +8,10 @@ A success is ranked among those of the last `RECENT` steps, its own included (af
 
     rank = (recent ones that are lower - recent ones that are higher) / recent ones          in (-1, 1)
 
-An arm's score starts from 0 and, where the arm was seen, becomes ``memory * score + (1 - memory) * mean rank in this
+An arm's score starts from 0 and, where the arm was seen, becomes ``MEMORY * score + (1 - MEMORY) * mean rank in this
 step``. The next choice has the probability, after Exp3 (Auer et al., SIAM J. Comput. 32, 2002)::
 
-    p = share * prior + (1 - share) * prior * exp(score / TEMPERATURE) / (the sum of these over the field's arms)
+    p = SHARE * prior + (1 - SHARE) * prior * exp(score / TEMPERATURE) / (the sum of these over the field's arms)
 
 with the sampler's own probability as prior, so that before anything is learnt the draws are the sampler's. Exp3 divides
 a gain by the probability of the choice; here means are taken, since an attacker of a pool is drawn once and seen often.
@@ -35,6 +35,8 @@ RECENT = 64
 # Of a softmax over scores that lie between -1 and 1: where two arms are told apart with certainty these differ by 1,
 # and one is drawn 3000 times as often as the other; where all are equal, by about 0.2, what their noise leaves.
 TEMPERATURE = 0.125
+SHARE = 0.3  # of the draws that stay as the sampler has them
+MEMORY = 0.9  # what an arm's score keeps of itself whenever the arm is seen
 
 
 class Rates(NamedTuple):
@@ -61,8 +63,7 @@ class Curriculum:
 
     Args:
         sampler: what can be drawn; nothing else ever is.
-        config: its keys ``curriculum``, ``curriculum_share`` and ``curriculum_memory``. With ``uniform`` nothing is
-            learnt, and the draws are `StrategySampler.sample`'s.
+        config: its key ``curriculum``; with ``uniform`` nothing is learnt, and draws are `StrategySampler.sample`'s.
     """
 
     def __init__(self, sampler: StrategySampler, config: MethodConfig) -> None:
@@ -96,21 +97,12 @@ class Curriculum:
         self._recent = [*self._recent[1 - RECENT :], sorted(success for _, success in finite)]
         recent = sorted(success for step in self._recent for success in step)
         ranks = [(bisect_left(recent, own) + bisect_right(recent, own)) / len(recent) - 1 for _, own in finite]
-        memory = self.config.curriculum_memory
         for name, arms in self._arms.items():
             places = [_place(name, arms, strategy) for strategy, _ in finite]
             for place in {place for place in places if place is not None}:
                 seen = [rank for rank, at in zip(ranks, places, strict=True) if at == place]
                 mean = math.fsum(seen) / len(seen)  # rounded once, so without regard to their order
-                self._scores[name][place] = memory * self._scores[name][place] + (1 - memory) * mean
-
-    def table(self) -> dict[str, dict[str, float]]:
-        """Return the probability of each arm, by field and label; fields with a single choice are left out."""
-        return {
-            name: {arm.label: p for arm, p in zip(arms, self._probabilities(name), strict=True)}
-            for name, arms in self._arms.items()
-            if len(arms) > 1
-        }
+                self._scores[name][place] = MEMORY * self._scores[name][place] + (1 - MEMORY) * mean
 
     def record(self) -> dict[str, Any]:
         """Return all that was learnt as plain JSON data."""
@@ -121,21 +113,21 @@ class Curriculum:
         return {"scores": scores, "recent": [list(step) for step in self._recent]}
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Take up what `record` returned, in place of what was learnt; an arm that it does not name starts anew."""
-        known = record.get("scores", {})
+        """Take up what `record` returned for the same sampler, in place of what was learnt."""
         for name, arms in self._arms.items():
-            self._scores[name] = [float(known.get(name, {}).get(arm.label, 0.0)) for arm in arms]
-        self._recent = [[float(success) for success in step] for step in record.get("recent", [])]
+            self._scores[name] = [record["scores"][name][arm.label] for arm in arms]
+        self._recent = record["recent"]
 
-    def _probabilities(self, name: str) -> list[float]:
+    def probabilities(self, name: str) -> list[float]:
+        """Return the probability of each arm of a field, in the order of `record`."""
         arms, scores = self._arms[name], self._scores[name]
         weights = [arm.prior * math.exp(score / TEMPERATURE) for arm, score in zip(arms, scores, strict=True)]
-        total, share = math.fsum(weights), self.config.curriculum_share
-        return [share * arm.prior + (1 - share) * weight / total for arm, weight in zip(arms, weights, strict=True)]
+        total = math.fsum(weights)
+        return [SHARE * arm.prior + (1 - SHARE) * weight / total for arm, weight in zip(arms, weights, strict=True)]
 
     def _pick(self, name: str, generator: torch.Generator) -> Any:
         left = _uniform(generator)
-        *arms, last = zip(self._arms[name], self._probabilities(name), strict=True)
+        *arms, last = zip(self._arms[name], self.probabilities(name), strict=True)
         for arm, probability in arms:
             left -= probability
             if left < 0:

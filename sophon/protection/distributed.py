@@ -8,7 +8,6 @@ which has nothing to exchange, and nothing of torch.distributed is touched.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +20,6 @@ import torch.distributed as dist
 # This module takes the group of its import for its functions' default. Imported later (torch._dynamo does so), it keeps
 # the group and its threads alive past the end of Python, which then aborts. So it comes before any group.
 import torch.distributed.nn.functional
-from safetensors.torch import load, save
 from torch import Tensor
 
 from sophon.devices import resolve_device
@@ -39,7 +37,7 @@ _PATIENCE = timedelta(hours=6)
 class Ranks:
     """The processes of a run as one of them sees them; this class is the one that is alone.
 
-    Every method but `mine` and `share` is collective: all ranks call it, in the same order.
+    Every method but `mine`, `require_work` and `share` is collective: all ranks call it, in the same order.
 
     Attributes:
         rank: this process, 0 .. size - 1; the first one writes and speaks for all.
@@ -52,6 +50,14 @@ class Ranks:
     def mine(self, count: int) -> range:
         """Return which of ``count`` numbered things are this rank's: every ``size``-th, from ``rank`` on."""
         return range(self.rank, count, self.size)
+
+    def require_work(self, count: int, key: str) -> None:
+        """Raise a `UserError` that names ``key`` unless ``count`` things are enough to give every rank one."""
+        if count < self.size:
+            raise UserError(
+                f"{key}: {count} leaves some of the {self.size} ranks without work; give at least as many, or start "
+                "fewer ranks"
+            )
 
     def share(self, batch: Batch) -> Batch:
         """Return this rank's slice of a batch of at least ``size`` images; the slices differ by at most one image."""
@@ -127,28 +133,16 @@ class Group(Ranks):
         return bool(count)
 
     def gather(self, data: Any) -> list[Any]:
-        """Send JSON, for torch's own way of sending objects is pickle."""
-        own = _bytes(json.dumps(data).encode())
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(own)]))
-        longest = max(int(length) for length in lengths)
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))))
-        return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in zip(parts, lengths, strict=True)]
+        """Send the objects themselves: the ranks are one run, and nothing of it is written."""
+        objects: list[Any] = [None] * self.size
+        dist.all_gather_object(objects, data)
+        return objects
 
     def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Send each rank's tensors as one safetensors message."""
-        if self.rank > 0:
-            message = _bytes(save({name: t.cpu().contiguous() for name, t in tensors.items()}))
-            self.gather(len(message))
-            dist.send(message, dst=0)
-            return {}
-        collected = dict(tensors)
-        for rank, length in enumerate(self.gather(0)[1:], start=1):
-            message = torch.empty(length, dtype=torch.uint8)
-            dist.recv(message, src=rank)
-            collected |= load(message.numpy().tobytes())
-        return collected
+        """Send them from the CPU, where the first rank's lie afterwards, too."""
+        parts: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object({name: tensor.cpu() for name, tensor in tensors.items()}, parts)
+        return {name: tensor for part in parts or () for name, tensor in part.items()}
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
         """Send one message for each by order of name: a dict made from a set has another order in every process."""
@@ -236,7 +230,3 @@ def world_size() -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise UserError(f"WORLD_SIZE: '{text}' is not allowed; torchrun sets it to the number of ranks")
     return int(text)
-
-
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

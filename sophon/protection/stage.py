@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from sophon.attacker import FineTuneStrategy
-from sophon.errors import UserError
 from sophon.finetune import rehearse
 from sophon.protection.context import Context
 from sophon.protection.ntr import NTR
@@ -99,12 +98,8 @@ class Stage:
 
     def check(self, context: Context) -> None:
         """Raise a `UserError` if this cannot work, before anything is written; the context stays as it is."""
-        size, ranks = context.method.ntr_batch_size, context.ranks.size
-        if size < ranks:
-            raise UserError(
-                f"method.ntr_batch_size: {size} leaves some of the {ranks} ranks without work; give at least as many, "
-                "or start fewer ranks"
-            )
+        size = context.method.ntr_batch_size
+        context.ranks.require_work(size, "method.ntr_batch_size")
         task, loss = context.task, partial(context.task.original_loss, reference=context.reference)
         step = FineTuneStrategy(batch_size=size)
         rehearse(copy.deepcopy(context.model), step, task, context.original["train"], "method.ntr_batch_size", loss)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from sophon.attacker import SCHEDULES, FineTuneStrategy
-from sophon.errors import UserError
 from sophon.finetune import rehearse
 from sophon.models import build
 from sophon.protection.context import Context
@@ -37,10 +36,7 @@ class Training(Stage):
         """Raise a `UserError` if a step fails."""
         super().check(context)
         for term in self.terms(context):
-            if term.batch_size < context.ranks.size:
-                raise UserError(
-                    f"{term.key}: {term.batch_size} leaves some of the {context.ranks.size} ranks without work"
-                )
+            context.ranks.require_work(term.batch_size, term.key)
             step, model = FineTuneStrategy(batch_size=term.batch_size), copy.deepcopy(context.model)
             rehearse(model, step, context.task, term.images, term.key, term.loss)
 

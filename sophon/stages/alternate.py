@@ -40,16 +40,12 @@ class Alternate(Stage):
     def check(self, context: Context) -> None:
         """Raise a `UserError` if an objective, an operation, a head or a scope does not fit, or a rank has no work."""
         super().check(context)
-        method, ranks = context.method, context.ranks
+        method = context.method
         objectives = objectives_of(method.objectives)
         engine_of(method, objectives)
         if not any(objective.weighs for objective in objectives):
             raise UserError("method.objectives: none has a weight, so that there is nothing to ask; weigh one")
-        if method.attackers < ranks.size:
-            raise UserError(
-                f"method.attackers: {method.attackers} leaves some of the {ranks.size} ranks without work; give at "
-                "least as many, or start fewer ranks"
-            )
+        context.ranks.require_work(method.attackers, "method.attackers")
         for index, operations in enumerate(context.sampler.surgeries):
             check_simulated(operations, f"sampler.surgeries[{index}]")
         task, sampler = context.task, context.sampler.config

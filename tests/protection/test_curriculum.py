@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sophon.attacker import HEADS, SIMULATED, FineTuneStrategy
 from sophon.config import MethodConfig
 from sophon.held_out import fields_outside
-from sophon.protection.curriculum import RECENT, TEMPERATURE, Curriculum
+from sophon.protection.curriculum import MEMORY, RECENT, SHARE, TEMPERATURE, Curriculum
 from sophon.sampler import SamplerConfig, StrategySampler
 
 Found = list[tuple[FineTuneStrategy, float]]
@@ -55,9 +55,6 @@ lessons = st.lists(
     st.lists(st.tuples(st.integers(0, 10**6).map(lambda seed: everyone.sample(seeded(seed))), st.floats()), max_size=4),
     max_size=6,
 )
-methods = st.builds(
-    method, curriculum_share=st.sampled_from([0.0, 0.3, 1.0]), curriculum_memory=st.sampled_from([0.0, 0.9])
-)
 
 
 # --- what can be drawn --------------------------------------------------------------------------------------------
@@ -66,22 +63,22 @@ methods = st.builds(
 @given(samplers, lessons, st.integers(0, 2**63 - 1))
 def test_uniform_draws_are_those_of_the_sampler(config: SamplerConfig, taught: list[Found], seed: int) -> None:
     curriculum = Curriculum(StrategySampler(config), MethodConfig(name="test"))
-    before = curriculum.table()
+    before = curriculum.record()
     for step in taught:
         curriculum.learn_all(step)
     generator, same = seeded(seed), seeded(seed)
     for _ in range(3):
         assert curriculum.draw(generator) == StrategySampler(config).sample(same)
     assert torch.equal(generator.get_state(), same.get_state())
-    assert curriculum.table() == before
+    assert curriculum.record() == before
 
 
-@given(samplers, methods, lessons, st.integers(0, 2**63 - 1))
+@given(samplers, lessons, st.integers(0, 2**63 - 1))
 def test_every_draw_lies_in_the_support_whatever_was_learnt(
-    config: SamplerConfig, chosen: MethodConfig, taught: list[Found], seed: int
+    config: SamplerConfig, taught: list[Found], seed: int
 ) -> None:
     sampler = StrategySampler(config)
-    curriculum, generator = Curriculum(sampler, chosen), seeded(seed)
+    curriculum, generator = Curriculum(sampler, method()), seeded(seed)
     for step in taught:
         own = [(curriculum.draw(generator), success) for _, success in step]
         curriculum.learn_all([*step, *own])
@@ -90,16 +87,15 @@ def test_every_draw_lies_in_the_support_whatever_was_learnt(
         strategy = curriculum.draw(generator)
         strategy.validate("drawn")
         assert fields_outside(support, strategy) == ()
-    for name, arms in json.loads(json.dumps(curriculum.table(), allow_nan=False)).items():
-        assert len(arms) > 1, name
-        assert math.fsum(arms.values()) == pytest.approx(1, abs=1e-12)
-        assert min(arms.values()) > 0
+    for name in json.loads(json.dumps(curriculum.record(), allow_nan=False))["scores"]:
+        assert math.fsum(curriculum.probabilities(name)) == pytest.approx(1, abs=1e-12)
+        assert min(curriculum.probabilities(name)) > 0
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
-def reference(taught: Sequence[Found], values: Sequence[str], *, share: float, memory: float) -> list[float]:
+def reference(taught: Sequence[Found], values: Sequence[str]) -> list[float]:
     """Follow the definition for the heads ``values``, equally likely, with every pair compared."""
     scores = [0.0] * len(values)
     for at, step in enumerate(taught):
@@ -111,9 +107,9 @@ def reference(taught: Sequence[Found], values: Sequence[str], *, share: float, m
                 if strategy.head == value
             ]
             if ranks:
-                scores[place] = memory * scores[place] + (1 - memory) * sum(ranks) / len(ranks)
+                scores[place] = MEMORY * scores[place] + (1 - MEMORY) * sum(ranks) / len(ranks)
     odds = [math.exp(score / TEMPERATURE) for score in scores]
-    return [share / len(values) + (1 - share) * each / sum(odds) for each in odds]
+    return [SHARE / len(values) + (1 - SHARE) * each / sum(odds) for each in odds]
 
 
 def class_of(seed: int, steps: int, most: int) -> list[Found]:
@@ -129,15 +125,13 @@ def class_of(seed: int, steps: int, most: int) -> list[Found]:
     ]
 
 
-@pytest.mark.parametrize(("share", "memory"), [(0.3, 0.9), (0.0, 0.5), (1.0, 0.0)])
-def test_the_table_is_the_definitions(share: float, memory: float) -> None:
-    curriculum = bandit(small(heads=list(HEADS)), curriculum_share=share, curriculum_memory=memory)
+def test_probabilities_are_the_definitions() -> None:
+    curriculum = bandit(small(heads=list(HEADS)))
     taught = class_of(0, RECENT + 20, 4)
     for count, step in enumerate(taught, start=1):
         curriculum.learn_all(step)
         if count in (1, 2, 10, RECENT, RECENT + 1, RECENT + 20):
-            expected = reference(taught[:count], HEADS, share=share, memory=memory)
-            assert [curriculum.table()["head"][name] for name in HEADS] == pytest.approx(expected, rel=1e-12)
+            assert curriculum.probabilities("head") == pytest.approx(reference(taught[:count], HEADS), rel=1e-12)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

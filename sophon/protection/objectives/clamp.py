@@ -6,7 +6,7 @@ log(1 + e^x) and hinge(x) = max(0, x) the terms are::
 
     curvature  sum_t gamma_t softplus(kappa_min - kappa_t)
                kappa_t = [L(w_t + d u^) - 2 L(w_t) + L(w_t - d u^)] / d^2,   u^ = u_t / ||u_t||
-    contract   softplus(c - c_max),   c = max_v ||T(w_K + d v) - T(w_K)|| / d  over random unit vectors v
+    contract   softplus(c - c_max),   c = ||T(w_K + d v) - T(w_K)|| / d,   v a random unit vector
     tail       hinge(L(w_0) - L(w_K) + ||g(w_K)|| B + Lip / 2 B^2 - slack),   B = ||u_K|| / (1 - c)
     inverse    -min(L(w_0), loss of one who only guesses)
 
@@ -53,7 +53,6 @@ class Clamp(Objective):
         c_limit: in the tail bound c counts as at most this, > 0 and < 1.
         probe_width: how far the weights are displaced along a direction, in their own units, > 0 (d). In float32 much
             less than 0.01 drowns in rounding.
-        probes: random directions in which the contraction is looked for, the worst of which counts, >= 1.
         slack: in the attacker's loss, >= 0.
         lipschitz: of the gradient of the attacker's loss, >= 0 (Lip).
     """
@@ -66,7 +65,6 @@ class Clamp(Objective):
     c_max: float = limited(0.95, gt=0)
     c_limit: float = limited(0.99, gt=0, lt=1)
     probe_width: float = limited(0.05, gt=0)
-    probes: int = limited(1, ge=1)
     slack: float = limited(0.0, ge=0)
     lipschitz: float = limited(1.0, ge=0)
     remembers = True
@@ -80,13 +78,13 @@ class Clamp(Objective):
         """Add the gradients of the weighted terms; return their weighted sum, each curvature without its gamma."""
         with sdpa_kernel(SDPBackend.MATH), _in_full(task):
             ending = query.last and (self.contract or self.tail)
-            probes = self._drawn(query.moving) if ending else []
+            probe = self._drawn(query.moving) if ending else []
             ground = _Ground(model, task, batch, query.moving)
             value = torch.zeros((), device=batch.images.device)
             if self.curvature:
                 value = value + self._curvature(ground, query, gamma)
             if ending:
-                value = value + self._end(ground, query, probes)
+                value = value + self._end(ground, query, probe)
             if query.last and query.begun and self.inverse:
                 value = value + self._inverse(ground, query)
         return value
@@ -112,22 +110,26 @@ class Clamp(Objective):
             weight.grad = part if weight.grad is None else weight.grad + part
         return value.detach()
 
-    def _drawn(self, moving: Sequence[nn.Parameter]) -> list[list[Tensor]]:
-        """Return the displacements d v."""
-        probes = [[torch.randn_like(weight) for weight in moving] for _ in range(self.probes)]
-        return [[part * (self.probe_width / _norm(probe)) for part in probe] for probe in probes]
+    def _drawn(self, moving: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return the displacement d v."""
+        probe = [torch.randn_like(weight) for weight in moving]
+        return [part * (self.probe_width / _norm(probe)) for part in probe]
 
-    def _end(self, ground: _Ground, query: Query, probes: list[list[Tensor]]) -> Tensor:
+    def _end(self, ground: _Ground, query: Query, probe: list[Tensor]) -> Tensor:
         """Contraction and tail bound: their value as a function of four numbers, then each number's own gradient."""
         last, slope = ground.slope(query.moving)
         with torch.no_grad(), standing_at(query.moving, query.start):
             first = ground.loss()
-        rate, probe, residue = self._worst(ground, query, slope, probes)
+        with ground.displaced(probe):
+            _, other = ground.slope(query.moving)
+        residue = [v - query.lr * (there - here) for v, there, here in zip(probe, other, slope, strict=True)]
+        rate = _norm(residue) / self.probe_width
         facts = torch.stack([rate, _norm(slope), first, last]).requires_grad_()
         value = self._bound(facts, _norm(_update(query)))
         by_rate, by_norm, by_first, by_last = torch.autograd.grad(value, facts)[0].unbind()
         # d c = -lr / d (H(w + d v) r - H(w) r), r the unit residue; d ||g|| = H(w) g / ||g||
-        bent = [part * (by_rate * query.lr / self.probe_width) for part in residue]
+        unit = [part / _norm(residue) for part in residue]
+        bent = [part * (by_rate * query.lr / self.probe_width) for part in unit]
         tiny = torch.finfo(facts.dtype).tiny
         lean = by_norm / _norm(slope).clamp(min=tiny)
         ground.push([part + lean * g for part, g in zip(bent, slope, strict=True)], by_last)
@@ -145,19 +147,6 @@ class Clamp(Objective):
         reach = length / (1 - rate.clamp(max=self.c_limit))
         bound = first - last + norm * reach + self.lipschitz / 2 * reach**2
         return self.tail * F.relu(bound - self.slack) + self.contract * F.softplus(rate - self.c_max)
-
-    def _worst(
-        self, ground: _Ground, query: Query, slope: list[Tensor], probes: list[list[Tensor]]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return the largest c, its displacement d v, and the unit vector along T(w + d v) - T(w)."""
-        candidates = []
-        for probe in probes:
-            with ground.displaced(probe):
-                _, other = ground.slope(query.moving)
-            residue = [v - query.lr * (there - here) for v, there, here in zip(probe, other, slope, strict=True)]
-            candidates.append((_norm(residue) / self.probe_width, probe, residue))
-        rate, probe, residue = max(candidates, key=lambda one: float(one[0]))
-        return rate, probe, [part / _norm(residue) for part in residue]
 
     def _inverse(self, ground: _Ground, query: Query) -> Tensor:
         with standing_at(query.moving, query.start):
