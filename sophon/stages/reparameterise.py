@@ -62,9 +62,7 @@ class ReparameteriseConfig:
     """How far the coordinates are from the usual ones.
 
     Attributes:
-        gains: how many times what an interface's channels share outweighs what they tell, > 0: one number for all
-            interfaces, or one for each. 30 is the most that TF32 and float16 carry; more adds little to what the
-            spread does.
+        gains: how many times what an interface's channels share outweighs what they tell, > 0; one for all or each.
         spread: the largest scale of an interface's channels over the smallest, >= 1, in powers of two.
     """
 
