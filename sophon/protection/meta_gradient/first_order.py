@@ -114,7 +114,10 @@ class _Total:
             for parameter, summed in zip(self.parameters.values(), self.sums, strict=True):
                 parameter.grad = summed
             with frozen_statistics(self.layers):
-                losses = [_value(each, each.add(self.model, task, batch, gamma, query)) for each in self.objectives]
+                losses = [
+                    _value(objective, objective.add(self.model, task, batch, gamma, query))
+                    for objective in self.objectives
+                ]
             self.sums = [parameter.grad for parameter in self.parameters.values()]
             self.model.zero_grad()
             self._attend(False)
