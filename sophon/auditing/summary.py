@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -136,6 +136,7 @@ class AuditReport:
                 **{part.name: getattr(self.results, part.name) for part in fields(self.results)},
                 "masked_share": self.results.masked_share,
                 **{part.name: getattr(self.context, part.name) for part in fields(self.context)},
+                "searches": _by_role(self.context.searches),
             }
         )
         return content
@@ -168,10 +169,28 @@ class AuditReport:
         try:
             tables = [pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES]
             facts = {part.name: stored[part.name] for part in fields(Context)}
-            context = Context(**facts | _typed(stored))
+            context = Context(**facts | _typed(stored) | {"searches": _one_by_one(stored["searches"])})
             return cls.of(Attempts(*tables), context)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{key}: '{folder}' is not whole ({error}); run `sophon audit` again") from error
+
+
+def _by_role(searches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return searches by name, each with its course against every role: the form that ``audit.json`` has."""
+    courses: dict[str, dict[str, Any]] = {}
+    for search in searches:
+        course = {key: value for key, value in search.items() if key not in ("name", "role")}
+        courses.setdefault(search["name"], {})[search["role"]] = course
+    return [{"name": name, "roles": roles} for name, roles in courses.items()]
+
+
+def _one_by_one(searches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Undo `_by_role`."""
+    return [
+        {"name": search["name"], "role": role, **course}
+        for search in searches
+        for role, course in search["roles"].items()
+    ]
 
 
 def _typed(stored: Mapping[str, Any]) -> dict[str, Any]:
