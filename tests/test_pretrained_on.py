@@ -60,12 +60,13 @@ def test_a_reference_with_all_outputs_is_protected_and_audited(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def removed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a reference that has seen both domains, what was made of it, and two filtered models."""
+    """A folder with a reference that has seen both domains, what was made of it, a filtered model and its student."""
     folder = tmp_path_factory.mktemp("removed")
     own_groups(folder)
     pretrained(folder, *PRETRAIN)
-    others = ((*PRETRAIN, f"run_dir={name}", f"seed={seed}", "pretrain.steps=2") for seed, name in enumerate("ab"))
-    for command in ((*PROTECT, "method.rounds=1"), *others):
+    filtered = (*PRETRAIN, "run_dir=a", "pretrain.steps=2")
+    student = (*PROTECT, "method=distil", "method.rounds=1", "reference=a", "run_dir=b")
+    for command in ((*PROTECT, "method.rounds=1"), filtered, student):
         result = sophon(folder, *command)
         assert result.code == 0, result
     return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,15 +58,23 @@ def check_pretraining(
     reference: Checkpoint, filtered: Sequence[Checkpoint], restricted: Sequence[LoadedDomain]
 ) -> None:
     """Refuse a reference that was trained on what its attackers have, and filtered models that saw the domain."""
+    unseen = {model.manifest.get("weights_sha256") for model in filtered}
     for domain in restricted:
         for model in filtered:
-            if _splits_seen(model, domain):
+            if _splits_seen(model, domain) and not _is_student_of(unseen, model):
                 raise UserError(f"filtered: '{model.path}' was trained on {domain.name}; give one that never saw it")
         if any(hashes != domain.hashes for hashes in _splits_seen(reference, domain)):
             raise UserError(
                 f"reference: it was trained on another split of {domain.name}, and so perhaps on the attacker's "
                 "images; give domain.restricted as pretrain had it"
             )
+
+
+def _is_student_of(unseen: Collection[str], checkpoint: Checkpoint) -> bool:
+    """Say whether a checkpoint was made of one of these, by stages that read no restricted images."""
+    manifest = checkpoint.manifest
+    reads = [stage.get("information", {}).get("restricted", ["unknown"]) for stage in manifest.get("stages", [])]
+    return manifest.get("parent_sha256") in unseen and bool(reads) and not any(reads)
 
 
 def _splits_seen(checkpoint: Checkpoint, domain: LoadedDomain) -> list[dict[str, str]]:
