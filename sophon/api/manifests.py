@@ -70,7 +70,7 @@ def check_pretraining(
             )
 
 
-def _is_student_of(unseen: Collection[str], checkpoint: Checkpoint) -> bool:
+def _is_student_of(unseen: Collection[str | None], checkpoint: Checkpoint) -> bool:
     """Say whether a checkpoint was made of one of these, by stages that read no restricted images."""
     manifest = checkpoint.manifest
     reads = [stage.get("information", {}).get("restricted", ["unknown"]) for stage in manifest.get("stages", [])]
