@@ -220,7 +220,8 @@ def runner_of(audit: Audit, folder: Path) -> Runner:
 def _frechet(audit: Audit, features: Fidelity | None) -> Frechet | None:
     if features is None:
         return None
-    return Frechet(features.name, partial(features.distance, real=audit.scene.restricted["test"]))
+    distance = partial(features.distance, real=audit.scene.restricted["test"])
+    return Frechet(features.name, distance, features.concept_rate)
 
 
 def _features(audit: Audit, folder: Path) -> Fidelity | None:

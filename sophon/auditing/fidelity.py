@@ -1,13 +1,14 @@
-"""How close generated images come to real ones: the Frechet distance between features of a named network.
+"""How close generated images come to real ones (Frechet distance), and how many show what is restricted (concept rate).
 
 "FID" names Inception's features and nothing else. Where their weights are not at hand, a small classifier trained here
-gives the features; its distances compare models within one audit and mean nothing beside published ones.
+gives the features; its distances compare models within one audit and mean nothing beside published ones. The
+concept rate is that classifier's in either case.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,15 +38,26 @@ _BATCH = 250
 
 
 class Fidelity:
-    """Frechet distances between sets of images.
+    """What generated images are measured with.
 
     Args:
         metric: made with ``reset_real_features=False``.
         channels: that the network takes; grey images are repeated.
+        classify: returns logits, float [B, K], of uint8 images [B, C, H, W]; see `concept_rate`.
+        originals: how many of the K classes are the original domain's, the first ones.
     """
 
-    def __init__(self, name: str, metric: FrechetInceptionDistance, channels: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        metric: FrechetInceptionDistance,
+        channels: int,
+        device: torch.device,
+        classify: Callable[[Tensor], Tensor],
+        originals: int,
+    ) -> None:
         self.name = name
+        self._classify, self._originals = classify, originals
         self._metric = metric.to(device)
         self._channels = channels
         self._device = device
@@ -79,6 +91,15 @@ class Fidelity:
         self._add(torch.split(generated, _BATCH), real=False)
         return max(0.0, float(self._metric.compute()))
 
+    def concept_rate(self, generated: Tensor) -> float:
+        """Return the percentage of images, uint8 [N, C, H, W], that the classifier takes for a restricted class.
+
+        It knows the classes of both domains and nothing else: noise is one of them, too. Compare models with each
+        other, and with the rate of a model that never saw the restricted domain.
+        """
+        shown = [self._classify(part.to(self._device)).argmax(1) for part in torch.split(generated, _BATCH)]
+        return 100 * float((torch.cat(shown) >= self._originals).double().mean())
+
     def _add(self, parts: Iterable[Tensor], *, real: bool) -> None:
         for part in parts:
             self._metric.update(part.to(self._device).expand(-1, self._channels, -1, -1), real=real)
@@ -106,17 +127,18 @@ def feature_network(
     # only here: torchmetrics brings text and audio along, which would double the start of every command
     from torchmetrics.image.fid import FrechetInceptionDistance
 
+    features = _trained(original, restricted, seed, folder / CACHE, device, steps)
+    classes = (features.classify, len(original.classes))
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
     if find_spec("torch_fidelity") and exists(weights) and sha256_file(weights).startswith(weights.stem[-8:]):
         with _plain_tensors_only():
             inception = FrechetInceptionDistance(
                 feature=2048, reset_real_features=False, feature_extractor_weights_path=str(weights)
             )
-        return Fidelity("Inception-v3 (FID)", inception, 3, device)
-    features = _trained(original, restricted, seed, folder / CACHE, device, steps)
+        return Fidelity("Inception-v3 (FID)", inception, 3, device, *classes)
     name = f"small ResNet trained here on {original.name} and {restricted.name}, {features.num_features} features"
     metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
-    return Fidelity(name, metric, original["train"].shape[0], device)
+    return Fidelity(name, metric, original["train"].shape[0], device, *classes)
 
 
 @contextmanager
@@ -147,6 +169,12 @@ class _Features(nn.Module):
         maps = self.classifier.forward_features(self.task.prepare(images))
         features: Tensor = self.classifier.forward_head(maps, pre_logits=True)
         return features
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the classifier's logits."""
+        logits: Tensor = self.classifier(self.task.prepare(images))
+        return logits
 
 
 def _trained(

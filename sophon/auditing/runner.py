@@ -36,10 +36,12 @@ class Frechet(NamedTuple):
     Attributes:
         network: whose features.
         distance: of generated images, uint8 [N, C, H, W], to the restricted domain's.
+        concept_rate: percentage of them that show a restricted class; None not to say.
     """
 
     network: str
     distance: Callable[[Tensor], float]
+    concept_rate: Callable[[Tensor], float] | None = None
 
 
 class Runner:
@@ -250,6 +252,8 @@ class Runner:
             images = self._sample(model, self.config.frechet_samples, "frechet")
             if images is not None:
                 details["Frechet distance"] = self.frechet.distance(images)
+                if self.frechet.concept_rate is not None:
+                    details["concept rate"] = self.frechet.concept_rate(images)
         return details
 
     def _sample(self, model: nn.Module, count: int, purpose: str) -> Tensor | None:

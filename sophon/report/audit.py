@@ -239,7 +239,8 @@ def _further(audit: AuditReport) -> Iterator[Element]:
         network = audit.context.feature_network or "a network that the audit does not name"
         note += (
             f" {tables.FRECHET}: from the images that the attacked model generates to those of that split, lower is "
-            f"closer; features: {printable(network)}."
+            f"closer; features: {printable(network)}. Concept rate: percent of these images that a classifier of both "
+            "domains' classes takes for a restricted one."
         )
     yield note
     yield folded("All measurements", further, len(further.rows))

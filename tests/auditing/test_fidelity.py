@@ -97,8 +97,18 @@ def test_distance_by_hand(monkeypatch):
     # Means differ by (3, 4); the covariances, c and 4 c with c = 4/3 on the diagonal, by 2 * (2 - 1) ** 2 * 4/3.
     generated = 2 * (real - 1) + torch.tensor([6, 7], dtype=torch.uint8).view(1, 1, 1, 2) - torch.tensor(2)
     generated = generated.to(torch.uint8)
-    found = measured(Fidelity("pixels", metric, 1, CPU), generated, real)
+    found = measured(Fidelity("pixels", metric, 1, CPU, lambda images: images, 1), generated, real)
     assert found == pytest.approx(9 + 16 + 8 / 3, rel=1e-5)
+
+
+def test_concept_rate_counts_restricted_classes(domains, trained, monkeypatch):
+    by_hand = Fidelity("pixels", Mock(), 1, CPU, lambda images: images.flatten(1).float(), originals=2)
+    logits = torch.tensor([[9, 0, 0], [0, 9, 0], [0, 0, 9], [1, 2, 3]], dtype=torch.uint8).view(4, 1, 1, 3)
+    assert by_hand.concept_rate(logits) == 50
+    monkeypatch.setattr(fidelity, "_BATCH", 3)
+    assert by_hand.concept_rate(logits) == 50
+    original, restricted = (domain["test"].images for domain in domains)
+    assert trained[0].concept_rate(restricted) > 50 + trained[0].concept_rate(original)
 
 
 # ---- the network trained here ---------------------------------------------------------------------------------------
@@ -212,7 +222,7 @@ def test_inception_is_used_when_it_is_at_hand(domains, tmp_path, inception, monk
     assert found.name == "Inception-v3 (FID)"
     assert asked == [(2048, str(weights), "1")]
     assert fidelity.os.environ.get(key) == before
-    assert not (tmp_path / CACHE).exists()
+    assert (tmp_path / CACHE).exists()  # the concept rate's
     real = domains[1]["test"].images
     assert measured(found, noise(real), real) > measured(found, real, real) == pytest.approx(0, abs=1e-2)
 
