@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sophon.cli.follow import following
+from tests.tiny import slow
 
 DENOISER = {"task": "denoising", "method": "sophon_dos", "relative": True, "optimizer": "adam"}
 CLASSIFIER = {"task": "classification", "method": "sophon_klu", "relative": False, "optimizer": "nesterov"}
@@ -33,22 +34,21 @@ def checkpoint(folder: Path, library: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["pretrain", "model=unet16_tiny"],
-        ["pretrain", "model.library=diffusers", "model.architecture=UNet2DModel"],
-        ["pretrain", "model.weights=pipeline"],
-        ["pretrain", "model.weights=a run"],
-        ["protect", "reference=denoiser"],
-        ["protect", "reference=a run"],
-        ["protect", "name=mine", "seed=3"],
-        ["protect", "reference=pipeline"],
-        ["audit", "checkpoint=denoiser"],
-        ["sample", "checkpoint=denoiser"],
-    ],
-    ids=" ".join,
-)
+COMMANDS = [
+    ["pretrain", "model=unet16_tiny"],
+    ["protect", "name=mine", "seed=3"],
+    ["protect", "reference=pipeline"],
+    ["pretrain", "model.library=diffusers", "model.architecture=UNet2DModel"],
+    ["pretrain", "model.weights=pipeline"],
+    ["pretrain", "model.weights=a run"],
+    ["protect", "reference=denoiser"],
+    ["protect", "reference=a run"],
+    ["audit", "checkpoint=denoiser"],
+    ["sample", "checkpoint=denoiser"],
+]
+
+
+@pytest.mark.parametrize("arguments", slow(COMMANDS, COMMANDS[3:]), ids=" ".join)  # half a second each
 def test_a_denoisers_task_loss_guard_and_pretraining_follow(tmp_path: Path, arguments: list[str]) -> None:
     checkpoint(tmp_path / "denoiser", "diffusers")
     checkpoint(tmp_path / "a run" / "checkpoint", "diffusers")
@@ -58,6 +58,7 @@ def test_a_denoisers_task_loss_guard_and_pretraining_follow(tmp_path: Path, argu
     assert composed(tmp_path, *arguments) == DENOISER
 
 
+@pytest.mark.slow  # a third of a second each
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sophon.files import write_json
 from tests.cli_helpers import load, refusal, sophon
 from tests.models.own import GroupNormNet, read_back
+from tests.tiny import slow
 
 AUDIT = "runs/mine/seed0/audit/audit.json"
 CLASSES = ("anchor", "bell", "cup")
@@ -258,20 +259,19 @@ def test_a_pipeline_keeps_its_sampler_and_its_error_through_every_verb(folder: P
         assert values == pytest.approx([error_of(pipeline, folder / "original/test")] * len(values), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("pretrain", "model.weights=theirs.pth", "pretrain.steps=0"),
-        ("pretrain", *OWN, "model.weights=theirs.pth", "pretrain.steps=0"),
-        ("pretrain", "model.weights=folder", "pretrain.steps=0"),
-        ("protect", "reference=theirs.pth"),
-        ("protect", "reference=folder"),
-        ("export", "checkpoint=theirs.pth"),
-        ("sample", "checkpoint=theirs.pth"),
-        ("audit", "checkpoint=theirs.pth", "reference=theirs.pth"),
-    ],
-    ids=" ".join,
-)
+PICKLES = [
+    ("pretrain", "model.weights=theirs.pth", "pretrain.steps=0"),
+    ("protect", "reference=folder"),
+    ("pretrain", *OWN, "model.weights=theirs.pth", "pretrain.steps=0"),
+    ("pretrain", "model.weights=folder", "pretrain.steps=0"),
+    ("protect", "reference=theirs.pth"),
+    ("export", "checkpoint=theirs.pth"),
+    ("sample", "checkpoint=theirs.pth"),
+    ("audit", "checkpoint=theirs.pth", "reference=theirs.pth"),
+]
+
+
+@pytest.mark.parametrize("words", slow(PICKLES, PICKLES[2:]), ids=" ".join)
 def test_every_verb_says_how_to_convert_a_pickle(tmp_path: Path, words: tuple[str, ...]) -> None:
     for name in ("folder", "original", "restricted"):
         (tmp_path / name).mkdir()

@@ -25,7 +25,7 @@ from sophon.surgery import OPERATIONS
 from sophon.tasks import Task
 from sophon.validation import strategy_from
 from tests.auditing.staging import BENIGN, ORIGINAL, RESTRICTED, SUPPORT, attempts_of, results, scene, staged
-from tests.tiny import assert_same_state, state_of, tiny_model, tiny_spec, tiny_task
+from tests.tiny import assert_same_state, slow, state_of, tiny_model, tiny_spec, tiny_task
 
 HERE = __name__
 ADAM = {"optimizer": "adam"}
@@ -96,7 +96,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "probed": {"head": "probed", "probe_steps": 3},
     "all at once": {"scope": "lora", "lora_rank": 1, "head": "probed", "probe_steps": 2, "surgery": [NOISE, HEAL]},
 }
-every_attack = pytest.mark.parametrize("name", ATTACKS)
+every_attack = pytest.mark.parametrize("name", slow(ATTACKS, ("restated", "all at once")))
 
 
 def strategy(name: str, **changes: Any) -> FineTuneStrategy:

@@ -7,7 +7,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from sophon.auditing import fidelity
 from sophon.auditing.fidelity import CACHE, Fidelity, feature_network
@@ -91,6 +90,8 @@ def test_distance_by_hand(monkeypatch):
 
         def forward(self, images):
             return images.flatten(1).float()
+
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
 
     metric = FrechetInceptionDistance(feature=Pixels(), reset_real_features=False)
     real = torch.tensor([[0, 0], [2, 2], [0, 2], [2, 0]], dtype=torch.uint8).view(4, 1, 1, 2)
@@ -194,6 +195,8 @@ class FakeInception(nn.Module):
 @pytest.fixture
 def inception(monkeypatch, tmp_path):
     """torch-fidelity installed and a weights file in torch.hub's cache; gives its path and what was asked for."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     real, asked = FrechetInceptionDistance, []
 
     def made(*, feature, **settings):

@@ -81,6 +81,7 @@ def test_attacks_that_not_all_ran(tmp_path):
 CONFIG = {"name": "b", "seed": 0, "attack": {"seeds": 1, "eval_points": 4}}
 
 
+@pytest.mark.slow  # a third of a second each
 @pytest.mark.parametrize(
     ("other", "warning"),
     [
