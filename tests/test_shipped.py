@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from sophon import cli  # noqa: F401  (tells Hydra the schema)
 from sophon.config.shipped import STANDARD, USUAL, chosen, conf_dir
 from sophon.errors import UserError
+from sophon.losses import DENOISING_SUPPRESSION_LOSSES
 from tests.tiny import slow
 
 PLAIN = ["guard=relative", "method=mlac", "pretrain=adam_ema", "sampler=tar", "task=denoising"]
@@ -50,6 +51,11 @@ def test_a_file_of_ones_own_and_plain_data(tmp_path: Any) -> None:
     (tmp_path / "sophon_klu.yaml").write_text("name: mine\nrounds: 1\n")
     assert chosen("method", str(tmp_path / "mine.yaml")) == {"name": "mine", "rounds": 3}
     assert chosen("method", {"rounds": 5}) == {"rounds": 5}
+
+
+@pytest.mark.parametrize("method", ["unlearn_esd", "undo_dos", "unlearn_dos", "dos_pool", "sophon_dos"])
+def test_a_denoisers_method_has_a_denoisers_loss(method: str) -> None:
+    assert chosen("method", method)["suppression_loss"] in DENOISING_SUPPRESSION_LOSSES
 
 
 def test_what_is_usual_exists() -> None:
