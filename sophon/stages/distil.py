@@ -29,7 +29,6 @@ from sophon.protection.descent import Term
 from sophon.protection.stage import Information, Row
 from sophon.protection.training import Training, fresh
 from sophon.ranges import limited
-from sophon.tasks.task import evaluating
 
 
 @dataclass
@@ -40,7 +39,7 @@ class DistilConfig:
         student: ``given``, the weights that the stage before released; or ``fresh``, random ones.
         labels: weight of the labels' loss on the original domain (of a denoiser the noise's), >= 0.
         features: weight of the distance of the features before the head, both scaled to length one, >= 0; classifiers
-            only, and a second pass through both networks.
+            only.
         until: ``steps``, all rounds; or ``tolerance``, until the guard first finds the student within its tolerance.
         optimizer: a name or a dotted path, as of `FineTuneStrategy`, but for ``kfac`` and ``muon``; one of your own
             keeps all that it remembers in its ``state_dict``. Its rate is ``method.ntr_lr``.
@@ -95,8 +94,12 @@ class Distil(Training):
         task, teacher, config = context.task, context.teacher, self.config
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            total = task.original_loss(model, batch, teacher, labels=config.labels)
-            return total + config.features * _feature_distance(context, model, batch) if config.features else total
+            if not config.features:
+                return task.original_loss(model, batch, teacher, labels=config.labels)
+            with task.watching(model) as mine, task.watching(teacher) as wanted:
+                total = task.original_loss(model, batch, teacher, labels=config.labels)
+            distance = (F.normalize(mine[0], dim=1) - F.normalize(wanted[0], dim=1)).square().sum(1).mean()
+            return total + config.features * distance
 
         return [Term(context.original["train"], context.method.ntr_batch_size, "method.ntr_batch_size", loss)]
 
@@ -118,13 +121,3 @@ class Distil(Training):
         config = self.config
         values = {name: getattr(config, name) for name in ("optimizer", "weight_decay", "optimizer_args")}
         return FineTuneStrategy.of({**values, "lr": context.method.ntr_lr}, "method.stages.distil")
-
-
-def _feature_distance(context: Context, model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean squared distance of the student's features from the teacher's, both of length one."""
-    with evaluating(context.teacher):
-        wanted = context.task.features(context.teacher, batch.images)
-    features = context.task.features(model, batch.images)
-    assert features is not None  # `check` has seen to it
-    assert wanted is not None
-    return (F.normalize(features, dim=1) - F.normalize(wanted, dim=1)).square().sum(1).mean()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Self
 
@@ -106,17 +107,27 @@ class ClassificationTask(Task):
         """Return log C, the cross-entropy of a uniform guess over the model's C outputs."""
         return math.log(model.get_parameter(f"{self.adapter.head}.weight").shape[0])
 
-    def features(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Return the input of the last layer, float [B, D]; in training mode it is a training pass."""
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[list[Tensor]]:
+        """Collect the input of the last layer, float [B, D], of every pass inside."""
         seen: list[Tensor] = []
         head = model.get_submodule(str(self.adapter.head))
-        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            features = inputs[0].flatten(1)
+            seen.append(features.float() if self.amp else features)
+
+        hook = head.register_forward_pre_hook(keep)
         try:
-            self.logits(model, images)
+            yield seen
         finally:
             hook.remove()
-        features = seen[0].flatten(1)
-        return features.float() if self.amp else features
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return the input of the last layer, float [B, D]; in training mode it is a training pass."""
+        with self.watching(model) as seen:
+            self.logits(model, images)
+        return seen[0]
 
     def evaluate(self, model: nn.Module, images: ImageSet) -> float:
         """Return the accuracy in percent, 0 .. 100; NaN if a logit is not finite."""

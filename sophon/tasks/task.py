@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -135,6 +135,10 @@ class Task(Protocol):
 
     def chance_loss(self, model: nn.Module) -> float:
         """Return the attacker's loss of who can do no better than guess."""
+
+    def watching(self, model: nn.Module) -> AbstractContextManager[list[Tensor]]:
+        """Collect what `features` returns, of every pass inside; nothing if the kind has none."""
+        return nullcontext([])
 
     def features(self, model: nn.Module, images: Tensor) -> Tensor | None:
         """Return what the model's head sees of uint8 images [B, C, H, W]: float [B, D]; None if its kind has none."""
