@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="the bench's folder")
     parser.add_argument("--rows", nargs="+", help="rows of rows.yaml; all if none is given")
+    parser.add_argument("--knowing", nargs="*", default=[], help="rows that attackers who know attack, too")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
     rows = OmegaConf.to_container(OmegaConf.load(HERE / "rows.yaml"))
@@ -60,6 +61,10 @@ def main() -> None:
             if code == DONE:
                 audit = folder / f"{name}_audit"
                 sophon("audit", audit, *known, f"checkpoint='{made}'", f"attack.reuse=['{controls}']")
+            if code == DONE and name in options.knowing:
+                reuse = sorted(str(path.parent) for path in folder.glob("*_knowing/audit.json"))[:1]
+                knowing = (f"checkpoint='{made}'", "attack=bench_e_knowing", f"attack.reuse={reuse}")
+                sophon("audit", folder / f"{name}_knowing", *known, *knowing)
 
 
 if __name__ == "__main__":

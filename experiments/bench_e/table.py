@@ -5,103 +5,153 @@ python experiments/bench_e/table.py runs/bench_e
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from sophon.auditing.results import results
+from sophon.auditing.table import Attempts
 
 HERE = Path(__file__).parent
 # Passes of 64 images over the 4,000 of pre-training; those of simulated attackers are estimated from the sampler.
 HALF = ("undo_04", "undo_06", "undo_07", "undo_08", "fresh_half", "own_initialisation", "sophon")
 SHARE = {"unlearn": 0.1, "gradient_difference": 0.1, "coordinates": 0.2, **dict.fromkeys(HALF, 0.5)}
 SHARE |= {"fresh_equal": 1.0, "undo_sophon": 1.0}
+NAMES = {"filtered_2": "filtered, student"}
+
+
+def attempts_of(audit: Path) -> Attempts:
+    return Attempts(*(pd.read_parquet(audit / f"{name}.parquet") for name in ("attempts", "curves")))
+
+
+def joined(*audits: Path) -> dict[str, Any]:
+    """Return the worst case of all attacks in a model's audits: R in both readings, and each role's own best."""
+    table, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*map(attempts_of, audits), strict=True))
+    worst = results(Attempts(table, curves)).worst_case["overall"]
+    readings = {"own_best": worst.own_best, "same_attack": worst.same_attack}
+    found: dict[str, Any] = {name: dataclasses.asdict(reading.removal) for name, reading in readings.items()}
+    return found | {"best": {role: score.mean for role, score in worst.own_best.roles.items()}}
 
 
 def row_of(audit: Path) -> dict[str, Any]:
     """Return one seed's figures of a row; accuracies in percent."""
-    found, attempts = json.loads((audit / "audit.json").read_text()), pd.read_parquet(audit / "attempts.parquet")
-    mine = attempts[(attempts["role"] == "protected") & (attempts["domain"] == "restricted")].set_index("attack")
-    tuned, made = mine.drop(index="linear_probe"), audit.with_name(audit.name.removesuffix("_audit"))
-    worst, intactness = found["worst_case"]["overall"], found["intactness"]
-    return {
+    name = audit.name.removesuffix("_audit")
+    intactness = json.loads((audit / "audit.json").read_text())["intactness"]
+    made, knowing = audit.with_name(name), audit.with_name(f"{name}_knowing")
+    row = {
         "seed": int(audit.parent.name.removeprefix("seed")),
-        "row": made.name,
+        "row": name,
         "original": intactness["after"],
         "lost": intactness["loss"]["value"],
+        **accuracies(audit, "protected"),
+        "R": joined(audit),
+        "core_seconds": json.loads((made / "protect.seconds.json").read_text())["core_seconds"],
+    }
+    if (knowing / "audit.json").exists():
+        row |= {"knowing": joined(knowing), "all": joined(audit, knowing)}
+    return row
+
+
+def accuracies(audit: Path, role: str) -> dict[str, float]:
+    """Return a model's accuracy in percent after the fine-tuning that its attacker chose, and by a linear probe."""
+    table = attempts_of(audit).table
+    mine = table[(table["role"] == role) & (table["domain"] == "restricted")].set_index("attack")
+    tuned = mine.drop(index="linear_probe")
+    return {
         "tuned": float(tuned.loc[tuned["select"].idxmax(), "test"]),
         "probe": float(mine.loc["linear_probe", "test"]),
-        "own_best": worst["own_best"]["removal"],
-        "same_attack": worst["same_attack"]["removal"],
-        "core_seconds": json.loads(
-            (audit.with_name(audit.name.removesuffix("_audit")) / "protect.seconds.json").read_text()
-        )["core_seconds"],
     }
 
 
 def controls_of(folder: Path) -> list[dict[str, Any]]:
     """Return the figures of the models that every row is compared with."""
-    attempts = pd.read_parquet(folder / "controls" / "attempts.parquet")
-    rows = []
-    for role, mine in attempts[attempts["domain"] == "restricted"].groupby("role"):
-        mine = mine.set_index("attack")
-        tuned = mine.drop(index="linear_probe")
-        best = float(tuned.loc[tuned["select"].idxmax(), "test"])
-        name = {"filtered_2": "filtered, student"}.get(role, role)
-        rows.append({"seed": int(folder.name.removeprefix("seed")), "row": name, "tuned": best})
-        rows[-1]["probe"] = float(mine.loc["linear_probe", "test"])
-    return rows
+    controls, seed = folder / "controls", int(folder.name.removeprefix("seed"))
+    roles = ("unprotected", "filtered", "filtered_2", "scratch")
+    return [{"seed": seed, "row": NAMES.get(role, role), **accuracies(controls, role)} for role in roles]
 
 
-def gap(values: list[dict[str, Any]], seeds: int) -> str:
-    """Say R: of one seed with its interval over the test images, of several as their mean and each."""
-    if seeds == 1:
-        return f"{values[0]['value']:.2f} [{values[0]['low']:.2f}, {values[0]['high']:.2f}]"
-    found = [each["value"] for each in values]
-    return f"{mean(found):.2f} ({', '.join(f'{value:.2f}' for value in found)})"
+def several(values: list[float], digits: int = 1) -> str:
+    """Say the mean, half the width of Student's 95 % interval over the seeds, and each seed's value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    each = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f} ({each})"
 
 
-def several(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else "")
+def gap(rows: list[dict[str, Any]], key: str) -> list[str]:
+    """Say R in both readings; of a single seed with its interval over the test images."""
+    found = [[row[key][reading] for row in rows] for reading in ("own_best", "same_attack")]
+    if len(rows) == 1:
+        return [f"{only['value']:.2f} [{only['low']:.2f}, {only['high']:.2f}]" for (only,) in found]
+    return [several([each["value"] for each in values], 2) for values in found]
+
+
+def lines(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]) + "\n"
 
 
 def table(rows: list[dict[str, Any]], controls: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | original test | lost | best fine-tuning | linear probe | R, own best | R, same attack | compute |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Write two tables: the first suite of attacks, and the rows that attackers who know attacked."""
+    first, second = [], []
     for name in dict.fromkeys(each["row"] for each in controls):
         mine = [each for each in controls if each["row"] == name]
-        tuned, probe = ([each[key] for each in mine] for key in ("tuned", "probe"))
-        lines.append(f"| *{name}* | - | - | {several(tuned)} | {several(probe)} | - | - | - |")
+        figures = [several([each[key] for each in mine]) for key in ("tuned", "probe")]
+        first.append([f"*{name}*", str(len(mine)), "-", *figures, "-", "-", "-"])
     for name in [name for name in SHARE if any(each["row"] == name for each in rows)]:
         mine = [each for each in rows if each["row"] == name]
-        figures = [several([each[key] for each in mine]) for key in ("original", "lost", "tuned", "probe")]
-        scores = [gap([each[key] for each in mine], len(mine)) for key in ("own_best", "same_attack")]
-        lines.append(f"| {name} | {' | '.join(figures + scores)} | {SHARE[name]:.0%} |")
-    return "\n".join(lines) + "\n"
+        figures = [several([each[key] for each in mine]) for key in ("lost", "tuned", "probe")]
+        first.append([name, str(len(mine)), *figures, *gap(mine, "R"), f"{SHARE[name]:.0%}"])
+        known = [each for each in mine if "knowing" in each]
+        if known:
+            roles = ("unprotected", "filtered", "filtered_2", "protected")
+            best = [several([each["knowing"]["best"][role] for each in known]) for role in roles]
+            second.append([name, str(len(known)), *best, *gap(known, "knowing"), *gap(known, "all")])
+    readings = ["R, own best", "R, same attack"]
+    head = ["model", "seeds", "lost", "best fine-tuning", "linear probe", *readings, "compute"]
+    knowing = ["row", "seeds", "unprotected", "filtered", "filtered, student", "protected", *readings]
+    return (
+        lines(head, first) + "\n" + lines([*knowing, "all attacks: R, own best", "all attacks: R, same attack"], second)
+    )
 
 
 def frontier(rows: list[dict[str, Any]]) -> Figure:
-    """Draw R, the lower of its two readings, against what the original domain lost and against the price.
+    """Draw each seed's R, the mean of its two readings, against the loss on the original domain and the price.
 
     What hinders steps has no place there: it removes nothing, whatever its R.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for each in (row for row in rows if row["row"] != "coordinates"):
-        value = min(each["own_best"]["value"], each["same_attack"]["value"])
-        for axes, place in ((left, each["lost"]), (right, 100 * SHARE[each["row"]])):
-            axes.plot(place, value, "o", color="#2a6f97")
-            axes.annotate(each["row"], (place, value), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    marks = {"R": ("o", "#2a6f97", "plain attackers"), "knowing": ("^", "#c1121f", "attackers who know")}
+    for name in [name for name in SHARE if name != "coordinates" and any(each["row"] == name for each in rows)]:
+        for key, (mark, colour, label) in marks.items():
+            mine = [each for each in rows if each["row"] == name and key in each]
+            if not mine:
+                continue
+            values = [mean(each[key][reading]["value"] for reading in ("own_best", "same_attack")) for each in mine]
+            for axes, places in ((left, [each["lost"] for each in mine]), (right, [100 * SHARE[name]] * len(mine))):
+                axes.plot(places, values, mark, color=colour, alpha=0.25, markersize=4)
+                axes.plot(mean(places), mean(values), mark, color=colour, label=label)
+                if key == "R":
+                    axes.annotate(
+                        name, (mean(places), mean(values)), xytext=(4, 3), textcoords="offset points", fontsize=7
+                    )
     left.set(xlabel="lost on the original domain's test, points", ylabel="R (1: as filtered)")
     right.set(xlabel="share of pre-training compute, %")
     for axes in (left, right):
         axes.axhline(1, color="#999999", linewidth=0.8)
         axes.axhline(0, color="#999999", linewidth=0.8)
+    handles, labels = left.get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))
+    left.legend(legend.values(), legend.keys(), fontsize=7)
     return figure
 
 
@@ -109,8 +159,7 @@ def main() -> None:
     folders = sorted(Path(sys.argv[1]).glob("seed*"))
     rows = [row_of(found.parent) for folder in folders for found in sorted(folder.glob("*_audit/audit.json"))]
     controls = [row for folder in folders for row in controls_of(folder)]
-    results = {"controls": controls, "rows": rows}
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "results.json").write_text(json.dumps({"controls": controls, "rows": rows}, indent=1) + "\n")
     (HERE / "table.md").write_text(table(rows, controls))
     frontier(rows).savefig(HERE / "frontier.svg")
     print(table(rows, controls))
