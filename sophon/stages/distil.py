@@ -99,7 +99,8 @@ class Distil(Training):
             with task.watching(model) as mine, task.watching(teacher) as wanted:
                 total = task.original_loss(model, batch, teacher, labels=config.labels)
             distance = (F.normalize(mine[0], dim=1) - F.normalize(wanted[0], dim=1)).square().sum(1).mean()
-            return total + config.features * distance
+            total += config.features * distance
+            return total
 
         return [Term(context.original["train"], context.method.ntr_batch_size, "method.ntr_batch_size", loss)]
 
