@@ -22,7 +22,7 @@ from sophon.auditing.table import Attempts
 
 HERE = Path(__file__).parent
 # Passes of 64 images over the 4,000 of pre-training; those of simulated attackers are estimated from the sampler.
-HALF = ("undo_04", "undo_06", "undo_07", "undo_08", "fresh_half", "own_initialisation", "sophon")
+HALF = ("undo_04", "undo_06", "undo_07", "undo_08", "fresh_half", "distil_half", "own_initialisation", "sophon")
 SHARE = {"unlearn": 0.1, "gradient_difference": 0.1, "coordinates": 0.2, **dict.fromkeys(HALF, 0.5)}
 SHARE |= {"fresh_equal": 1.0, "undo_sophon": 1.0}
 NAMES = {"filtered_2": "filtered, student"}
@@ -79,12 +79,15 @@ def controls_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def several(values: list[float], digits: int = 1) -> str:
-    """Say the mean, half the width of Student's 95 % interval over the seeds, and each seed's value."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    each = ", ".join(f"{value:.{digits}f}" for value in values)
-    return f"{mean(values):.{digits}f} ± {half:.{digits}f} ({each})"
+    """Say the mean, from three seeds on half the width of Student's 95 % interval, and each seed's value."""
+    said = f"{mean(values):.{digits}f}"
+    if len(values) > 2:
+        said += f" ± {student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    return said + (f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else "")
+
+
+def seeds(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(str(row["seed"]) for row in rows)
 
 
 def gap(rows: list[dict[str, Any]], key: str) -> list[str]:
@@ -105,26 +108,25 @@ def table(rows: list[dict[str, Any]], controls: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(each["row"] for each in controls):
         mine = [each for each in controls if each["row"] == name]
         figures = [several([each[key] for each in mine]) for key in ("tuned", "probe")]
-        first.append([f"*{name}*", str(len(mine)), "-", *figures, "-", "-", "-"])
+        first.append([f"*{name}*", seeds(mine), "-", *figures, "-", "-", "-"])
     for name in [name for name in SHARE if any(each["row"] == name for each in rows)]:
         mine = [each for each in rows if each["row"] == name]
         figures = [several([each[key] for each in mine]) for key in ("lost", "tuned", "probe")]
-        first.append([name, str(len(mine)), *figures, *gap(mine, "R"), f"{SHARE[name]:.0%}"])
+        first.append([name, seeds(mine), *figures, *gap(mine, "R"), f"{SHARE[name]:.0%}"])
         known = [each for each in mine if "knowing" in each]
         if known:
             roles = ("unprotected", "filtered", "filtered_2", "protected")
             best = [several([each["knowing"]["best"][role] for each in known]) for role in roles]
-            second.append([name, str(len(known)), *best, *gap(known, "knowing"), *gap(known, "all")])
+            second.append([name, seeds(known), *best, *gap(known, "knowing"), *gap(known, "all")])
     readings = ["R, own best", "R, same attack"]
     head = ["model", "seeds", "lost", "best fine-tuning", "linear probe", *readings, "compute"]
     knowing = ["row", "seeds", "unprotected", "filtered", "filtered, student", "protected", *readings]
-    return (
-        lines(head, first) + "\n" + lines([*knowing, "all attacks: R, own best", "all attacks: R, same attack"], second)
-    )
+    every = ["all attacks: R, own best", "all attacks: R, same attack"]
+    return lines(head, first) + "\n" + lines([*knowing, *every], second)
 
 
 def frontier(rows: list[dict[str, Any]]) -> Figure:
-    """Draw each seed's R, the mean of its two readings, against the loss on the original domain and the price.
+    """Draw R, the lower of its two readings, of each seed and as their mean, against the loss and the price.
 
     What hinders steps has no place there: it removes nothing, whatever its R.
     """
@@ -136,7 +138,7 @@ def frontier(rows: list[dict[str, Any]]) -> Figure:
             mine = [each for each in rows if each["row"] == name and key in each]
             if not mine:
                 continue
-            values = [mean(each[key][reading]["value"] for reading in ("own_best", "same_attack")) for each in mine]
+            values = [min(each[key][reading]["value"] for reading in ("own_best", "same_attack")) for each in mine]
             for axes, places in ((left, [each["lost"] for each in mine]), (right, [100 * SHARE[name]] * len(mine))):
                 axes.plot(places, values, mark, color=colour, alpha=0.25, markersize=4)
                 axes.plot(mean(places), mean(values), mark, color=colour, label=label)
@@ -156,7 +158,7 @@ def frontier(rows: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    folders = sorted(Path(sys.argv[1]).glob("seed*"))
+    folders = sorted(found.parent.parent for found in Path(sys.argv[1]).glob("seed*/controls/audit.json"))
     rows = [row_of(found.parent) for folder in folders for found in sorted(folder.glob("*_audit/audit.json"))]
     controls = [row for folder in folders for row in controls_of(folder)]
     (HERE / "results.json").write_text(json.dumps({"controls": controls, "rows": rows}, indent=1) + "\n")
