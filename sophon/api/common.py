@@ -174,16 +174,24 @@ def measured(task: Task, model: nn.Module, original: LoadedDomain, split: str, k
 
 
 def doubt(task: Task, model: nn.Module, original: LoadedDomain, key: str) -> str | None:
-    """Return a line of warning if a model does no better on ``val`` than a guess, within two standard errors.
+    """Return a line of warning if a model's figure on ``val`` is not what the guard is to go by.
+
+    That is where it does no better than a guess, within two standard errors, or better than on ``test`` by more than
+    four: then it was trained on images of ``val``.
 
     Raises:
         UserError: an output is not finite; the message names ``key``.
     """
-    value = measured(task, model, original, "val", key).value
+    val, test = (measured(task, model, original, split, key) for split in ("val", "test"))
     guess, error, images = task.chance(original["val"])
-    if task.metric.sign * (value - guess) > 2 * error:
-        return None
-    result, guessed = (format_value(number, task.metric) for number in (value, guess))
+    result, other, guessed = (format_value(number, task.metric) for number in (val.value, test.value, guess))
+    if task.metric.sign * (val.value - guess) > 2 * error:
+        if task.metric.sign * (val.value - test.value) <= 4 * math.hypot(val.standard_error, test.standard_error):
+            return None
+        return (
+            f"{key}: {task.metric.name} is {result} on val and {other} on test: the model was trained on images of "
+            "val, and the guard, which looks there, sees what it remembers of them; give domain.original other images"
+        )
     return (
         f"{key}: {task.metric.name} on {images} images of val is {result}, no better than a guess "
         f"({guessed}, standard error {error:.2g}); if the model was trained, check {task.suspects}"

@@ -37,12 +37,18 @@ class Guard:
         self._ranks, self._say = context.ranks, context.say
 
     def reference(self, model: nn.Module) -> float:
-        """Return the reference's metric.
+        """Return the reference's metric; say so where one image of ``val`` is more than the tolerance.
 
         Raises:
             UserError: nothing is relative to it.
         """
         before = self._ranks.first(lambda: self._task.evaluate(model, self._val))
+        image = 100 / len(self._val)
+        if self._task.metric.unit == "%" and not self.config.relative and image > self.config.tolerance:
+            self._say(
+                f"guard: one of the {len(self._val)} images of val is {image:.3g} points, more than guard.tolerance="
+                f"{self.config.tolerance:g}; no further one may be wrong: raise it or domain.original.val_fraction"
+            )
         if self.config.relative and before == 0:
             raise UserError("guard.relative: the reference's value on val is 0; give an absolute tolerance")
         return before

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sophon.errors import GuardError
 from sophon.protection.runner import Runner
-from tests.protection.staged import GUARD, METHOD, Scripted, rows, runner
-from tests.tiny import state_of, tiny_model
+from tests.protection.staged import GUARD, METHOD, ORIGINAL, Scripted, rows, runner
+from tests.tiny import state_of, tiny_model, tiny_task
 
 NONE = {"repair_steps": 0}
 LOWER = {"higher": False}
@@ -133,3 +133,15 @@ def test_nothing_acceptable(guard: dict[str, Any], task: dict[str, Any], words: 
         with pytest.raises(GuardError, match=words) as caught:
             ask()
         assert "\n" not in str(caught.value)
+
+
+def test_a_tolerance_of_less_than_one_image_is_said(tmp_path: Path) -> None:
+    images = len(ORIGINAL["val"])
+    told = [
+        runner(tmp_path / str(tolerance), tiny_task(), tolerance=tolerance).tracker.said
+        for tolerance in (99 / images, 101 / images)
+    ]
+    assert [any(f"guard: one of the {images} images of val is" in line for line in said) for said in told] == [
+        True,
+        False,
+    ]
