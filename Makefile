@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: demo demo-strong demo-diffusion test test-fast lint clean
+.PHONY: demo demo-strong demo-diffusion protected controls test test-fast lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,30 +14,35 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Pretrain, protect, export, audit and report on bundled images; SEED=1 repeats it with another seed.
+# One of the demos. What the audit compares with, `controls`, needs the reference alone: the second core makes it while the
+# first protects, and the audit takes it over.
+RUN = runs/$(EXPERIMENT)/seed$(SEED)
+define demo
+	$(BIN)/sophon pretrain experiment=$(1) seed=$(SEED)
+	$(MAKE) --jobs=2 protected controls EXPERIMENT=$(1) SEED=$(SEED)
+	$(BIN)/sophon audit experiment=$(1) seed=$(SEED) workers=2 attack.reuse=[runs/$(1)/seed$(SEED)/controls]
+	$(BIN)/sophon export checkpoint=runs/$(1)/seed$(SEED)/protect audit=runs/$(1)/seed$(SEED)/audit out=runs/$(1)/seed$(SEED)/export
+endef
+
+protected:
+	$(BIN)/sophon protect experiment=$(EXPERIMENT) seed=$(SEED)
+
+controls:
+	$(BIN)/sophon audit experiment=$(EXPERIMENT) seed=$(SEED) checkpoint=$(RUN)/pretrain run_dir=$(RUN)/controls \
+		attack.roles=[unprotected,scratch] >/dev/null
+
+# Pretrain, protect, audit and export on bundled images; SEED=1 repeats it with another seed.
 demo: $(VENV)/.installed
-	$(BIN)/sophon pretrain experiment=quickstart seed=$(SEED)
-	$(BIN)/sophon protect experiment=quickstart seed=$(SEED)
-	$(BIN)/sophon audit experiment=quickstart seed=$(SEED) workers=2
-	$(BIN)/sophon report run_dir=runs/quickstart/seed$(SEED)/audit
-	$(BIN)/sophon export checkpoint=runs/quickstart/seed$(SEED)/protect audit=runs/quickstart/seed$(SEED)/audit out=runs/quickstart/seed$(SEED)/export
+	$(call demo,quickstart)
 
 # The same with a real budget and thirty attacks.
 demo-strong: $(VENV)/.installed
-	$(BIN)/sophon pretrain experiment=quickstart_strong seed=$(SEED)
-	$(BIN)/sophon protect experiment=quickstart_strong seed=$(SEED)
-	$(BIN)/sophon audit experiment=quickstart_strong seed=$(SEED) workers=2
-	$(BIN)/sophon report run_dir=runs/quickstart_strong/seed$(SEED)/audit
-	$(BIN)/sophon export checkpoint=runs/quickstart_strong/seed$(SEED)/protect audit=runs/quickstart_strong/seed$(SEED)/audit out=runs/quickstart_strong/seed$(SEED)/export
+	$(call demo,quickstart_strong)
 
 # The same for a denoising diffusion model, which also draws images.
 demo-diffusion: $(VENV)/.installed
-	$(BIN)/sophon pretrain experiment=quickstart_diffusion seed=$(SEED)
-	$(BIN)/sophon protect experiment=quickstart_diffusion seed=$(SEED)
+	$(call demo,quickstart_diffusion)
 	$(BIN)/sophon sample experiment=quickstart_diffusion seed=$(SEED)
-	$(BIN)/sophon audit experiment=quickstart_diffusion seed=$(SEED) workers=2
-	$(BIN)/sophon report run_dir=runs/quickstart_diffusion/seed$(SEED)/audit
-	$(BIN)/sophon export checkpoint=runs/quickstart_diffusion/seed$(SEED)/protect audit=runs/quickstart_diffusion/seed$(SEED)/audit out=runs/quickstart_diffusion/seed$(SEED)/export
 
 # Everything that has to hold: lint, format, types, walls and all tests.
 test: $(VENV)/.installed lint

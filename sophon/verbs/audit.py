@@ -33,7 +33,7 @@ def audit(config: Config) -> None:
     say_input(first.protected.spec, said_by(first.protected))
     runners = {path: runner_of(audit, path) for path, audit in audits.items()}  # refuses before a folder is begun
     given = [(first.protected, "checkpoint"), (first.reference, "reference")]
-    if first.reference.sha256 == first.protected.sha256:
+    if first.reference.sha256 == first.protected.sha256 and "protected" in config.attack.roles:
         warn("reference: it has the checkpoint's own weights, so that the audit compares a model with itself")
     for checkpoint, key in (*given, *((filtered, "filtered") for filtered in first.filtered)):
         warn(doubt(first.scene.task, checkpoint.model, first.original, key))
