@@ -149,6 +149,7 @@ def frontier(rows: list[dict[str, Any]]) -> Figure:
     left.set(xlabel="lost on the original domain's test, points", ylabel="R (1: as filtered)")
     right.set(xlabel="share of pre-training compute, %")
     for axes in (left, right):
+        axes.margins(x=0.2)
         axes.axhline(1, color="#999999", linewidth=0.8)
         axes.axhline(0, color="#999999", linewidth=0.8)
     handles, labels = left.get_legend_handles_labels()
