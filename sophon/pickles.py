@@ -36,7 +36,8 @@ def refuse_pickle(path: Path, key: str, library: str = "timm", target: Path | No
     else:  # timm reads torchvision's as well
         out = target or path.with_suffix(".safetensors" if path.suffix != ".safetensors" else ".converted.safetensors")
         code = (
-            f"from timm.models import load_state_dict; d = load_state_dict({str(path)!r}, weights_only=True); "
-            f"from safetensors.torch import save_file; save_file({{k: d[k].contiguous() for k in d}}, {str(out)!r})"
+            "from safetensors.torch import save_file; from timm.models import load_state_dict; "
+            f"state = load_state_dict({str(path)!r}, weights_only=True); "
+            f"save_file({{name: tensor.contiguous() for name, tensor in state.items()}}, {str(out)!r})"
         )
     raise UserError(f"{key}: '{path}' is a pickle, which can run any code; if you trust it, convert it first: {code}")

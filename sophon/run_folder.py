@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +25,8 @@ _LOCK, _RECORD = ".lock", "run.json"
 def run_folder(path: str | Path, verb: str, identity: Mapping[str, Any], part: str = "") -> Iterator[Path]:
     """Make a run's folder, or return to the one that the same run made before; own it while the block runs.
 
+    A folder in which another run of the verb has saved nothing is taken over, and a line on stderr says so.
+
     Args:
         identity: everything that decides the run's results, plain JSON data.
         part: see `owned`.
@@ -34,7 +37,7 @@ def run_folder(path: str | Path, verb: str, identity: Mapping[str, Any], part: s
     plain = json.loads(json.dumps(identity, allow_nan=False))
     with owned(path, part) as folder:
         with lock(folder / f"{_LOCK}.record", wait=True):  # parts begin at the same time
-            _begin(folder, verb, plain)
+            _begin(folder, verb, plain, alone=not part)
         if not part:
             _tidy(folder)
         yield folder
@@ -87,13 +90,38 @@ def _claim(locks: contextlib.ExitStack, path: Path, folder: Path, key: str, *, s
         ) from error
 
 
-def _begin(folder: Path, verb: str, identity: dict[str, Any]) -> None:
+def refuse_another(path: str | Path, verb: str, decided: Mapping[str, Any]) -> None:
+    """Refuse what `run_folder` will refuse, as far as a part of the identity decides it; nothing is read or loaded.
+
+    Args:
+        decided: keys of the identity that are known already, plain JSON data.
+
+    Raises:
+        UserError: a run of the verb with another value has saved its work in the folder.
+    """
+    record = Path(path) / _RECORD
+    if exists(record, "run_dir") and _holds_work(Path(path)):
+        recorded = read_json(record)
+        others = recorded.get("identity", {}) if isinstance(recorded, dict) else {}
+        _check(Path(path), recorded, verb, {**others, **json.loads(json.dumps(decided))})
+
+
+def _holds_work(folder: Path) -> bool:
+    """Return whether there is more than a record: a start that died left at most that, locks and a part of it."""
+    return any(not entry.name.startswith((_LOCK, _RECORD, f".{_RECORD}.")) for entry in entries(folder, "run_dir"))
+
+
+def _begin(folder: Path, verb: str, identity: dict[str, Any], alone: bool) -> None:
     record = folder / _RECORD
     if exists(record):
-        _check(folder, read_json(record), verb, identity)
-        return
-    # a first start that died left at most a lock, and a hidden part of the record
-    if any(not entry.name.startswith((_LOCK, f".{_RECORD}.")) for entry in entries(folder, "run_dir")):
+        try:
+            _check(folder, read_json(record), verb, identity)
+            return
+        except _OtherSettingsError as refusal:
+            if not alone or _holds_work(folder):
+                raise
+            print(f"{str(refusal).rpartition(';')[0]}; nothing was saved there, so it starts anew", file=sys.stderr)
+    elif _holds_work(folder):
         raise UserError(f"run_dir: '{folder}' is not empty and holds no {_RECORD}; give an empty or a new folder")
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
@@ -111,6 +139,10 @@ def _tidy(folder: Path) -> None:
                 entry.unlink(missing_ok=True)
 
 
+class _OtherSettingsError(UserError):
+    """The folder belongs to a run of the same verb with other settings."""
+
+
 def _check(folder: Path, record: Any, verb: str, identity: Mapping[str, Any]) -> None:
     if not isinstance(record, dict) or record.get("format_version") != _FORMAT:
         raise UserError(f"run_dir: '{folder / _RECORD}' is not of format version {_FORMAT}; give another run_dir")
@@ -121,7 +153,9 @@ def _check(folder: Path, record: Any, verb: str, identity: Mapping[str, Any]) ->
     difference = _first_difference(record.get("identity"), identity)
     if difference is not None:
         key, old, new = difference
-        raise UserError(f"run_dir: '{folder}' was made with {key}={old}, now {key}={new}; give another run_dir")
+        raise _OtherSettingsError(
+            f"run_dir: '{folder}' was made with {key}={old}, now {key}={new}; give another run_dir"
+        )
 
 
 _ABSENT = object()

@@ -60,7 +60,7 @@ def config(verb: str, **values: Any) -> Config:
             ["run_dir=x", "reference=r"],
             [],
             [
-                "next: sophon audit reference=r checkpoint=x",
+                "next: sophon audit reference=r attack=smoke checkpoint=x",
                 "next: sophon export checkpoint=x out=runs/mine/seed1/export",
             ],
         ),

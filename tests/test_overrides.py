@@ -175,6 +175,8 @@ def test_another_architecture_starts_without_the_demos_arguments(override: str) 
         (["protect", "name=${nowhere}"], ["name: ", "nowhere"]),
         (["protect", "--bogus"], ["--bogus"]),
         (["protect", "seed"], ["seed"]),
+        (["pretrain", "model.model_args={depth:", "4}"], ["model.model_args: ", "'model.model_args={depth: 4}'"]),
+        (["pretrain", "model.model_args={depth"], ["model.model_args: '{depth' ends without '}'"]),
         (["protect", "=3"], ["'=3' names no key", "key=value"]),
         (["protect", "+@domain=svhn"], ["'+@domain=svhn' names no key"]),
     ],

@@ -18,7 +18,7 @@ import pytest
 from sophon.errors import UserError
 from sophon.files import read_json
 from sophon.locks import lock
-from sophon.run_folder import owned, owned_place, run_folder
+from sophon.run_folder import owned, owned_place, refuse_another, run_folder
 
 IDENTITY: dict[str, Any] = {"seed": 1, "model": {"architecture": "resnet18", "args": [1, 2]}}
 HOLD = """
@@ -78,8 +78,23 @@ def test_another_run_is_refused_with_the_key_that_differs(
     tmp_path: Path, identity: dict[str, Any], message: str
 ) -> None:
     visit(tmp_path)
-    with pytest.raises(UserError, match=f"run_dir: .*{message}.*another run_dir"):
-        visit(tmp_path, identity)
+    (tmp_path / "work").touch()
+    for refusing in (visit, lambda folder, new: refuse_another(folder, "protect", new)):
+        with pytest.raises(UserError, match=f"run_dir: .*{message}.*another run_dir"):
+            refusing(tmp_path, identity)
+    refuse_another(tmp_path, "protect", {"seed": 1})  # the rest is not decided yet
+
+
+def test_where_nothing_was_saved_other_settings_start_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    visit(tmp_path)
+    refuse_another(tmp_path, "protect", {"seed": 2})
+    with pytest.raises(UserError, match="now seed=2"):
+        visit(tmp_path, {**IDENTITY, "seed": 2}, part="0of2")  # another part may be at work
+    assert capsys.readouterr().err == ""
+    visit(tmp_path, {**IDENTITY, "seed": 2})
+    line = f"run_dir: '{tmp_path}' was made with seed=1, now seed=2; nothing was saved there, so it starts anew\n"
+    assert capsys.readouterr().err == line
+    assert read_json(tmp_path / "run.json")["identity"]["seed"] == 2
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from sophon.cli.help import USAGE, explain
 from sophon.cli.listing import listing
 from sophon.cli.messages import one_line
 from sophon.cli.next import next_steps
-from sophon.cli.overrides import as_typed, mend_hydra, named, of_a_model, text
+from sophon.cli.overrides import as_typed, mend_hydra, named, of_a_model, refuse_parted, text
 from sophon.cli.project import init
 from sophon.config import ComposedConfig, Config
 from sophon.config.keys import keys
@@ -132,6 +132,8 @@ def _command(verb: str, arguments: list[str]) -> int:
         overrides, flags, options = _parted([f"verb={verb}", *arguments])
         searched += [options.config_dir] if options.config_dir else []
         known = groups(searched)
+        if not options.multirun:
+            refuse_parted(overrides)
         overrides = of_a_model([as_typed(override, known, options.multirun) for override in overrides])
         if options.multirun or options.help:
             _by_hydra(overrides, flags)

@@ -1,12 +1,13 @@
-"""Refuse before torch is imported: weights that are a pickle, and data folders that do not exist."""
+"""Refuse before torch is imported: pickles, data folders that do not exist, and the run folder of other settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sophon.config import Config, DomainConfig, keyed
+from sophon.config import Config, DomainConfig, keyed, plain
 from sophon.paths import require_folder
 from sophon.pickles import refuse_pickle
+from sophon.run_folder import refuse_another
 
 # what each verb opens, beside the original domain
 _RESTRICTED, _BENIGN = {"protect", "audit"}, {"audit"}
@@ -17,7 +18,7 @@ def refuse_early(config: Config) -> None:
     """Look at what a run is going to open.
 
     Raises:
-        UserError: weights are a pickle, or an image folder is not there.
+        UserError: weights are a pickle, an image folder is not there, or ``run_dir`` is that of other settings.
     """
     if config.verb not in _WEIGHTS:
         return
@@ -30,6 +31,9 @@ def refuse_early(config: Config) -> None:
     for key, domain in _domains(config).items():
         if domain.source == "imagefolder":
             require_folder(domain.root, f"{key}.root")
+    if config.verb == "protect":  # its sampler may depend on the data
+        folder = config.run_dir or f"runs/{config.name}/seed{config.seed}/protect"
+        refuse_another(folder, "protect", plain(config, "seed", "task", "method", "guard"))
 
 
 def _domains(config: Config) -> dict[str, DomainConfig]:

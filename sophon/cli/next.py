@@ -36,8 +36,10 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
         case "pretrain":
             commands = [command("protect", *_restricted(overrides), *(f"reference={path}" for path in folders))]
         case "protect":
+            chosen = any(_root(override) in ("attack", "experiment") for override in overrides)
+            look = [] if chosen else ["attack=smoke"]  # the default, so that one sees what may stand there
             commands = [
-                command("audit", *(f"checkpoint={path}" for path in folders)),
+                command("audit", *look, *(f"checkpoint={path}" for path in folders)),
                 _export(_default(config, "export"), folder),
             ]
         case "export":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -113,6 +114,25 @@ def _parted(value: str) -> list[str]:
         else:
             depth += (letter in "[{(") - (letter in "]})")
     return parts
+
+
+def refuse_parted(overrides: Sequence[str]) -> None:
+    """Refuse a mapping or a list that the shell has parted at its spaces.
+
+    Raises:
+        UserError: an override opens one that it does not close.
+    """
+    for place, override in enumerate(overrides):
+        _, key, value = split(override) or ("", "", "")
+        closing, known = {"{": "}", "[": "]"}.get(value[:1]), find(key)
+        if closing is None or known is None or content(known.type) is str or value.rstrip().endswith(closing):
+            continue
+        ends = [end for end, part in enumerate(overrides) if end > place and part.endswith(closing)]
+        whole = " ".join(overrides[place : ends[0] + 1]) if ends else f"{override} ...{closing}"
+        raise UserError(
+            f"{key}: '{value}' ends without '{closing}'; the shell parts a command at spaces: "
+            f"quote the whole argument: {shlex.quote(whole)}"
+        )
 
 
 def of_a_model(overrides: Sequence[str]) -> list[str]:

@@ -49,7 +49,7 @@ class Descent:
     def __init__(self, context: Context, name: str, terms: Sequence[Term], optimizer: torch.optim.Optimizer) -> None:
         self.context = context
         self.model = context.model
-        self.name = name
+        self.name = self.label = name
         self.terms = terms
         self.optimizer = optimizer
         self._rates = [group["lr"] for group in optimizer.param_groups]
@@ -67,7 +67,7 @@ class Descent:
         streams, parameters = self._begin(key)
         total = 0.0
         for step in range(steps):
-            self.context.show(f"{self.name} step {step + 1} of {steps}")
+            self.context.show(f"{self.label} step {step + 1} of {steps}")
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor(step)
             loss, gradients = self._gradients(streams, parameters)

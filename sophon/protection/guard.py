@@ -76,18 +76,26 @@ class Guard:
         elif not lenient:
             self.at.breaches += 1
             if self.at.breaches > self.config.patience:
-                self._roll_back(stage, context)
+                self._roll_back(stage, context, value, loss)
         measured = {name: v if math.isfinite(v) else None for name, v in (("val", value), ("val_loss", loss))}
         return {**measured, "repaired": repaired, "accepted": accepted}
 
     def require_acceptance(self, since: int) -> None:
         """Raise a `GuardError` if no round after ``since`` was accepted."""
         if self.at.good_round <= since:
-            unit = " %" if self.config.relative else ""
+            looks = [row for row in self.at.history if row["round"] > since and row.get("val_loss") is not None]
+            nearest = min(looks, key=lambda row: row["val_loss"], default=None)
+            came = "" if nearest is None else f" (round {nearest['round']} came nearest, with {nearest['val']:.4g})"
             raise GuardError(
-                f"guard.tolerance: no round kept {self._task.metric.name} on val within {self.config.tolerance}{unit} "
-                f"of {self.at.before:.4g}; raise it, lower method.fts_lr or give NTR more steps or rounds"
+                f"guard.tolerance: no round kept {self._task.metric.name} on val within {self.config.tolerance}"
+                f"{self._unit} of {self.at.before:.4g}{came}; raise it, lower method.fts_lr or give NTR more steps or "
+                "rounds"
             )
+
+    @property
+    def _unit(self) -> str:
+        """What follows the tolerance in a message."""
+        return " %" if self.config.relative else ""
 
     def _measure(self, model: nn.Module) -> tuple[float, float]:
         """Return the metric, and by how much it is worse than the reference's in the tolerance's unit."""
@@ -97,7 +105,7 @@ class Guard:
         worse = before - value if self._task.metric.higher_is_better else value - before
         return value, 100 * worse / abs(before) if self.config.relative else worse
 
-    def _roll_back(self, stage: Stage, context: Context) -> None:
+    def _roll_back(self, stage: Stage, context: Context, value: float, loss: float) -> None:
         """Put the good weights back, drop what led away from them, and give NTR more weight."""
         context.model.load_state_dict(self.good)
         stage.roll_back()
@@ -106,8 +114,9 @@ class Guard:
         grown = math.ceil(self.at.ntr_steps * self.config.growth)
         self.at.ntr_steps = context.ntr_steps = max(self.at.ntr_steps, min(grown, self.config.max_ntr_steps))
         self._say(
-            f"guard: val broke the tolerance after round {self.at.round}; back to round {self.at.good_round}, "
-            f"now {self.at.ntr_steps} NTR steps a round"
+            f"guard: after round {self.at.round} {self._task.metric.name} on val is {value:.4g}, "
+            f"{loss:.3g}{self._unit} worse than {self.at.before:.4g} (guard.tolerance={self.config.tolerance:g}); "
+            f"back to round {self.at.good_round}, now {self.at.ntr_steps} NTR steps a round"
         )
 
 

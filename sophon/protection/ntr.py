@@ -32,13 +32,14 @@ class NTR(Descent):
         """Take ``steps`` steps on batches drawn from the run's seed and ``key``; return the mean loss.
 
         Args:
-            key: what the batches depend on besides the seed.
+            key: what the batches depend on besides the seed; "repair" in it is shown as such.
             factor: on the rate.
             anneal: let the rate fall along a half cosine, so that the last steps settle instead of wandering.
 
         Raises:
             UserError: the loss is not finite.
         """
+        self.label = "repairing: NTR" if "repair" in key else "NTR"
         return self.descend(
             steps, lambda step: factor * (0.5 * (1 + math.cos(math.pi * step / steps)) if anneal else 1.0), *key
         )

@@ -198,15 +198,18 @@ class Runner:
             self.tracker.say(
                 f"the first round took {seconds:.0f} s, the {left} that are left take about "
                 f"{seconds * left / 3600:.1f} hours; method=pool_anchored has shorter rounds, and so have smaller "
-                "sampler.batch_sizes, method.query_batch_size and method.ntr_batch_size; method.rounds sets how many"
+                "sampler.batch_sizes, method.query_batch_size and method.ntr_batch_size; method.rounds sets how many; "
+                "other settings need another run_dir=DIR"
             )
 
     def _shown(self) -> str:
-        """Return the stage if there are several, the first figure of the last round, and where the guard stands."""
+        """Return the stage if there are several, the first figure of the last round, and the guard's last good one."""
         stage = f"{self.plan[self.at.stage].name}: " if len(self.plan) > 1 else ""
         figures = {name: value for name, value in self.at.history[-1].items() if name not in ("round", "stage")}
         name, value = next(iter(figures.items()), ("nothing measured", None))
-        return f"{stage}{name.replace('_', ' ')} {'none' if value is None else f'{value:.3g}'}, val {self.at.good:.3g}"
+        at = "" if self.at.good_round == self.at.round else f" at round {self.at.good_round}"
+        said = "none" if value is None else f"{value:.3g}"
+        return f"{stage}{name.replace('_', ' ')} {said}, val {self.at.good:.3g}{at}"
 
     def _begin(self, at: Position, start: nn.Module, teacher: nn.Module) -> None:
         """Enter the stage of ``at``, from what the one before has released."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sophon.pickles import refuse_pickle
 from tests.tiny import TinyNet, assert_same_state, state_of, tiny_model
 
 State = dict[str, Tensor]
+DOCS = Path(__file__).parents[2] / "docs/models.md"
 
 
 def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
@@ -112,7 +114,14 @@ def test_a_pickle_is_refused_with_code_that_converts_it(
         refuse_pickle(path, "reference", library)
     code = str(caught.value).split("convert it first: ")[1]
     compile(code, "snippet", "exec")
-    assert ("safe_serialization=True" if library == "diffusers" else "weights_only=True") in code
+    if library == "diffusers":
+        assert "safe_serialization=True" in code
+    else:  # the documentation's
+        documented = re.search(r"```python\n(from safetensors.*?)\n```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+        assert documented
+        places = [repr(str(path)), code.split(", ")[-1].rstrip(")")]
+        lines = "; ".join(line for line in documented[1].splitlines() if line)
+        assert code == lines.replace('"mine.pth"', places[0]).replace('"mine.safetensors"', places[1])
 
 
 @pytest.mark.parametrize("version", [2, 3, 4, 5])

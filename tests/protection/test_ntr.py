@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -69,8 +70,11 @@ def test_equals_a_loop_written_out(weight: float, factor: float, anneal: bool) -
         adam.step()
         total += loss.item()
 
+    shown: list[str] = []
     ntr = make_ntr(model, reference, distilling(weight), 5)
+    ntr.context = replace(ntr.context, show=shown.append)
     assert ntr.run(6, 2, "repair", factor=factor, anneal=anneal) == pytest.approx(total / 6, rel=1e-12)
+    assert shown == [f"repairing: NTR step {step} of 6" for step in range(1, 7)]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
 

@@ -111,9 +111,10 @@ def test_a_long_round_shows_where_it_is_and_how_long_all_take(tmp_path: Path, mo
     monkeypatch.setattr(run.tracker, "progress", lambda *_: nullcontext(lambda note, steps=1: shown.append(note)))
     run.run()
     assert re.fullmatch(r"round 1: attacker 1 of 2, step 1 of [123]", shown[0])
-    assert "round 1: ntr step 2 of 2" in shown
+    assert "round 1: NTR step 2 of 2" in shown
     [said] = [line for line in run.tracker.said if "the 3 that are left take about" in line]  # type: ignore[attr-defined]
     assert "method=pool_anchored" in said
+    assert "run_dir=DIR" in said
 
 
 # --- the state ----------------------------------------------------------------------------------------------------
