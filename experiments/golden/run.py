@@ -30,7 +30,10 @@ COMMON = (
     "domain.restricted.per_class=20 domain.restricted.test_per_class=20"
 )
 CLASSIFIER = f"experiment=quickstart {COMMON}"
-DENOISER = f"experiment=quickstart_diffusion {COMMON}"
+DENOISER = (
+    f"experiment=quickstart_diffusion {COMMON} "
+    "model=unet16_tiny pretrain.lr=2.0e-3 method.fts_lr=0.0003 method.fts_original_weight=6.0"
+)
 PROTECT = "method.rounds=3 method.ntr_steps=2 sampler.steps=[3,4]"
 AUDIT = "attack.seeds=1 attack.eval_points=2 attack.masking.heads=[]"
 
