@@ -18,6 +18,7 @@ from sophon.finetune import fine_tune
 
 _STEPS = 4  # of which the first, which warms up, does not count
 _BATCH = 32
+_LEFT_OUT = ", masking and intactness not counted"
 
 
 def forecast(runner: Runner, missing: Sequence[Path], workers: int) -> str:
@@ -48,7 +49,7 @@ def forecast(runner: Runner, missing: Sequence[Path], workers: int) -> str:
     seconds = sum(_images(runner.jobs[path]) * training for path in missing)
     seconds += sum(_measurements(runner, runner.jobs[path]) * measuring for path in missing)
     processes = min(workers, len(missing))
-    return f"{line}; estimated {lasting(seconds / processes)} in {counted(processes, 'worker')}"
+    return f"{line}; estimated {lasting(seconds / processes)} in {counted(processes, 'worker')}{_LEFT_OUT}"
 
 
 def lasting(seconds: float) -> str:

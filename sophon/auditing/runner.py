@@ -99,11 +99,17 @@ class Runner:
                 self.reused.take_over(path)
         return [path for path in paths if not exists(path)]
 
-    def run(self, path: Path, on_trial: Callable[[str], None] = lambda note: None) -> str:
-        """Run the job whose file is ``path``; return a line on what came of it."""
+    def run(
+        self,
+        path: Path,
+        on_trial: Callable[[str], None] = lambda note: None,
+        on_point: Callable[[str], None] = lambda note: None,
+    ) -> str:
+        """Run the job whose file is ``path``, telling of each trial and point; return a line on what came of it."""
         job = self.jobs[path]
-        record = self._attempt(path.stem, job) if isinstance(job, Attempt) else self._search(path.stem, job, on_trial)
-        return self._write(path, job, record)
+        if isinstance(job, Attempt):
+            return self._write(path, job, self._attempt(path.stem, job, on_point))
+        return self._write(path, job, self._search(path.stem, job, on_trial))
 
     def _write(self, path: Path, job: Job, record: Record) -> str:
         write_json(path, record)
@@ -187,11 +193,12 @@ class Runner:
             **options,
         )
 
-    def _attempt(self, key: str, attempt: Attempt) -> Record:
+    def _attempt(self, key: str, attempt: Attempt, on_point: Callable[[str], None] = lambda note: None) -> Record:
         # The role is not part of the seed: all roles face the same head, data order and augmentation.
         seed = derive_seed(self.seed, "attempt", attempt.attack, attempt.seed)
 
-        def draw(model: nn.Module, step: int, value: float) -> None:
+        def at_point(model: nn.Module, step: int, value: float) -> None:
+            on_point(f"{attempt.attack} on {attempt.role}: step {step} of {attempt.strategy.steps}")
             if attempt.seed == 0 and self.config.samples:  # one seed's pictures are enough to look at
                 self._draw(model, key, step)
 
@@ -201,7 +208,7 @@ class Runner:
             self._domain(attempt),
             seed=seed,
             eval_points=self.config.eval_points,
-            at_point=draw,
+            at_point=at_point,
         )
         pictures = {step: _picture(key, step) for step, _ in outcome.curve}
         details = self._details(outcome.model, self._domain(attempt))

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -18,6 +18,8 @@ from sophon.tracking import Tracker
 
 if TYPE_CHECKING:
     from sophon.auditing.runner import Runner
+
+_SIGN_OF_LIFE = 5.0  # seconds: after that a word that jobs are running, as often as the tracker says one
 
 
 def run_jobs(runner: Runner, make: Callable[[], Runner], workers: int, tracker: Tracker) -> None:
@@ -49,7 +51,7 @@ def _in_turn(runner: Runner, paths: Sequence[Path], advance: Callable[..., None]
             trials += 1
             advance(note)
 
-        note = runner.run(path, on_trial)
+        note = runner.run(path, on_trial, lambda note: advance(note, steps=0))
         advance(note, steps=runner.jobs[path].cost - trials)
 
 
@@ -65,8 +67,13 @@ def _side_by_side(
     executor = ProcessPoolExecutor(workers, context, _begin, (make, reading))
     try:
         paths_by_job = {executor.submit(_run, path): path for path in paths}
-        for job in as_completed(paths_by_job):
-            advance(job.result(), steps=runner.jobs[paths_by_job[job]].cost)
+        running = set(paths_by_job)
+        while running:
+            done, running = wait(running, _SIGN_OF_LIFE, FIRST_COMPLETED)
+            for job in done:
+                advance(job.result(), steps=runner.jobs[paths_by_job[job]].cost)
+            if not done:
+                advance(f"{min(workers, len(running))} running", steps=0)
     except BrokenProcessPool as error:
         writing.close()
         raise UserError(

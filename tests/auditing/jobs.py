@@ -29,7 +29,10 @@ class Jobs:
     def missing(self) -> list[Path]:
         return [path for path in self.jobs if not path.exists()]
 
-    def run(self, path: Path, on_trial: Callable[[str], object] = bool) -> str:
+    def run(
+        self, path: Path, on_trial: Callable[[str], object] = bool, on_point: Callable[[str], object] = bool
+    ) -> str:
+        on_point(f"{path.name}: step 0")
         for trial in range(self.jobs[path].cost - 1):
             on_trial(f"{path.name}: trial {trial}")
         if path.name.startswith("trouble"):

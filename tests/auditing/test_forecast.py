@@ -19,10 +19,13 @@ def test_attacks_are_counted_and_nothing_is_left_behind(tmp_path: Path) -> None:
     runner = staged(tmp_path, replace(CONFIG, search=SEARCHING.search, benign=["kept"]), benign=BENIGN)
     before, state = state_of(runner.scene.models["protected"]), torch.get_rng_state()
     everything = "3 attacks and 1 searching attacker of 4 trials against 3 models: 36 attempts"
-    estimate = r"; estimated \d+ s in 2 workers"
+    estimate = r"; estimated \d+ s in 2 workers, masking and intactness not counted"
     assert re.fullmatch(everything + estimate, forecast(runner, list(runner.jobs), 2))
     [*_, last] = runner.jobs
-    assert re.fullmatch(f"{everything}, 1 of them to run; estimated 1 s in 1 worker", forecast(runner, [last], 2))
+    assert re.fullmatch(
+        f"{everything}, 1 of them to run; estimated 1 s in 1 worker, masking and intactness not counted",
+        forecast(runner, [last], 2),
+    )
     assert forecast(runner, [], 2) == f"{everything}, 0 of them to run"
     assert_same_state(runner.scene.models["protected"], before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -34,10 +37,14 @@ def test_the_time_is_that_of_steps_and_evaluations(tmp_path: Path, monkeypatch: 
     runner = staged(tmp_path)
     images = 3 * 2 * 8 * (4 + 6)  # models, seeds, batch, steps
     evaluations = 3 * 2 * 2 * (3 + 1)  # models, seeds, attacks, points of select and, as large, test
-    assert forecast(runner, list(runner.jobs), 1).endswith(f"{(images + 1000 * evaluations) / 3600:.1f} h in 1 worker")
+    assert forecast(runner, list(runner.jobs), 1).endswith(
+        f"{(images + 1000 * evaluations) / 3600:.1f} h in 1 worker, masking and intactness not counted"
+    )
     runner = staged(tmp_path, SEARCHING)
     seconds = (4 + 2) * 3 * 8 + 1000 * (4 * 3 + 2 * (2 + 1))
-    assert forecast(runner, list(runner.jobs), 1).endswith(f"{seconds / 3600:.1f} h in 1 worker")
+    assert forecast(runner, list(runner.jobs), 1).endswith(
+        f"{seconds / 3600:.1f} h in 1 worker, masking and intactness not counted"
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,16 @@ def test_progress_goes_on_from_what_is_done(workers: int, tmp_path: Path, capsys
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize(("workers", "sign"), [(1, "a: step 0"), (2, "2 running")])
+def test_long_jobs_give_a_sign_of_life(
+    workers: int, sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sophon.auditing.workers._SIGN_OF_LIFE", 0.01)
+    monkeypatch.setattr("sophon.tracking._SECONDS_BETWEEN_LINES", 0.0)
+    run_jobs(Jobs(tmp_path), maker(tmp_path), workers, Tracker(progress=True))
+    assert sign in capsys.readouterr().err
+
+
 DIED = "^workers: a process could not begin or died, perhaps for want of memory; the same command goes on, and fewer "
 
 
