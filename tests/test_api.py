@@ -18,13 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sophon
-from sophon.api import common
 from sophon.api.calls import audit, load, protect
 from sophon.errors import UserError
-from sophon.tasks.task import Measured
 from sophon.tracking import Tracker
 from tests.models.own import GroupNormNet
-from tests.tiny import CLASSES, tiny_domain, tiny_images, tiny_model, tiny_task
+from tests.tiny import CLASSES, tiny_images
 
 # nobody has trained the tests' models
 pytestmark = pytest.mark.filterwarnings("ignore:.*no better than a guess")
@@ -157,18 +155,6 @@ def test_nothing_global_is_changed_by_a_call_or_changes_it() -> None:
 def test_a_model_that_guesses_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"^model: accuracy on .* no better than a guess"):
         run(own_model())
-
-
-def test_a_model_that_remembers_val_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = {"val": Measured(100.0, 1.0, 80), "test": Measured(55.5, 3.5, 200)}
-    monkeypatch.setattr(common, "measured", lambda task, model, original, split, key: figures[split])
-    line = common.doubt(tiny_task(), tiny_model(3), tiny_domain("a", ("val", "test")), "model")
-    assert line is not None
-    assert line.startswith(
-        "model: accuracy is 100.0 % on val and 55.5 % on test: the model was trained on images of val"
-    )
-    figures["test"] = Measured(90.0, 3.5, 200)  # within four standard errors
-    assert common.doubt(tiny_task(), tiny_model(3), tiny_domain("a", ("val", "test")), "model") is None
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from sophon.finetune import rehearse
 from sophon.models import ModelSpec, build
 from sophon.models.weights import load_state
 from sophon.tasks import Task
+from sophon.tasks.task import Measured
 from tests.tiny import (
     CLASSES,
     SIZE,
@@ -154,7 +155,7 @@ def taught(images: ImageSet) -> nn.Module:
 
 
 def test_a_model_that_guesses_is_doubted_and_one_that_knows_is_not() -> None:
-    domain = LoadedDomain("d", CLASSES, {"val": tiny_images(3)}, {})
+    domain = LoadedDomain("d", CLASSES, {"val": tiny_images(3), "test": tiny_images(4)}, {})
     model = taught(tiny_images(2))
     assert doubt(tiny_task(), model, domain, "reference") is None
     constant = copy.deepcopy(model)
@@ -170,8 +171,20 @@ def test_a_model_that_guesses_is_doubted_and_one_that_knows_is_not() -> None:
     assert doubt(tiny_task(), swapped, domain, "reference") is not None
 
 
+def test_a_model_that_remembers_val_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"val": Measured(100.0, 1.0, 80), "test": Measured(55.5, 3.5, 200)}
+    monkeypatch.setattr("sophon.api.common.measured", lambda task, model, original, split, key: figures[split])
+    line = doubt(tiny_task(), tiny_model(3), tiny_domain("a", ("val", "test")), "model")
+    assert line is not None
+    assert line.startswith(
+        "model: accuracy is 100.0 % on val and 55.5 % on test: the model was trained on images of val"
+    )
+    figures["test"] = Measured(90.0, 3.5, 200)  # within four standard errors
+    assert doubt(tiny_task(), tiny_model(3), tiny_domain("a", ("val", "test")), "model") is None
+
+
 def test_a_denoiser_that_predicts_nothing_is_doubted() -> None:
-    domain = tiny_domain("d", ("val",))
+    domain = tiny_domain("d", ("val", "test"))
     model, task = tiny_unet(), tiny_denoising()
     for parameter in model.conv_out.parameters():
         nn.init.zeros_(parameter)
