@@ -47,7 +47,7 @@ class Guard:
         if self._task.metric.unit == "%" and not self.config.relative and image > self.config.tolerance:
             self._say(
                 f"guard: one of the {len(self._val)} images of val is {image:.3g} points, more than guard.tolerance="
-                f"{self.config.tolerance:g}; no further one may be wrong: raise it or domain.original.val_fraction"
+                f"{self.config.tolerance:g} allows to lose; raise guard.tolerance or domain.original.val_fraction"
             )
         if self.config.relative and before == 0:
             raise UserError("guard.relative: the reference's value on val is 0; give an absolute tolerance")
