@@ -22,18 +22,14 @@ from sophon.errors import UserError
 from sophon.foreign import described, open_foreign
 from sophon.models import ModelSpec
 from sophon.paths import exists, is_folder
+from sophon.run_folder import default_folder
 from sophon.tasks import Measured, Task, make_task
 from sophon.tracking import Tracker
 
 
-def default(config: Config, verb: str) -> Path:
-    """Return the folder that a verb writes to unless told otherwise."""
-    return Path("runs") / config.name / f"seed{config.seed}" / verb
-
-
 def run_dir(config: Config) -> Path:
     """Return the folder that this run writes to."""
-    return Path(config.run_dir) if config.run_dir is not None else default(config, config.verb)
+    return Path(config.run_dir) if config.run_dir is not None else default_folder(config, config.verb)
 
 
 def required(path: str, key: str) -> str:
@@ -55,7 +51,7 @@ def checkpoint_of(config: Config, key: str, verb: str) -> Checkpoint:
         key: ``checkpoint`` or ``reference``.
         verb: whose default folder is read where the key is not set.
     """
-    return opened(config, getattr(config, key) or str(default(config, verb)), key)
+    return opened(config, getattr(config, key) or str(default_folder(config, verb)), key)
 
 
 def opened(config: Config, path: str, key: str) -> Checkpoint:

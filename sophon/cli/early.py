@@ -7,7 +7,7 @@ from pathlib import Path
 from sophon.config import Config, DomainConfig, keyed, plain
 from sophon.paths import require_folder
 from sophon.pickles import refuse_pickle
-from sophon.run_folder import refuse_another
+from sophon.run_folder import default_folder, refuse_another
 
 # what each verb opens, beside the original domain
 _RESTRICTED, _BENIGN = {"protect", "audit"}, {"audit"}
@@ -32,7 +32,7 @@ def refuse_early(config: Config) -> None:
         if domain.source == "imagefolder":
             require_folder(domain.root, f"{key}.root")
     if config.verb == "protect":  # its sampler may depend on the data
-        folder = config.run_dir or f"runs/{config.name}/seed{config.seed}/protect"
+        folder = config.run_dir or default_folder(config, "protect")
         refuse_another(folder, "protect", plain(config, "seed", "task", "method", "guard"))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sophon.config import Config
+from sophon.run_folder import default_folder
 
 _EVERYWHERE = {"experiment", "name", "seed", "device", "amp", "threads", "domain", "task", "tracking"}
 # What of a command matters to the one after it, beside that.
@@ -30,7 +31,7 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
         kept = [override for override in overrides if _root(override) in _OF[verb] and "attack.shard" not in override]
         return shlex.join(["sophon", verb, *flags, *kept, *more])
 
-    folder = config.run_dir or _default(config, config.verb)
+    folder = config.run_dir or str(default_folder(config, config.verb))
     folders = [] if config.run_dir is None else [folder]  # what the next verb does not find by itself
     match config.verb:
         case "pretrain":
@@ -40,14 +41,14 @@ def next_steps(config: Config, overrides: Sequence[str], flags: Sequence[str]) -
             look = [] if chosen else ["attack=smoke"]  # the default, so that one sees what may stand there
             commands = [
                 command("audit", *look, *(f"checkpoint={path}" for path in folders)),
-                _export(_default(config, "export"), folder),
+                _export(default_folder(config, "export"), folder),
             ]
         case "export":
-            return _loading(config.out or _default(config, "export"))
+            return _loading(config.out or str(default_folder(config, "export")))
         case "audit" if config.attack.shards > 1:
             commands = [command("audit")]  # of all shards
         case "audit" | "report":
-            folder = config.run_dir or _default(config, "audit")
+            folder = config.run_dir or str(default_folder(config, "audit"))
             commands = [shlex.join(["sophon", "report", f"run_dir={folder}"])] if config.verb == "audit" else []
             commands += _comparison(folder)
             if audited := _audited(Path(folder)):
@@ -65,10 +66,6 @@ def _restricted(overrides: Sequence[str]) -> list[str]:
     if not own or any("experiment=" in override or "domain.restricted" in override for override in overrides):
         return []
     return ["domain@domain.restricted=folder", "domain.restricted.root=path/to/restricted"]
-
-
-def _default(config: Config, verb: str) -> str:
-    return f"runs/{config.name}/seed{config.seed}/{verb}"
 
 
 def _export(out: str | Path, checkpoint: str, *more: str) -> str:

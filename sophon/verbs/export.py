@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sophon.api.common import checkpoint_of, default, required, say_domains
+from sophon.api.common import checkpoint_of, required, say_domains
 from sophon.api.protect import last_good, prepare
 from sophon.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sophon.config import Config, GuardConfig, MethodConfig
@@ -15,7 +15,7 @@ from sophon.errors import UserError
 from sophon.files import read_json
 from sophon.paths import exists
 from sophon.protection.resume import STATE_FILE
-from sophon.run_folder import owned_place
+from sophon.run_folder import default_folder, owned_place
 from sophon.sampler import SamplerConfig
 from sophon.verbs.protect import say_released
 from sophon.verbs.report import parts_of
@@ -26,8 +26,8 @@ def export(config: Config) -> str | None:
 
     With ``audit`` the model card says what that audit found.
     """
-    source = required(config.checkpoint or str(default(config, "protect")), "checkpoint")
-    out = Path(config.out) if config.out is not None else default(config, "export")
+    source = required(config.checkpoint or str(default_folder(config, "protect")), "checkpoint")
+    out = Path(config.out) if config.out is not None else default_folder(config, "export")
     unfinished = exists(Path(source) / STATE_FILE) and not exists(Path(source) / "checkpoint")
     with owned_place(out):
         if unfinished:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sophon.api.common import default, required
+from sophon.api.common import required
 from sophon.checkpoint import read_checkpoint
 from sophon.config import Config
 from sophon.errors import UserError, one_line
 from sophon.paths import entries
+from sophon.run_folder import default_folder
 
 
 def push(config: Config) -> str | None:
@@ -30,7 +31,7 @@ def push(config: Config) -> str | None:
         validate_repo_id(config.repo)
     except ValueError as error:
         raise UserError(f"repo: '{config.repo}' is not allowed; give ORGANISATION/NAME ({one_line(error)})") from error
-    checkpoint = read_checkpoint(required(config.checkpoint or str(default(config, "export")), "checkpoint"))
+    checkpoint = read_checkpoint(required(config.checkpoint or str(default_folder(config, "export")), "checkpoint"))
     if checkpoint.manifest.get("verb") != "protect":
         raise UserError(f"checkpoint: '{checkpoint.path}' is the unprotected reference; give a protected checkpoint")
     files = [path for path in _files(checkpoint.path) if not path.name.startswith(".")]

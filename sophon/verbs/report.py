@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophon.api.common import default, required
+from sophon.api.common import required
 from sophon.config import Config
 from sophon.errors import GateError, UserError
 from sophon.paths import entries, exists
-from sophon.run_folder import owned
+from sophon.run_folder import default_folder, owned
 
 if TYPE_CHECKING:  # `sophon.verbs.audit` imports this long before there is anything to report
     from sophon.auditing.summary import AuditReport
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # `sophon.verbs.audit` imports this long before there is anyt
 
 def report(config: Config) -> None:
     """Write an audit's reports again from what it wrote."""
-    folder = Path(required(config.run_dir or str(default(config, "audit")), "run_dir"))
+    folder = Path(required(config.run_dir or str(default_folder(config, "audit")), "run_dir"))
     parts = parts_of(folder, "run_dir")
     several = parts != [folder]
     with ExitStack() as ownership:

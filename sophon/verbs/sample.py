@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sophon.api.common import default, required, run_dir, task_of, tracker_of
+from sophon.api.common import required, run_dir, task_of, tracker_of
 from sophon.auditing.gallery import image_grid
 from sophon.checkpoint import read_checkpoint
 from sophon.config import Config
 from sophon.devices import resolve_device
 from sophon.errors import UserError
 from sophon.files import write_bytes
-from sophon.run_folder import owned
+from sophon.run_folder import default_folder, owned
 from sophon.seeds import derive_seed
 from sophon.tasks import kind_of
 
@@ -30,7 +30,7 @@ def sample(config: Config) -> None:
 
 def _drawn(config: Config, folder: Path) -> Tensor:
     device = resolve_device(config.device)
-    checkpoint = read_checkpoint(required(config.checkpoint or str(default(config, "protect")), "checkpoint"))
+    checkpoint = read_checkpoint(required(config.checkpoint or str(default_folder(config, "protect")), "checkpoint"))
     settings = replace(config.task, name=kind_of(checkpoint.spec))  # what the checkpoint is, needs no saying
     if settings.name != "denoising":
         raise UserError(f"checkpoint: '{checkpoint.path}' is a model of {settings.name}; give a denoiser's")

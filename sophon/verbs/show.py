@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sophon.api.common import default, required
+from sophon.api.common import required
 from sophon.checkpoint import Checkpoint, read_checkpoint
 from sophon.config import Config
+from sophon.run_folder import default_folder
 
 
 def show(config: Config) -> None:
     """Verify a checkpoint, and print what it is: model, domains, method, intactness, audits."""
-    checkpoint = read_checkpoint(required(config.checkpoint or str(default(config, "protect")), "checkpoint"))
+    checkpoint = read_checkpoint(required(config.checkpoint or str(default_folder(config, "protect")), "checkpoint"))
     rows = list(_rows(checkpoint))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
