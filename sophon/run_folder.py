@@ -12,7 +12,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from sophon.config import Config
 from sophon.errors import UserError
 from sophon.files import read_json, write_json
 from sophon.locks import holder, lock
@@ -89,11 +88,6 @@ def _claim(locks: contextlib.ExitStack, path: Path, folder: Path, key: str, *, s
         raise UserError(
             f"{key}: '{folder}' is in use by {owner}; wait until that has ended, or give another {key}"
         ) from error
-
-
-def default_folder(config: Config, verb: str) -> Path:
-    """Return the folder that a verb writes to unless told otherwise."""
-    return Path("runs") / config.name / f"seed{config.seed}" / verb
 
 
 def refuse_another(path: str | Path, verb: str, decided: Mapping[str, Any]) -> None:

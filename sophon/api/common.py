@@ -15,14 +15,13 @@ from torch import nn
 
 from sophon.auditing.words import format_value
 from sophon.checkpoint import Checkpoint, is_ours, read_checkpoint
-from sophon.config import Config, keyed, plain
+from sophon.config import Config, default_folder, keyed, plain
 from sophon.domains import LoadedDomain, classes_of_all, load_original, load_restricted
 from sophon.domains.names import few
 from sophon.errors import UserError
 from sophon.foreign import described, open_foreign
 from sophon.models import ModelSpec
 from sophon.paths import exists, is_folder
-from sophon.run_folder import default_folder
 from sophon.tasks import Measured, Task, make_task
 from sophon.tracking import Tracker
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sophon.config import Config, DomainConfig, keyed, plain
+from sophon.config import Config, DomainConfig, default_folder, keyed, plain
 from sophon.paths import require_folder
 from sophon.pickles import refuse_pickle
-from sophon.run_folder import default_folder, refuse_another
+from sophon.run_folder import refuse_another
 
 # what each verb opens, beside the original domain
 _RESTRICTED, _BENIGN = {"protect", "audit"}, {"audit"}

@@ -8,8 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophon.config import Config
-from sophon.run_folder import default_folder
+from sophon.config import Config, default_folder
 
 _EVERYWHERE = {"experiment", "name", "seed", "device", "amp", "threads", "domain", "task", "tracking"}
 # What of a command matters to the one after it, beside that.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import MISSING
@@ -32,6 +33,7 @@ __all__ = [
     "StrategyConfig",
     "TaskConfig",
     "TrackingConfig",
+    "default_folder",
     "keyed",
     "plain",
 ]
@@ -225,6 +227,11 @@ class ComposedConfig(Config):
     """The schema of what files and the command line may say."""
 
     domain: ComposedDomains = field(default_factory=ComposedDomains)
+
+
+def default_folder(config: Config, verb: str) -> Path:
+    """Return the folder that a verb writes to unless told otherwise."""
+    return Path("runs") / config.name / f"seed{config.seed}" / verb
 
 
 def plain(config: Config, *keys: str) -> dict[str, Any]:

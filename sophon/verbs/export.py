@@ -9,13 +9,13 @@ from typing import Any
 from sophon.api.common import checkpoint_of, required, say_domains
 from sophon.api.protect import last_good, prepare
 from sophon.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from sophon.config import Config, GuardConfig, MethodConfig
+from sophon.config import Config, GuardConfig, MethodConfig, default_folder
 from sophon.devices import resolve_device
 from sophon.errors import UserError
 from sophon.files import read_json
 from sophon.paths import exists
 from sophon.protection.resume import STATE_FILE
-from sophon.run_folder import default_folder, owned_place
+from sophon.run_folder import owned_place
 from sophon.sampler import SamplerConfig
 from sophon.verbs.protect import say_released
 from sophon.verbs.report import parts_of

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from sophon.api.common import required
 from sophon.checkpoint import read_checkpoint
-from sophon.config import Config
+from sophon.config import Config, default_folder
 from sophon.errors import UserError, one_line
 from sophon.paths import entries
-from sophon.run_folder import default_folder
 
 
 def push(config: Config) -> str | None:

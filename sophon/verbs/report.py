@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophon.api.common import required
-from sophon.config import Config
+from sophon.config import Config, default_folder
 from sophon.errors import GateError, UserError
 from sophon.paths import entries, exists
-from sophon.run_folder import default_folder, owned
+from sophon.run_folder import owned
 
 if TYPE_CHECKING:  # `sophon.verbs.audit` imports this long before there is anything to report
     from sophon.auditing.summary import AuditReport

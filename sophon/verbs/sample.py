@@ -11,11 +11,11 @@ from torch import Tensor
 from sophon.api.common import required, run_dir, task_of, tracker_of
 from sophon.auditing.gallery import image_grid
 from sophon.checkpoint import read_checkpoint
-from sophon.config import Config
+from sophon.config import Config, default_folder
 from sophon.devices import resolve_device
 from sophon.errors import UserError
 from sophon.files import write_bytes
-from sophon.run_folder import default_folder, owned
+from sophon.run_folder import owned
 from sophon.seeds import derive_seed
 from sophon.tasks import kind_of
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from sophon.api.common import required
 from sophon.checkpoint import Checkpoint, read_checkpoint
-from sophon.config import Config
-from sophon.run_folder import default_folder
+from sophon.config import Config, default_folder
 
 
 def show(config: Config) -> None:
